@@ -1,0 +1,53 @@
+"""Stop at a loss that is no number, before it reaches a checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from spice_pl.errors import UsageError
+
+
+class NanGuard(pl.Callback):
+    """Remember the first step with a loss that is not finite; stop at the end of its epoch.
+
+    The check is one comparison on the device; the processor waits for it once an epoch only.
+    Lightning saves checkpoints after all other callbacks, so the last one on disk is good.
+
+    Args:
+        stage: its name, for the message.
+    """
+
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
+        self.first: Tensor | None = None
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Compare the loss; some batches have none."""
+        if outputs is None or "loss" not in outputs:
+            return
+        step = torch.where(torch.isfinite(outputs["loss"].detach()), -1, batch_idx)
+        self.first = step if self.first is None else torch.where(self.first < 0, step, self.first)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop if a loss was not finite on any rank."""
+        if self.first is None:
+            return
+        first, self.first = self.first, None
+        worst = pl_module.all_gather(first).max() if trainer.world_size > 1 else first
+        if int(worst) >= 0:
+            raise UsageError(
+                f"{self.stage}: the loss is not a number at epoch {trainer.current_epoch}, batch "
+                f"{int(worst)}; the checkpoint of the epoch before is kept. Lower "
+                f"{self.stage}.module.lr or use trainer.precision=32-true, then resume=true"
+            )

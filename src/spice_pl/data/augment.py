@@ -1,0 +1,383 @@
+"""Views: what each image looks like to a network, as a function of the image and random numbers.
+
+A view maps uint8 images and uniform numbers to normalised float images and holds no state:
+``view(images, keyed_uniform(seed, epoch, index, stream, view.num_uniforms))``. Every image has
+parameters of its own, and they depend on its own row of numbers only.
+
+Shape letters: B images, S side in pixels, U uniform numbers an image.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from spice_pl.data import operations as ops
+
+# (operation, lowest, highest magnitude), Sohn et al. 2020 (FixMatch), Table 12, with the ranges
+# of the SPICE authors' code. Symmetric ranges hold the random sign.
+RANDAUGMENT: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], float, float]] = {
+    "Identity": (lambda images, _: images, 0.0, 0.0),
+    "AutoContrast": (lambda images, _: ops.autocontrast(images), 0.0, 0.0),
+    "Equalize": (lambda images, _: ops.equalize(images), 0.0, 0.0),
+    "Rotate": (ops.rotate, -30.0, 30.0),  # degrees
+    "Solarize": (ops.solarize, 0.0, 256.0),  # level from which on pixels are inverted
+    "Color": (ops.adjust_saturation, 0.05, 0.95),  # share of the image, the rest is grey
+    "Contrast": (ops.adjust_contrast, 0.05, 0.95),
+    "Brightness": (ops.adjust_brightness, 0.05, 0.95),
+    "Sharpness": (ops.adjust_sharpness, 0.05, 0.95),
+    "ShearX": (ops.shear_x, -0.1, 0.1),  # slope
+    "ShearY": (ops.shear_y, -0.1, 0.1),
+    "TranslateX": (ops.translate_x, -0.1, 0.1),  # share of the side
+    "TranslateY": (ops.translate_y, -0.1, 0.1),
+    "Posterize": (ops.posterize, 4.0, 8.0),  # bits kept, cut to a whole number: 4, 5, 6 or 7
+}
+ALL_14 = tuple(RANDAUGMENT)
+
+
+def _require(holds: bool, name: str, value: object, rule: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} {value} does not fit: it must be {rule}")
+
+
+def _require_share(name: str, value: float) -> None:
+    _require(0 <= value <= 1, name, value, "a probability between 0 and 1")
+
+
+def _integers(uniform: Tensor, count: int | Tensor) -> Tensor:
+    """Whole numbers in 0..count-1; the product can round up to count, hence the minimum."""
+    drawn = (uniform * count).long()
+    return torch.minimum(drawn, torch.as_tensor(count, device=drawn.device).long() - 1)
+
+
+class View(Protocol):
+    """What a view of one's own must offer."""
+
+    @property
+    def num_uniforms(self) -> int:
+        """Uniform numbers that one view of one image takes."""
+
+    def __call__(self, images: Tensor, uniforms: Tensor) -> Tensor:
+        """Map images (B, 3, S, S) uint8 and uniforms (B, U) to (B, 3, S, S) float32."""
+
+
+@dataclass(frozen=True)
+class PlainView:
+    """The image itself, normalised; what features and scores are computed from.
+
+    Args:
+        mean: three channel means, of levels in [0, 1].
+        std: three channel standard deviations, of levels in [0, 1].
+
+    Raises:
+        ValueError: mean or std is not three numbers, or std is not positive.
+    """
+
+    mean: Sequence[float]
+    std: Sequence[float]
+
+    def __post_init__(self) -> None:
+        _require(len(self.mean) == 3, "mean", self.mean, "three numbers, one per channel")
+        _require(
+            len(self.std) == 3 and min(self.std) > 0,
+            "std",
+            self.std,
+            "three positive numbers, one per channel",
+        )
+
+    @property
+    def num_uniforms(self) -> int:
+        """Uniform numbers that one view of one image takes."""
+        return 0
+
+    def __call__(self, images: Tensor, uniforms: Tensor) -> Tensor:
+        """Make one view of each image.
+
+        Args:
+            images: (B, 3, S, S) uint8, left as they are.
+            uniforms: (B, num_uniforms) in [0, 1); unused where num_uniforms is 0.
+
+        Returns:
+            (B, 3, S, S) float32, normalised.
+
+        Raises:
+            ValueError: images are not square uint8 colour images, or the numbers do not fit them.
+        """
+        if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
+            raise ValueError(f"images {tuple(images.shape)} are not (B, 3, S, S); crop them square")
+        if images.dtype != torch.uint8:
+            raise ValueError(f"images are {images.dtype}; views take uint8, before normalisation")
+        if self.num_uniforms and uniforms.shape != (len(images), self.num_uniforms):
+            raise ValueError(
+                f"uniforms {tuple(uniforms.shape)} do not fit {len(images)} images; "
+                f"{type(self).__name__} takes ({len(images)}, {self.num_uniforms})"
+            )
+        return self._view(images, uniforms) if len(images) else images.to(torch.float32)
+
+    def _view(self, images: Tensor, uniforms: Tensor) -> Tensor:
+        return self._normalise(images.to(torch.float32))
+
+    def _normalise(self, images: Tensor) -> Tensor:
+        """Bring levels in [0, 255] to zero mean and unit deviation. In place."""
+        mean, std = (images.new_tensor(tuple(x)).view(3, 1, 1) for x in (self.mean, self.std))
+        return images.sub_(255 * mean).mul_(1 / (255 * std))
+
+
+@dataclass(frozen=True)
+class WeakView(PlainView):
+    """Flip and crop after padding with black (He et al. 2016, section 4.2).
+
+    Args:
+        mean: three channel means, of levels in [0, 1].
+        std: three channel standard deviations, of levels in [0, 1].
+        padding: pixels on each side; the crop's offset is uniform in 0..2*padding.
+        flip: probability of a mirror image.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    padding: int = 4
+    flip: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.padding >= 0, "padding", self.padding, "0 pixels or more")
+        _require_share("flip", self.flip)
+
+    @property
+    def num_uniforms(self) -> int:
+        """Uniform numbers that one view of one image takes."""
+        return 3
+
+    def _view(self, images: Tensor, uniforms: Tensor) -> Tensor:
+        return self._normalise(self._shift_flip(images, uniforms).to(torch.float32))
+
+    def _shift_flip(self, images: Tensor, uniforms: Tensor) -> Tensor:
+        """Uniforms (B, 3): flip, top, left. Returns uint8."""
+        images = ops.flip(images, uniforms[:, 0] < self.flip)
+        if self.padding == 0:
+            return images
+        top, left = _integers(uniforms[:, 1:], 2 * self.padding + 1).unbind(1)
+        return ops.shifted_crop(images, self.padding, top, left)
+
+
+@dataclass(frozen=True)
+class StrongView(WeakView):
+    """RandAugment and cutout after a weak view.
+
+    Cubuk et al. 2020 (RandAugment) in the form of Sohn et al. 2020 (FixMatch): each slot draws an
+    operation with replacement and a magnitude uniform in its range. Levels are whole numbers after
+    each operation, as in PIL. Cutout hides one square, of a side uniform in 1..max_cutout and a
+    centre uniform over the pixels; it is clipped at the border and holds the mean colour.
+    SPICE's second stage takes four operations and no crop, FixMatch two and a crop.
+
+    Args:
+        mean: three channel means, of levels in [0, 1].
+        std: three channel standard deviations, of levels in [0, 1].
+        padding: pixels on each side before the crop; 0 leaves the crop out.
+        flip: probability of a mirror image.
+        num_ops: slots, each filled with one operation.
+        operations: names to draw from, of `RANDAUGMENT`.
+        max_cutout: longest side of the hidden square in pixels; 0 leaves cutout out.
+
+    Raises:
+        ValueError: a setting is out of range, or a name is unknown.
+    """
+
+    padding: int = 0
+    num_ops: int = 4
+    operations: Sequence[str] = ALL_14
+    max_cutout: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.num_ops >= 0, "num_ops", self.num_ops, "0 or more")
+        _require(self.max_cutout >= 0, "max_cutout", self.max_cutout, "0 pixels or more")
+        unknown = [name for name in self.operations if name not in RANDAUGMENT]
+        _require(not unknown, "operations", unknown, f"names among {', '.join(ALL_14)}")
+        _require(len(self.operations) > 0, "operations", [], "at least one name; or set num_ops 0")
+
+    @property
+    def num_uniforms(self) -> int:
+        """Uniform numbers that one view of one image takes."""
+        return 3 + 3 + 2 * self.num_ops
+
+    def _view(self, images: Tensor, uniforms: Tensor) -> Tensor:
+        weak, square, chosen, magnitude = uniforms.split_with_sizes(
+            (3, 3, self.num_ops, self.num_ops), dim=1
+        )
+        images = self._shift_flip(images, weak).to(torch.float32)
+        images = self._randaugment(images, _integers(chosen, len(self.operations)), magnitude)
+        return self._cutout(self._normalise(images), square)
+
+    def _randaugment(self, images: Tensor, chosen: Tensor, magnitude: Tensor) -> Tensor:
+        """Chosen (B, num_ops) indexes operations; magnitude (B, num_ops) in [0, 1)."""
+        for operation, strength in zip(chosen.unbind(1), magnitude.unbind(1), strict=True):
+            counts = torch.bincount(operation, minlength=len(self.operations)).tolist()
+            groups = operation.argsort().split_with_sizes(counts)
+            for name, rows in zip(self.operations, groups, strict=True):
+                if name == "Identity" or len(rows) == 0:
+                    continue
+                apply, low, high = RANDAUGMENT[name]
+                amount = low + (high - low) * strength[rows]
+                images.index_copy_(0, rows, apply(images.index_select(0, rows), amount).floor_())
+        return images
+
+    def _cutout(self, images: Tensor, square: Tensor) -> Tensor:
+        """Square (B, 3): side, row, column."""
+        if self.max_cutout == 0:
+            return images
+        side = 1 + _integers(square[:, 0], self.max_cutout)
+        row, column = _integers(square[:, 1:], images.shape[-1]).unbind(1)
+        return ops.cutout_(images, side, row, column)
+
+
+_ATTEMPTS = 10  # as in torchvision's RandomResizedCrop
+_ORDERS = tuple(itertools.permutations(range(3)))  # of brightness, contrast, saturation
+
+
+@dataclass(frozen=True)
+class MoCoView(PlainView):
+    """Random resized crop, colour jitter, grey, blur, flip.
+
+    Chen et al. 2020 (MoCo v2), section 3, after SimCLR. Equal to torchvision's per-image pipeline
+    on float images: the jitter's four steps come in a random order per image.
+
+    Args:
+        mean: three channel means, of levels in [0, 1].
+        std: three channel standard deviations, of levels in [0, 1].
+        min_scale: smallest share of the image's area that a crop keeps; the largest is 1.
+        ratio: range of the crop's width / height, log-uniform.
+        jitter: strengths of brightness, contrast, saturation (factor in 1 ± strength) and hue
+            (shift in ± strength, share of the colour circle).
+        jitter_prob: probability of colour jitter.
+        gray_prob: probability of a grey image.
+        blur_prob: probability of blur.
+        blur_sigma: range of the blur's sigma in pixels; the kernel reaches to 3 times the largest.
+        flip: probability of a mirror image.
+        rotate_degrees: rotation uniform in ± this angle, before the crop; black outside.
+        shear: shear along x uniform in ± this angle in degrees, before the crop.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    min_scale: float = 0.2
+    ratio: Sequence[float] = (3 / 4, 4 / 3)
+    jitter: Sequence[float] = (0.4, 0.4, 0.4, 0.1)
+    jitter_prob: float = 0.8
+    gray_prob: float = 0.2
+    blur_prob: float = 0.5
+    blur_sigma: Sequence[float] = (0.1, 2.0)
+    flip: float = 0.5
+    rotate_degrees: float = 0.0
+    shear: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(0 < self.min_scale <= 1, "min_scale", self.min_scale, "an area share in (0, 1]")
+        for name, pair in (("ratio", self.ratio), ("blur_sigma", self.blur_sigma)):
+            _require(len(pair) == 2 and 0 < pair[0] <= pair[1], name, pair, "(low, high), above 0")
+        _require(
+            len(self.jitter) == 4 and min(self.jitter) >= 0 and self.jitter[3] <= 0.5,
+            "jitter",
+            self.jitter,
+            "four strengths (brightness, contrast, saturation, hue), 0 or more, hue at most 0.5",
+        )
+        for name in ("jitter_prob", "gray_prob", "blur_prob", "flip"):
+            _require_share(name, getattr(self, name))
+        _require(0 <= self.rotate_degrees <= 180, "rotate_degrees", self.rotate_degrees, "0 to 180")
+        _require(0 <= self.shear < 90, "shear", self.shear, "an angle in degrees, 0 to below 90")
+
+    @property
+    def num_uniforms(self) -> int:
+        """Uniform numbers that one view of one image takes."""
+        return 2 * _ATTEMPTS + 15
+
+    def _view(self, images: Tensor, uniforms: Tensor) -> Tensor:
+        # The place of hue among the four steps; 4: no jitter. Images are sorted by it, so that
+        # each step works on a slice.
+        when, gate = uniforms[:, 0], uniforms[:, 1]
+        place = torch.where(gate < self.jitter_prob, _integers(when, 4), 4)
+        order = place.argsort()
+        ends = torch.bincount(place, minlength=5).cumsum(0).tolist()
+        steps, switch, warp, boxes = uniforms[order].split_with_sizes(
+            (7, 4, 2, 2 * _ATTEMPTS + 2), dim=1
+        )
+        flip, gray, blur = (switch[:, :3] < switch.new_tensor(self._probabilities())).unbind(1)
+        box = self.crop_boxes(boxes, images.shape[-1])
+        images = images.index_select(0, order).to(torch.float32)
+        views = ops.crop_resize(images, box, flip, self._warp_matrix(warp))
+        self._jitter_(views, steps[:, 2:], ends)
+        rows = gray.nonzero().squeeze(1)
+        views.index_copy_(0, rows, ops.grayscale(views.index_select(0, rows)))
+        rows = blur.nonzero().squeeze(1)
+        low, high = self.blur_sigma
+        sigma = low + (high - low) * switch[rows, 3]
+        blurred = ops.gaussian_blur(views.index_select(0, rows), sigma, ops.blur_radius(high))
+        views.index_copy_(0, rows, blurred)
+        return torch.empty_like(views).index_copy_(0, order, self._normalise(views))
+
+    def _probabilities(self) -> tuple[float, float, float]:
+        return self.flip, self.gray_prob, self.blur_prob
+
+    def crop_boxes(self, uniforms: Tensor, size: int) -> Tensor:
+        """Draw boxes as torchvision's RandomResizedCrop.get_params does.
+
+        Args:
+            uniforms: (B, 22): ten areas, ten ratios, two positions.
+            size: side of the image in pixels.
+
+        Returns:
+            (B, 4) float32, whole numbers: top, left, height, width.
+        """
+        areas, ratios, position = uniforms.split_with_sizes((_ATTEMPTS, _ATTEMPTS, 2), dim=1)
+        area = size**2 * (self.min_scale + (1 - self.min_scale) * areas)
+        low, high = (math.log(bound) for bound in self.ratio)
+        root = torch.exp(0.5 * (low + (high - low) * ratios))  # of width / height
+        sides = torch.stack((area.sqrt() / root, area.sqrt() * root), dim=2).round_()  # (B, 10, 2)
+        # When no attempt fits: the largest centred box of an allowed ratio.
+        ratio = min(max(1.0, self.ratio[0]), self.ratio[1])
+        whole = (round(size * min(1.0, 1 / ratio)), round(size * min(1.0, ratio)))
+        fits = ((sides > 0) & (sides <= size)).all(dim=2)  # (B, 10)
+        first = fits.to(torch.uint8).argmax(dim=1)
+        side = sides[torch.arange(len(sides), device=sides.device), first]  # (B, 2)
+        fitting = fits.any(dim=1, keepdim=True)
+        side = torch.where(fitting, side, side.new_tensor(whole))
+        free = size - side
+        start = torch.where(
+            fitting, _integers(position, free + 1).to(side.dtype), (free / 2).floor()
+        )
+        return torch.cat((start, side), dim=1)
+
+    def _warp_matrix(self, uniforms: Tensor) -> Tensor | None:
+        if self.rotate_degrees == 0 and self.shear == 0:
+            return None
+        angle, shear = (2 * uniforms - 1).unbind(1)
+        return ops.rotation_matrix(angle * self.rotate_degrees, shear * self.shear)
+
+    def _jitter_(self, images: Tensor, uniforms: Tensor, ends: list[int]) -> None:
+        """Jitter sorted images in place; hue comes in step p for those in ends[p-1]:ends[p].
+
+        Uniforms (B, 5): brightness, contrast, saturation, hue, order of the first three.
+        """
+        strength = uniforms.new_tensor(tuple(self.jitter))
+        low = torch.clamp(1 - strength[:3], min=0)
+        factors = low + (1 + strength[:3] - low) * uniforms[:, :3]  # (B, 3)
+        shift = strength[3] * (2 * uniforms[:, 3] - 1)
+        orders = torch.tensor(_ORDERS, device=images.device)
+        kinds = orders[_integers(uniforms[:, 4], len(_ORDERS))]  # (B, 3)
+        jittered = slice(0, ends[3])
+        start = 0
+        for step, end in enumerate(ends[:4]):
+            ops.adjust_hue_(images[start:end], shift[start:end])
+            start = end
+            if step < 3:
+                kind = kinds[jittered, step]
+                factor = factors[jittered].gather(1, kind[:, None]).squeeze(1)
+                ops.adjust_light_(images[jittered], factor, kind)

@@ -1,0 +1,189 @@
+"""One DataModule for all stages: which views of which images is configuration.
+
+Images travel as uint8 in whole batches and become views on the device that trains, so no loader
+process is needed. No label passes through here: a training batch is `Views(index, views)`.
+
+Shapes: B images in this rank's part of a batch, S side in pixels.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities import CombinedLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from spice_pl.data.augment import PlainView
+from spice_pl.data.images import ImageSet
+from spice_pl.data.keyed import keyed_uniform
+from spice_pl.data.sampler import KeyedBatches
+
+
+class Views(NamedTuple):
+    """What a stage trains on.
+
+    Attributes:
+        index: (B,) position of each image in the data set.
+        views: name to (B, 3, S, S) normalised images.
+    """
+
+    index: Tensor
+    views: dict[str, Tensor]
+
+
+class Pixels(NamedTuple):
+    """A batch before its views are made: index (B,), round (B,), images (B, 3, S, S) uint8."""
+
+    index: Tensor
+    round: Tensor
+    images: Tensor
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One sequence of training batches.
+
+    Attributes:
+        views: name to view of every image.
+        batch_size: images in a global batch, over all ranks.
+        num_samples: images in an epoch; None visits each once.
+        group_size: images that belong together (an E-step buffer); None is the epoch.
+        drop_last: leave out a batch that is not full.
+        subset: (n,) indices to draw from; None means the images that training may see.
+    """
+
+    views: Mapping[str, PlainView]
+    batch_size: int
+    num_samples: int | None = None
+    group_size: int | None = None
+    drop_last: bool = True
+    subset: Tensor | None = None
+
+
+class ViewsDataModule(pl.LightningDataModule):
+    """Training batches of each stream's views, and the plain view of every image to predict.
+
+    Args:
+        images: the data set.
+        streams: name to stream; one stream yields `Views`, several a dictionary of them.
+        plain: the view that features and clusters are computed on.
+        seed: of the run.
+        predict_batch_size: images in one rank's batch of prediction.
+        num_watched: images that the scores shown during training are computed on, evenly spaced.
+        stage: name of the stage, so that stages draw different views of one image.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        streams: Mapping[str, Stream],
+        plain: PlainView,
+        *,
+        seed: int,
+        predict_batch_size: int = 256,
+        num_watched: int = 2000,
+        stage: str = "",
+    ) -> None:
+        super().__init__()
+        self.images, self.streams, self.plain = images, streams, plain
+        self.seed, self.stage = seed, stage
+        self.predict_batch_size, self.num_watched = predict_batch_size, num_watched
+        self._pixels = PixelDataset(images)
+
+    def train_dataloader(self) -> DataLoader[Pixels] | CombinedLoader:
+        """Return the stream's loader, or all streams side by side."""
+        train_index = torch.from_numpy(self.images.train_index)
+        loaders = {
+            name: self._loader(
+                KeyedBatches(
+                    train_index if stream.subset is None else stream.subset,
+                    stream.batch_size,
+                    self.seed,
+                    _key(self.stage, name),
+                    num_samples=stream.num_samples,
+                    group_size=stream.group_size,
+                    drop_last=stream.drop_last,
+                    rank=self._rank[0],
+                    world_size=self._rank[1],
+                )
+            )
+            for name, stream in self.streams.items()
+        }
+        return (
+            next(iter(loaders.values()))
+            if len(loaders) == 1
+            else CombinedLoader(loaders, mode="min_size")
+        )
+
+    def val_dataloader(self) -> DataLoader[Pixels]:
+        """Return `num_watched` of the images that are scored, evenly spaced."""
+        index = torch.from_numpy(self.images.score_index)
+        return self._plain_loader(index[:: math.ceil(len(index) / self.num_watched)])
+
+    def predict_dataloader(self) -> DataLoader[Pixels]:
+        """Return every image once, in order, shared by the ranks without padding."""
+        return self._plain_loader(torch.arange(len(self.images)))
+
+    def on_after_batch_transfer(
+        self, batch: Pixels | dict[str, Pixels], dataloader_idx: int
+    ) -> Views | dict[str, Views]:
+        """Make the views, on the device the batch was moved to."""
+        if isinstance(batch, dict):
+            return {name: self._views(name, pixels) for name, pixels in batch.items()}
+        if self.trainer is not None and not self.trainer.training:
+            no_uniforms = torch.empty(len(batch.index), 0, device=batch.index.device)
+            return Views(batch.index, {"plain": self.plain(batch.images, no_uniforms)})
+        return self._views(next(iter(self.streams)), batch)
+
+    def _views(self, stream: str, pixels: Pixels) -> Views:
+        views = {}
+        for name, view in self.streams[stream].views.items():
+            key = _key(self.stage, stream, name)
+            drawn = pixels.index + (pixels.round << 40)  # an image may be drawn often in an epoch
+            uniforms = keyed_uniform(self.seed, 0, drawn, key, view.num_uniforms)  # (B, U)
+            views[name] = view(pixels.images, uniforms)
+        return Views(pixels.index, views)
+
+    def _plain_loader(self, index: Tensor) -> DataLoader[Pixels]:
+        rank, world_size = self._rank
+        mine = index[rank::world_size].split(self.predict_batch_size)
+        return self._loader([(part, part) for part in mine])
+
+    def _loader(self, batches: KeyedBatches | list[tuple[Tensor, Tensor]]) -> DataLoader[Pixels]:
+        return DataLoader(self._pixels, sampler=batches, batch_size=None, collate_fn=_whole)
+
+    @property
+    def _rank(self) -> tuple[int, int]:
+        trainer = self.trainer
+        return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
+
+
+class PixelDataset(Dataset[Pixels]):
+    """Whole batches of uint8 pixels: one copy out of the memory map."""
+
+    def __init__(self, images: ImageSet) -> None:
+        self.images = images.images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, batch: tuple[Tensor, Tensor]) -> Pixels:
+        """Return the images of a drawn batch."""
+        index, rounds = batch
+        return Pixels(index, rounds, torch.from_numpy(self.images[index.numpy()]))
+
+
+def _whole(batch: Pixels) -> Pixels:
+    return batch
+
+
+def _key(*names: str) -> int:
+    """A stable number for a name; Python's own hash differs from process to process."""
+    return zlib.crc32("/".join(names).encode())

@@ -1,0 +1,80 @@
+"""What a data set is to every stage: pixels in a fixed order, and nothing else to train on.
+
+Shapes: N images, S side in pixels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spice_pl.errors import UsageError
+
+PROTOCOLS = ("whole", "split")
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images in a fixed order, with what is known about them.
+
+    Attributes:
+        name: names the folder of results.
+        images: (N, 3, S, S) uint8, in memory or memory-mapped.
+        keys: (N,) path or index of every image, for people.
+        fingerprint: digest of pixels and order; two sets with one fingerprint are interchangeable.
+        labels: (N,) int64 truth for `truth/*` metrics only, -1 where unknown; None without truth.
+        class_names: one name a class.
+        is_test: (N,) True where the images' authors keep the image for testing.
+        protocol: "whole" trains and scores on all images, "split" trains on train and scores on
+            test images.
+        skipped: file and reason of everything that could not be used.
+    """
+
+    name: str
+    images: NDArray[np.uint8]
+    keys: Sequence[str]
+    fingerprint: str
+    labels: NDArray[np.int64] | None = None
+    class_names: Sequence[str] | None = None
+    is_test: NDArray[np.bool_] | None = None
+    protocol: str = "whole"
+    skipped: Sequence[tuple[str, str]] = field(default_factory=tuple)
+
+    def __post_init__(self) -> None:
+        if self.protocol not in PROTOCOLS:
+            raise UsageError(f"dataset.protocol {self.protocol!r} is none of {PROTOCOLS}")
+        if self.protocol == "split" and (self.is_test is None or not self.is_test.any()):
+            raise UsageError(
+                f"dataset.protocol=split needs test images and {self.name} has none; "
+                "use dataset.protocol=whole"
+            )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def train_index(self) -> NDArray[np.int64]:
+        """(n,) images that training may see under the protocol."""
+        return self._index(test=False)
+
+    @property
+    def score_index(self) -> NDArray[np.int64]:
+        """(n,) images that reported scores are computed on under the protocol."""
+        return self._index(test=True)
+
+    def _index(self, *, test: bool) -> NDArray[np.int64]:
+        if self.protocol == "whole" or self.is_test is None:
+            return np.arange(len(self))
+        return np.flatnonzero(self.is_test == test)
+
+
+def fingerprint(images: NDArray[np.uint8], chunk: int = 4096) -> str:
+    """Digest of shape, order and every pixel, 16 hexadecimal digits (BLAKE2b)."""
+    digest = hashlib.blake2b(repr(images.shape).encode(), digest_size=8)
+    for start in range(0, len(images), chunk):
+        digest.update(np.ascontiguousarray(images[start : start + chunk]).data)
+    return digest.hexdigest()

@@ -1,0 +1,108 @@
+"""Which images come when: a pure function of (seed, epoch), so that any run can be resumed.
+
+Shapes: n images in the subset, b images in this rank's part of a batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from spice_pl.data.keyed import keyed_generator
+from spice_pl.errors import UsageError
+
+
+class KeyedBatches(Sampler[tuple[Tensor, Tensor]]):
+    """Batches of (index, round), shuffled by (seed, epoch) and the same for any number of ranks.
+
+    An epoch visits `num_samples` images: whole shuffled rounds over the subset, the last one cut.
+    A batch never spans two groups of `group_size` images. Every rank takes each `world_size`-th
+    image of the global batch, so that the global batch does not depend on the number of ranks.
+
+    Args:
+        subset: (n,) indices to draw from.
+        batch_size: images in a global batch.
+        seed: of the run.
+        stream: number of this stream among the streams of the stage.
+        num_samples: images in an epoch; None means n.
+        group_size: images that belong together, None means `num_samples`.
+        drop_last: leave out a batch that is not full; else it is a smaller one.
+        rank: this process among `world_size`.
+        world_size: number of processes.
+
+    Raises:
+        UsageError: the subset cannot fill one batch, or ranks cannot share a batch evenly.
+    """
+
+    def __init__(
+        self,
+        subset: Tensor,
+        batch_size: int,
+        seed: int,
+        stream: int = 0,
+        *,
+        num_samples: int | None = None,
+        group_size: int | None = None,
+        drop_last: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.num_samples = len(subset) if num_samples is None else num_samples
+        self.group_size = self.num_samples if group_size is None else group_size
+        if drop_last and batch_size % world_size:
+            raise UsageError(
+                f"batch_size {batch_size} cannot be shared evenly by {world_size} devices; "
+                f"choose a multiple of {world_size}"
+            )
+        last = self.group_size % batch_size
+        if not drop_last and 0 < last < world_size:
+            # DistributedDataParallel needs a part of every batch on every rank, even of the last.
+            raise UsageError(
+                f"the last batch of {last} images cannot be shared by {world_size} devices; "
+                "choose another batch_size"
+            )
+        if drop_last and self.group_size < batch_size:
+            raise UsageError(
+                f"batch_size {batch_size} is larger than the {self.group_size} images to draw "
+                f"from; lower it to at most {self.group_size}"
+            )
+        self.subset, self.batch_size, self.seed, self.stream = subset, batch_size, seed, stream
+        self.drop_last, self.rank, self.world_size = drop_last, rank, world_size
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration draws; Lightning calls it."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        per_group = self.group_size / self.batch_size
+        batches = math.floor(per_group) if self.drop_last else math.ceil(per_group)
+        return self.num_samples // self.group_size * batches
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        index, rounds = self._order()
+        for group in range(self.num_samples // self.group_size):
+            start = group * self.group_size
+            for offset in range(0, self.group_size, self.batch_size):
+                end = min(offset + self.batch_size, self.group_size)
+                if self.drop_last and end - offset < self.batch_size:
+                    break
+                mine = slice(start + offset + self.rank, start + end, self.world_size)
+                yield index[mine], rounds[mine]  # (b,), (b,)
+
+    def _order(self) -> tuple[Tensor, Tensor]:
+        """Indices of the epoch, and the round each is drawn in (the key of its views)."""
+        n = len(self.subset)
+        num_rounds = math.ceil(self.num_samples / n)
+        first = self.epoch * num_rounds
+        order = [
+            torch.randperm(n, generator=keyed_generator(self.seed, self.stream, first + i))
+            for i in range(num_rounds)
+        ]
+        index = self.subset[torch.cat(order)[: self.num_samples]]
+        rounds = torch.arange(first, first + num_rounds).repeat_interleave(n)[: self.num_samples]
+        return index, rounds

@@ -1,0 +1,43 @@
+"""Contrastive loss of stage 1.
+
+Shapes: B batch, D embedding width, Q queue length.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def info_nce(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> Tensor:
+    """Contrast each query with its key and a queue of negatives.
+
+    He et al. 2020 (MoCo), Eq. 1.
+
+    Args:
+        query: (B, D), l2-normalised; the only input that receives a gradient.
+        key: (B, D), l2-normalised view of the same images.
+        queue: (D, Q), l2-normalised negatives.
+        temperature: tau in Eq. 1, > 0.
+
+    Returns:
+        Mean loss in nats, scalar.
+
+    Raises:
+        ValueError: temperature is not positive, or the shapes disagree.
+
+    Example:
+        >>> query = torch.tensor([[1.0, 0.0]])
+        >>> info_nce(query, query, torch.tensor([[1.0], [0.0]]), temperature=0.2)  # log 2
+        tensor(0.6931)
+    """
+    if temperature <= 0:
+        raise ValueError(f"temperature {temperature} is not positive; MoCo v2 uses 0.2")
+    if query.shape != key.shape or queue.ndim != 2 or queue.shape[0] != query.shape[-1]:
+        raise ValueError(
+            f"query (B, D) = {tuple(query.shape)}, key (B, D) = {tuple(key.shape)} and "
+            f"queue (D, Q) = {tuple(queue.shape)} disagree; the queue holds one key per column"
+        )
+    positive = (query * key.detach()).sum(dim=-1, keepdim=True)  # (B, 1)
+    negative = query @ queue.detach()  # (B, Q)
+    logits = torch.cat([positive, negative], dim=-1) / temperature  # (B, 1 + Q)
+    return F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.long))

@@ -1,0 +1,172 @@
+"""Losses of the clustering heads (stage 2) and of joint training (stage 3).
+
+Shapes: H heads, B samples or slots, U unlabelled samples, K clusters.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def double_softmax_cross_entropy(probs: Tensor, label: Tensor) -> Tensor:
+    """Cross-entropy of a second softmax over probabilities.
+
+    Niu et al. 2022 (SPICE), Eq. 5: p' = softmax(logits) comes in, CE(softmax(p'), label) goes out.
+    It learns more slowly than CE(p', label) from labels that may be wrong (Appendix A), and cannot
+    fall under `double_softmax_floor`.
+
+    Args:
+        probs: (..., K), rows sum to one.
+        label: (...), or any shape that broadcasts to it; cluster ids 0 to K - 1.
+
+    Returns:
+        Mean loss in nats, scalar; over heads too, if there are any.
+
+    Raises:
+        ValueError: the shapes disagree.
+
+    Example:
+        >>> probs = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        >>> double_softmax_cross_entropy(probs, torch.tensor([0, 1]))
+        tensor(0.3133)
+    """
+    return _cross_entropy(probs, label).mean()
+
+
+def double_softmax_cross_entropy_per_head(probs: Tensor, label: Tensor) -> Tensor:
+    """Compute `double_softmax_cross_entropy` of each head by itself, in one call.
+
+    Args:
+        probs: (H, B, K), rows sum to one.
+        label: (H, B), or (B,) if the heads share their labels.
+
+    Returns:
+        Mean losses (H,) in nats; their mean is the loss of Eq. 5 over all heads.
+
+    Raises:
+        ValueError: the shapes disagree.
+
+    Example:
+        >>> probs = torch.tensor([[[1.0, 0.0]], [[0.5, 0.5]]])
+        >>> double_softmax_cross_entropy_per_head(probs, torch.tensor([0]))
+        tensor([0.3133, 0.6931])
+    """
+    return _cross_entropy(probs, label).mean(dim=-1)
+
+
+def double_softmax_floor(num_clusters: int) -> float:
+    """Give the smallest double-softmax cross-entropy that K clusters allow.
+
+    SPICE, Appendix A: a one-hot p' gives log((e + K - 1) / e).
+
+    Args:
+        num_clusters: K, at least 1.
+
+    Returns:
+        The floor in nats.
+
+    Example:
+        >>> [round(double_softmax_floor(num_clusters), 3) for num_clusters in (10, 20, 200)]
+        [1.461, 2.078, 4.307]
+    """
+    return math.log((math.e + num_clusters - 1) / math.e)
+
+
+def tempered_cross_entropy(probs: Tensor, label: Tensor, temperature: float) -> Tensor:
+    """Cross-entropy of softmax(logits / temperature), from the probabilities softmax(logits).
+
+    SPICE, Table VII: TCE with temperature 0.2, and plain CE with temperature 1.
+
+    Args:
+        probs: (..., K), rows sum to one.
+        label: (...), or any shape that broadcasts to it; cluster ids 0 to K - 1.
+        temperature: > 0; below 1 sharpens.
+
+    Returns:
+        Mean loss in nats, scalar.
+
+    Raises:
+        ValueError: temperature is not positive, or the shapes disagree.
+
+    Example:
+        >>> probs = torch.tensor([[0.8, 0.2]])
+        >>> tempered_cross_entropy(probs, torch.tensor([0]), temperature=1.0)  # -log 0.8
+        tensor(0.2231)
+    """
+    if temperature <= 0:
+        raise ValueError(f"temperature {temperature} is not positive; SPICE's TCE uses 0.2")
+    # log p and the logits differ by a constant per row, which the softmax drops.
+    return _cross_entropy(_finite_log(probs) / temperature, label).mean()
+
+
+def mean_prediction_entropy(probs: Tensor) -> Tensor:
+    """Entropy of the mean prediction, to be maximised so that no cluster stays empty.
+
+    SPICE, Table VII "Entropy" and Tiny-ImageNet (K = 200). The gradient is finite at a mean of 0.
+
+    Args:
+        probs: (..., B, K), rows sum to one.
+
+    Returns:
+        Entropy (...) in nats, between 0 and log K; (H,) for (H, B, K).
+
+    Example:
+        >>> mean_prediction_entropy(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))  # log 2
+        tensor(0.6931)
+    """
+    mean = probs.mean(dim=-2)  # (..., K)
+    return -(mean * (mean + torch.finfo(mean.dtype).tiny).log()).sum(dim=-1)
+
+
+def consistency_cross_entropy(
+    logits_strong: Tensor, probs_weak: Tensor, threshold: float
+) -> tuple[Tensor, Tensor]:
+    """Teach the strong view the label that the weak view is sure of.
+
+    SPICE, Eqs. 8-9, after Sohn et al. 2020 (FixMatch), Eq. 4. The weak view gets no gradient.
+
+    Args:
+        logits_strong: (U, K), before any softmax.
+        probs_weak: (U, K), rows sum to one.
+        threshold: eta, smallest max p that makes a label, in [0, 1].
+
+    Returns:
+        Loss in nats, scalar, a mean over all U samples with or without a label; and the mask (U,)
+        of those that have one.
+
+    Raises:
+        ValueError: the shapes disagree.
+
+    Example:
+        >>> weak = torch.tensor([[0.96, 0.04], [0.6, 0.4]])
+        >>> consistency_cross_entropy(torch.zeros(2, 2), weak, threshold=0.95)  # (log 2) / 2
+        (tensor(0.3466), tensor([ True, False]))
+    """
+    if logits_strong.shape != probs_weak.shape:
+        raise ValueError(
+            f"logits_strong (U, K) = {tuple(logits_strong.shape)} and "
+            f"probs_weak (U, K) = {tuple(probs_weak.shape)} differ; they are views of one batch"
+        )
+    confidence, label = probs_weak.detach().max(dim=-1)  # (U,) each
+    mask = confidence >= threshold  # (U,)
+    return (_cross_entropy(logits_strong, label) * mask).mean(), mask
+
+
+def _cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
+    """Cross-entropy in nats of every sample: (..., K) and (...) give (...)."""
+    num_clusters = logits.shape[-1]
+    try:
+        label = label.expand(logits.shape[:-1])
+    except RuntimeError as error:
+        raise ValueError(
+            f"label {tuple(label.shape)} does not broadcast to {tuple(logits.shape[:-1])}, "
+            f"one for each row of the (..., K) = {tuple(logits.shape)} predictions"
+        ) from error
+    loss = F.cross_entropy(logits.reshape(-1, num_clusters), label.reshape(-1), reduction="none")
+    return loss.view(logits.shape[:-1])
+
+
+def _finite_log(probs: Tensor) -> Tensor:
+    return probs.clamp_min(torch.finfo(probs.dtype).tiny).log()

@@ -1,0 +1,168 @@
+"""Reliable labels: the samples whose neighbours and head agree, between stages 2 and 3.
+
+Niu et al. 2022 (SPICE), Eqs. 6-7.
+
+Shapes: N samples, D embedding width, K clusters.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from spice_pl.functional.neighbors import nearest_neighbors
+
+Balance = Literal["none", "min", "cap"]
+
+
+def local_consistency(
+    embeddings: Tensor, clusters: Tensor, num_neighbors: int = 100, chunk_size: int | None = None
+) -> Tensor:
+    """Measure the share of a sample's nearest neighbours that lie in its own cluster.
+
+    SPICE, Eq. 6, over the whole data set, by cosine. The sample itself is one of its neighbours,
+    as in the authors' code.
+
+    Args:
+        embeddings: (N, D), the samples' features; l2-normalised here, if they are not yet.
+        clusters: (N,), predicted cluster ids.
+        num_neighbors: N_s, 1 to N.
+        chunk_size: samples at a time, so that memory grows with chunk_size * N, never N * N;
+            by default as many as keep a chunk at 2^26 similarities.
+
+    Returns:
+        Agreement (N,), float32, in [0, 1].
+
+    Raises:
+        ValueError: the lengths disagree, or num_neighbors is not between 1 and N.
+
+    Example:
+        >>> embeddings = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.1, 0.9], [0.0, 1.0]])
+        >>> local_consistency(embeddings, torch.tensor([0, 0, 0, 1]), num_neighbors=2)
+        tensor([1.0000, 1.0000, 0.5000, 0.5000])
+    """
+    _check_lengths(embeddings=embeddings, clusters=clusters)
+    if not 1 <= num_neighbors <= len(embeddings):
+        raise ValueError(
+            f"num_neighbors {num_neighbors} is not between 1 and the {len(embeddings)} samples; "
+            f"lower it to at most {len(embeddings)}"
+        )
+    _, index = nearest_neighbors(embeddings, embeddings, num_neighbors, chunk_size)
+    same = clusters[index] == clusters.unsqueeze(-1)  # (N, N_s)
+    return same.sum(dim=-1).float() / num_neighbors  # (N,)
+
+
+def reliable_mask(
+    embeddings: Tensor,
+    probs: Tensor,
+    *,
+    num_neighbors: int = 100,
+    agreement: float = 0.95,
+    confidence: float = 0.99,
+    balance: Balance = "min",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Select the samples whose predicted cluster may be trusted.
+
+    SPICE, Eqs. 6-7: `local_consistency` of the most probable clusters, then `select_reliable`.
+
+    Args:
+        embeddings: (N, D), the samples' features; l2-normalised here, if they are not yet.
+        probs: (N, K), rows sum to one.
+        num_neighbors: N_s, 1 to N.
+        agreement: λ, see `select_reliable`.
+        confidence: see `select_reliable`.
+        balance: see `select_reliable`.
+        generator: see `select_reliable`.
+
+    Returns:
+        Mask (N,); all False is a possible result.
+
+    Raises:
+        ValueError: as in `local_consistency` and `select_reliable`.
+
+    Example:
+        >>> embeddings = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.1, 0.9], [0.0, 1.0]])
+        >>> probs = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.6, 0.4], [0.0, 1.0]])
+        >>> reliable_mask(embeddings, probs, num_neighbors=2)
+        tensor([ True,  True, False, False])
+    """
+    _check_lengths(embeddings=embeddings, probs=probs)
+    confidences, clusters = probs.max(dim=-1)  # (N,) each
+    return select_reliable(
+        local_consistency(embeddings, clusters, num_neighbors),
+        confidences,
+        clusters,
+        agreement=agreement,
+        confidence=confidence,
+        balance=balance,
+        generator=generator,
+    )
+
+
+def select_reliable(
+    agreements: Tensor,
+    confidences: Tensor,
+    clusters: Tensor,
+    *,
+    agreement: float = 0.95,
+    confidence: float = 0.99,
+    balance: Balance = "min",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Select reliable samples from values that are known already.
+
+    SPICE, Eq. 7, with the authors' code's threshold on max p and equal numbers per cluster.
+
+    Args:
+        agreements: (N,), from `local_consistency`.
+        confidences: (N,), max p.
+        clusters: (N,), predicted cluster ids.
+        agreement: λ; a reliable sample has agreements >= λ.
+        confidence: a reliable sample has confidences > this.
+        balance: how many a cluster keeps: "none", all; "min", as many as the smallest cluster
+            that has any (a cluster without reliable samples takes nothing from the others);
+            "cap", at most the (lower) median over the clusters that have any. A larger cluster
+            keeps a random draw, as in the authors' code, so that not only its core is learnt.
+        generator: of that draw; torch's default generator if None.
+
+    Returns:
+        Mask (N,); all False is a possible result.
+
+    Raises:
+        ValueError: the lengths disagree or balance is unknown.
+
+    Example:
+        >>> ones, clusters = torch.ones(4), torch.tensor([0, 0, 2, 2])
+        >>> select_reliable(ones, torch.tensor([1.0, 1.0, 1.0, 0.5]), clusters).sum()
+        tensor(2)
+    """
+    _check_lengths(agreements=agreements, confidences=confidences, clusters=clusters)
+    if balance not in ("none", "min", "cap"):
+        raise ValueError(f"balance {balance!r} is unknown; choose none, min or cap")
+    reliable = (agreements >= agreement) & (confidences > confidence)  # (N,)
+    if balance == "none" or not reliable.any():
+        return reliable
+    counts = clusters[reliable].bincount()
+    counts = counts[counts > 0]  # (clusters that have any,)
+    limit = counts.min() if balance == "min" else counts.median()
+    return _keep_at_most(int(limit), reliable, clusters, generator)
+
+
+def _keep_at_most(
+    limit: int, reliable: Tensor, clusters: Tensor, generator: torch.Generator | None
+) -> Tensor:
+    # One ticket a sample, drawn before clusters are looked at: their numbering has no influence.
+    device = generator.device if generator is not None else "cpu"
+    tickets = torch.rand(len(clusters), generator=generator, device=device).to(clusters.device)
+    kept = torch.zeros_like(reliable)
+    for cluster in clusters[reliable].bincount().nonzero():
+        members = (reliable & (clusters == cluster)).nonzero().squeeze(-1)
+        kept[members[tickets[members].argsort()[:limit]]] = True
+    return kept
+
+
+def _check_lengths(**tensors: Tensor) -> None:
+    if len({len(tensor) for tensor in tensors.values()}) > 1:
+        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+        raise ValueError(f"{shapes} differ in length; row i is sample i in each of them")

@@ -1,0 +1,87 @@
+"""One process a device, started with the job's own resolved settings.
+
+Hydra's command line is read once, by the parent: a sweep therefore hands each trial's settings to
+all of its ranks, where a child that reads the command line again would draw its own.
+The parent does not train. It waits, and ends every rank as soon as one has failed.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from spice_pl.errors import UsageError
+
+
+def in_rank() -> bool:
+    """Whether this process is a rank already: ours, torchrun's or SLURM's."""
+    return "LOCAL_RANK" in os.environ or "SLURM_PROCID" in os.environ
+
+
+def launch_ranks(num_ranks: int, job: str, grace_s: float = 10.0) -> None:
+    """Run `python -m spice_pl.run FILE` once a rank and wait for all of them.
+
+    Args:
+        num_ranks: processes on this machine.
+        job: YAML that every rank reads.
+        grace_s: seconds that a rank has to end after another has failed.
+
+    Raises:
+        UsageError: a rank stopped for a reason that a person can mend (exit code 2).
+        RuntimeError: a rank failed otherwise; its own error stands above.
+    """
+    with tempfile.TemporaryDirectory(prefix="spice-pl-") as folder:
+        file = Path(folder, "job.yaml")
+        file.write_text(job, encoding="utf-8")
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-m", "spice_pl.run", str(file)],
+                env=os.environ
+                # Idle threads that spin starve the other ranks on a machine with few cores.
+                | {"OMP_WAIT_POLICY": "PASSIVE"}
+                | address
+                | {
+                    "LOCAL_RANK": str(rank),
+                    "RANK": str(rank),
+                    "NODE_RANK": "0",
+                    "WORLD_SIZE": str(num_ranks),
+                },
+            )
+            for rank in range(num_ranks)
+        ]
+        try:
+            _wait(ranks, grace_s)
+        finally:
+            for rank in ranks:
+                if rank.poll() is None:
+                    rank.kill()
+                rank.wait()
+
+
+def _wait(ranks: list[subprocess.Popen[bytes]], grace_s: float) -> None:
+    while any(rank.poll() is None for rank in ranks):
+        failed = [i for i, rank in enumerate(ranks) if rank.poll() not in (None, 0)]
+        if failed:
+            deadline = time.monotonic() + grace_s
+            while time.monotonic() < deadline and any(rank.poll() is None for rank in ranks):
+                time.sleep(0.1)
+            break
+        time.sleep(0.1)
+    codes = [rank.poll() for rank in ranks]
+    if 2 in codes:
+        raise UsageError("the ranks stopped; the reason stands above")
+    failed = [i for i, code in enumerate(codes) if code != 0]
+    if failed:
+        raise RuntimeError(f"rank {failed[0]} ended with code {codes[failed[0]]}; see its error above")
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])

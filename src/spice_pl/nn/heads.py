@@ -1,0 +1,168 @@
+"""Cluster heads: one, or many trained side by side in batched matrix products.
+
+Shapes: H heads, B images, D features, E hidden units, K clusters.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ClusterHead(nn.Module):
+    """Linear-ReLU-Linear-softmax: features to cluster probabilities.
+
+    Niu et al. 2022 (SPICE), Section III-B.
+
+    Args:
+        feature_dim: D.
+        hidden_dim: E.
+        num_clusters: K.
+
+    Example:
+        >>> head = ClusterHead(feature_dim=8, hidden_dim=8, num_clusters=3)
+        >>> head(torch.zeros(2, 8)).sum(dim=1).allclose(torch.ones(2))
+        True
+    """
+
+    def __init__(self, feature_dim: int, hidden_dim: int, num_clusters: int) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(feature_dim, hidden_dim)
+        self.output = nn.Linear(hidden_dim, num_clusters)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return probabilities (B, K) of raw features (B, D)."""
+        return self.logits(features).softmax(dim=-1)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Return logits (B, K) of raw features (B, D), what a single softmax loss takes."""
+        logits: Tensor = self.output(F.relu(self.hidden(features)))
+        return logits
+
+
+class ParallelHeads(nn.Module):
+    """H independent cluster heads computed at once.
+
+    Niu et al. 2022 (SPICE), Section III-B. Equal to H `ClusterHead`s, each initialised as
+    `nn.Linear` initialises itself.
+
+    Args:
+        feature_dim: D.
+        hidden_dim: E.
+        num_clusters: K.
+        num_heads: H.
+        seed: head h is initialised from its own generator with seed + h, so it equals the only
+            head of `num_heads=1, seed=seed + h`; None draws from torch's generator.
+
+    Raises:
+        ValueError: num_heads is less than 1.
+
+    Example:
+        >>> heads = ParallelHeads(feature_dim=8, hidden_dim=8, num_clusters=3, num_heads=10)
+        >>> heads(torch.zeros(2, 8)).shape  # the same images for every head
+        torch.Size([10, 2, 3])
+        >>> heads(torch.zeros(10, 2, 8)).shape  # its own images for every head
+        torch.Size([10, 2, 3])
+    """
+
+    def __init__(
+        self,
+        feature_dim: int,
+        hidden_dim: int,
+        num_clusters: int,
+        num_heads: int,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        if num_heads < 1:
+            raise ValueError(f"num_heads {num_heads} leaves nothing to train; use at least 1")
+        self.num_heads = num_heads
+        # The layout of nn.Linear: all hidden layers flatten into one (H·E, D) without a copy.
+        self.hidden_weight = nn.Parameter(torch.empty(num_heads, hidden_dim, feature_dim))
+        self.hidden_bias = nn.Parameter(torch.empty(num_heads, hidden_dim))
+        self.output_weight = nn.Parameter(torch.empty(num_heads, num_clusters, hidden_dim))
+        self.output_bias = nn.Parameter(torch.empty(num_heads, num_clusters))
+        self._initialise(seed)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the probabilities of every head.
+
+        Args:
+            features: raw, (B, D) for the same images in every head, or (H, B, D).
+
+        Returns:
+            Probabilities (H, B, K).
+
+        Raises:
+            ValueError: features has neither shape.
+        """
+        return self.logits(features).softmax(dim=-1)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Return the logits of every head, (H, B, K); arguments and errors as in `forward`."""
+        num_heads, hidden_dim, feature_dim = self.hidden_weight.shape
+        shared = features.ndim == 2
+        own = features.ndim == 3 and len(features) == num_heads
+        if not (shared or own) or features.shape[-1] != feature_dim:
+            raise ValueError(
+                f"features {tuple(features.shape)} is neither (B, D) nor (H, B, D) with "
+                f"D = {feature_dim} and H = {num_heads}; build the heads with "
+                "feature_dim=backbone.num_features"
+            )
+        # Weights on the left, so that their gradients need no transposing copy.
+        if shared:
+            weight, bias = self.hidden_weight.flatten(0, 1), self.hidden_bias.flatten()
+            hidden = torch.addmm(bias[:, None], weight, features.T)  # (H·E, B)
+            hidden = hidden.view(num_heads, hidden_dim, len(features))  # (H, E, B)
+        else:
+            hidden = torch.baddbmm(self.hidden_bias[..., None], self.hidden_weight, features.mT)
+        logits = torch.baddbmm(self.output_bias[..., None], self.output_weight, F.relu(hidden))
+        return logits.mT  # (H, B, K)
+
+    def head(self, index: int) -> ClusterHead:
+        """Return a copy of one head as an ordinary module.
+
+        Args:
+            index: of the head, 0 ≤ index < H.
+
+        Returns:
+            A head that shares no storage with these.
+
+        Raises:
+            IndexError: there is no such head.
+        """
+        if not 0 <= index < self.num_heads:
+            raise IndexError(f"head {index} does not exist; choose one of 0..{self.num_heads - 1}")
+        num_clusters, hidden_dim = self.output_weight.shape[1:]
+        with torch.device("meta"):  # draws nothing from the run's generator
+            head = ClusterHead(self.hidden_weight.shape[2], hidden_dim, num_clusters)
+        one = {k.replace("_", "."): v[index].clone() for k, v in self.state_dict().items()}
+        head.load_state_dict(one, assign=True)
+        return head
+
+    @torch.no_grad()
+    def _initialise(self, seed: int | None) -> None:
+        for h in range(self.num_heads):
+            generator = None
+            if seed is not None:
+                generator = torch.Generator(self.hidden_weight.device).manual_seed(seed + h)
+            for weight, bias in (
+                (self.hidden_weight[h], self.hidden_bias[h]),
+                (self.output_weight[h], self.output_bias[h]),
+            ):
+                bound = 1 / math.sqrt(weight.shape[1])  # U(±1/√fan_in), the default of nn.Linear
+                weight.uniform_(-bound, bound, generator=generator)
+                bias.uniform_(-bound, bound, generator=generator)
+
+
+class LinearHead(nn.Linear):
+    """Linear-softmax: the classifier that stage 3 starts from scratch with."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return probabilities (B, K) of raw features (B, D)."""
+        return self.logits(features).softmax(dim=-1)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Return logits (B, K) of raw features (B, D)."""
+        return F.linear(features, self.weight, self.bias)

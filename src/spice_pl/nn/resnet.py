@@ -1,0 +1,106 @@
+"""ResNets for small and large images: one class, three stems.
+
+Shapes: B images, S pixels a side, W channels of the stem, D features.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock
+
+Stem = Literal["conv3", "conv3_pool", "conv7"]
+
+
+class ResNet(nn.Module):
+    """ResNet of basic blocks without a classifier.
+
+    He et al. 2016, Table 1; the 3×3 stems are SPICE's (Niu et al. 2022). The stages have strides
+    1, 2, 2, ... and torchvision's parameter names, so torchvision's state dicts load once
+    `fc.*` is dropped.
+
+    | network | blocks | stem |
+    |---|---|---|
+    | ResNet18 for 32 pixels | 2, 2, 2, 2 | conv3 |
+    | ResNet18 for 96 pixels | 2, 2, 2, 2 | conv3_pool |
+    | SPICE's clustering ResNet34 | 3, 4, 6, 3 | conv3_pool |
+    | ResNet34 for 224 pixels | 3, 4, 6, 3 | conv7 |
+
+    Args:
+        blocks: basic blocks per stage.
+        widths: channels per stage; the first is also the width of the stem, the last is D.
+        stem: `conv3` keeps the resolution, `conv3_pool` halves it, `conv7` (ImageNet) quarters it.
+        in_channels: channels of the images.
+
+    Raises:
+        ValueError: blocks and widths differ in length, or are empty, or the stem is unknown.
+
+    Example:
+        >>> import torch
+        >>> backbone = ResNet(blocks=(1, 1, 1), widths=(8, 16, 32))
+        >>> backbone(torch.zeros(2, 3, 32, 32)).shape, backbone.num_features
+        (torch.Size([2, 32]), 32)
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[int] = (2, 2, 2, 2),
+        widths: Sequence[int] = (64, 128, 256, 512),
+        stem: Stem = "conv3",
+        in_channels: int = 3,
+    ) -> None:
+        super().__init__()
+        if not blocks or len(blocks) != len(widths):
+            raise ValueError(
+                f"blocks {list(blocks)} and widths {list(widths)} describe {len(blocks)} and "
+                f"{len(widths)} stages; give one number of blocks and one width per stage"
+            )
+        if stem not in get_args(Stem):
+            raise ValueError(f"stem {stem!r} is unknown; choose one of {', '.join(get_args(Stem))}")
+
+        kernel, stride = (7, 2) if stem == "conv7" else (3, 1)
+        self.conv1 = nn.Conv2d(
+            in_channels, widths[0], kernel, stride, padding=kernel // 2, bias=False
+        )
+        self.bn1 = nn.BatchNorm2d(widths[0])
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = _stem_pool(stem)
+
+        self.num_stages = len(blocks)
+        in_width = widths[0]
+        for stage, (num_blocks, width) in enumerate(zip(blocks, widths, strict=True), start=1):
+            layer = _stage(in_width, width, num_blocks, stride=1 if stage == 1 else 2)
+            self.add_module(f"layer{stage}", layer)
+            in_width = width
+        self.num_features = in_width
+
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return raw features (B, D) of images (B, in_channels, S, S), not normalised."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))  # (B, W, s, s)
+        for stage in range(1, self.num_stages + 1):
+            x = self.get_submodule(f"layer{stage}")(x)
+        features: Tensor = x.mean(dim=(2, 3))  # (B, D)
+        return features
+
+
+def _stem_pool(stem: Stem) -> nn.Module:
+    if stem == "conv7":
+        return nn.MaxPool2d(3, stride=2, padding=1)
+    if stem == "conv3_pool":
+        # The authors' padding: 96 pixels become 49, and the last map 7×7.
+        return nn.MaxPool2d(2, stride=2, padding=1)
+    return nn.Identity()
+
+
+def _stage(in_width: int, width: int, num_blocks: int, stride: int) -> nn.Sequential:
+    downsample = None
+    if stride != 1 or in_width != width:
+        downsample = nn.Sequential(
+            nn.Conv2d(in_width, width, 1, stride, bias=False), nn.BatchNorm2d(width)
+        )
+    rest = [BasicBlock(width, width) for _ in range(num_blocks - 1)]
+    return nn.Sequential(BasicBlock(in_width, width, stride, downsample), *rest)

@@ -1,0 +1,390 @@
+"""One clustering run as one HTML file that opens offline."""
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+from numpy.typing import NDArray
+
+from spice_pl.reports.tables import NO_LABELS, ResultRow, duration_text, footnotes, score_text
+from spice_pl.reports.wall import PIXEL_ART, Index, Wall, choose_wall, resized, sprite
+
+IntArray = NDArray[np.integer[Any]]
+FloatArray = NDArray[np.floating[Any]]
+
+SHEETS_BYTES = 11_000_000  # of pictures in the page; leaves 4 MB of a 15 MB mail for the text
+MAX_PICTURES = 2_400  # aimed at; every wall of every cluster still shows one
+MAX_SKIPPED = 200  # lines; the rest is counted
+MAX_CONFUSION_CELLS = 10_000  # 100 clusters by 100 classes; beyond it nobody reads a table
+CURVE_POINTS = 300  # one a CSS pixel
+WALLS = {
+    "Prototypes": "highest confidence",
+    "Typical": "around the median",
+    "Borderline": "lowest confidence",
+}
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """Everything the page shows; N images, K clusters.
+
+    Attributes:
+        title: heading of the page.
+        dataset: name of the data set.
+        num_images: N.
+        num_clusters: K; clusters without an image are shown too.
+        protocol: which images were trained on and which were clustered.
+        seed: of the run.
+        rows: results; the first row that is no oracle is the headline.
+        images: from an index (n,) to pictures, uint8 (n, 3, S, S); called for shown pictures only.
+        keys: (N,), path or index of each image.
+        clusters: (N,), in [0, K).
+        confidence: (N,), in [0, 1].
+        agreement: (N,), in [0, 1], share of an image's neighbours in the same cluster.
+        reliable: (N,), bool.
+        labels: (N,), truth, or None; a negative label means that this image has none.
+        class_names: name of each label, or None.
+        curves: loss by stage, each a sequence of (step, loss).
+        skipped: files left out and why, (file, reason).
+        settings: what the run was told.
+        versions: what the run was made with.
+        notes: sentences a reader has to know, shown near the top.
+
+    Raises:
+        ValueError: an array does not describe num_images images.
+    """
+
+    title: str
+    dataset: str
+    num_images: int
+    num_clusters: int
+    protocol: str
+    seed: int
+    rows: Sequence[ResultRow]
+    images: Callable[[NDArray[np.intp]], NDArray[np.uint8]]
+    keys: Sequence[str | int]
+    clusters: IntArray
+    confidence: FloatArray
+    agreement: FloatArray
+    reliable: NDArray[np.bool_]
+    labels: IntArray | None = None
+    class_names: Sequence[str] | None = None
+    curves: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
+    skipped: Sequence[tuple[str, str]] = ()
+    settings: Mapping[str, str] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("keys", "clusters", "confidence", "agreement", "reliable", "labels"):
+            values = getattr(self, name)
+            if values is not None and len(values) != self.num_images:
+                raise ValueError(
+                    f"{name} has {len(values)} entries for num_images {self.num_images}; "
+                    "give one entry an image"
+                )
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One shown image: where it is in its sheet, and what is known about it."""
+
+    sheet: int
+    offset: float  # percent, as CSS background-position counts it
+    key: str
+    confidence: str
+    agreement: str
+    truth: str | None
+
+
+@dataclass(frozen=True)
+class ClusterView:
+    """One cluster as the page shows it; None where an empty cluster has nothing to say."""
+
+    id: int
+    size: int
+    size_percent: float  # of the largest cluster
+    reliable_percent: float  # of the largest cluster
+    confidence: str | None
+    reliable: str | None
+    truth: str | None
+    truth_share: str | None
+    walls: Mapping[str, Sequence[Picture]]
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """Pictures of one section, side by side."""
+
+    number: int
+    uri: str
+    num_pictures: int
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A loss curve as a polyline in a box of 300 x 100, and its scale in words."""
+
+    stage: str
+    points: str
+    highest: str
+    lowest: str
+    last: str
+    first_step: int
+    last_step: int
+    num_not_finite: int
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """Clusters by classes; each cell a count and its share of the row. No rows: too large."""
+
+    classes: Sequence[str]
+    rows: Sequence[Sequence[tuple[int, float]]]
+    num_clusters: int
+    num_classes: int
+
+
+def render_report(data: ReportData) -> str:
+    """Return the page as HTML: no script, nothing loaded from outside."""
+    per_row = max(1, min(12, MAX_PICTURES // (3 * data.num_clusters)))
+    wall = choose_wall(
+        data.confidence, data.agreement, data.clusters, data.num_clusters, per_row=per_row
+    )
+    groups = [
+        np.concatenate([chosen.prototypes, chosen.typical, chosen.borderline])
+        for chosen in wall.clusters
+    ]
+    sheets, side = _sheets(data.images, [*groups, wall.not_sure])
+    pictures = [
+        _pictures(data, index, sheet) for sheet, index in enumerate([*groups, wall.not_sure])
+    ]
+    headline = next((row for row in data.rows if not row.oracle), None)
+    return _template().render(
+        data=data,
+        headline=headline,
+        facts=_facts(data, headline, wall.num_not_sure),
+        notes=[*data.notes, *_warnings(data)],
+        sheets=sheets,
+        tile_pixels=84 // side * side if side < PIXEL_ART else 80,
+        pixel_art=side < PIXEL_ART,
+        explained=WALLS,
+        clusters=_cluster_views(data, wall, pictures[:-1]),
+        equal=_equal_share(data),
+        not_sure=pictures[-1],
+        num_not_sure=wall.num_not_sure,
+        threshold=f"{wall.agreement_threshold:.0%}",
+        has_scores=any(row.has_scores for row in data.rows),
+        footnotes=footnotes(data.rows) if data.rows else [NO_LABELS] * (data.labels is None),
+        confusion=_confusion(data),
+        curves=[_curve(stage, points) for stage, points in data.curves.items() if points],
+        skipped=data.skipped[:MAX_SKIPPED],
+    )
+
+
+def write_report(data: ReportData, path: Path) -> Path:
+    """Write the page to path; the old page stays until the new one is whole on disk."""
+    page = render_report(data).encode("utf-8")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(page)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("spice_pl.reports"),
+        autoescape=True,
+        finalize=_visible,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"duration": duration_text, "score": score_text}
+    return environment.get_template("report.html.j2")
+
+
+def _visible(value: object) -> object:
+    """Spell out what cannot be printed: file names may hold lone surrogates or bidi overrides."""
+    if not isinstance(value, str) or isinstance(value, Markup) or value.isprintable():
+        return value
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in value)
+
+
+def _sheets(
+    images: Callable[[NDArray[np.intp]], NDArray[np.uint8]], groups: Sequence[Index]
+) -> tuple[list[Sheet], int]:
+    """One sheet a group, with the largest pictures that fit into SHEETS_BYTES, and their side."""
+    limit = 128 if sum(map(len, groups)) <= MAX_PICTURES else 64  # bounds the memory
+    tiles = [_fitted(images(index), limit) if len(index) else None for index in groups]
+    first = next((group.shape[-1] for group in tiles if group is not None), limit)
+    for side in [first, *(smaller for smaller in (96, 64, 48, 32) if smaller < first)]:
+        uris = ["" if group is None else sprite(group, side) for group in tiles]
+        if sum(map(len, uris)) <= SHEETS_BYTES:
+            break
+    return [
+        Sheet(number, uri, len(index))
+        for number, (uri, index) in enumerate(zip(uris, groups, strict=True))
+    ], side
+
+
+def _fitted(images: NDArray[np.uint8], limit: int) -> NDArray[np.uint8]:
+    """Pixel art untouched, anything else at 96 pixels or more: sharp on a dense screen."""
+    side = images.shape[-1]
+    return images if side < PIXEL_ART else resized(images, min(max(side, 96), limit))
+
+
+def _pictures(data: ReportData, index: Index, sheet: int) -> list[Picture]:
+    return [
+        Picture(
+            sheet=sheet,
+            offset=round(100 * position / max(len(index) - 1, 1), 4),
+            key=str(data.keys[i]),
+            confidence=f"{data.confidence[i]:.2f}",
+            agreement=f"{data.agreement[i]:.2f}",
+            truth=None if data.labels is None else _class_name(data, int(data.labels[i])),
+        )
+        for position, i in enumerate(index)
+    ]
+
+
+def _cluster_views(
+    data: ReportData, wall: Wall, pictures: Sequence[list[Picture]]
+) -> list[ClusterView]:
+    sizes = np.bincount(data.clusters, minlength=data.num_clusters)
+    reliable = np.bincount(data.clusters[data.reliable], minlength=data.num_clusters)
+    views = []
+    for cluster, (chosen, shown) in enumerate(zip(wall.clusters, pictures, strict=True)):
+        members = data.clusters == cluster
+        truth = np.empty(0, np.intp) if data.labels is None else data.labels[members]
+        truth = truth[truth >= 0]
+        majority = int(np.bincount(truth).argmax()) if len(truth) else None
+        size = int(sizes[cluster])
+        middle = len(chosen.prototypes)
+        bottom = middle + len(chosen.typical)
+        views.append(
+            ClusterView(
+                id=cluster,
+                size=size,
+                size_percent=round(100 * size / max(sizes.max(), 1), 2),
+                reliable_percent=round(100 * int(reliable[cluster]) / max(sizes.max(), 1), 2),
+                confidence=f"{data.confidence[members].mean():.2f}" if size else None,
+                reliable=f"{reliable[cluster] / size:.0%}" if size else None,
+                truth=None if majority is None else _class_name(data, majority),
+                truth_share=None if majority is None else f"{(truth == majority).mean():.0%}",
+                walls=dict(
+                    zip(WALLS, (shown[:middle], shown[middle:bottom], shown[bottom:]), strict=True)
+                ),
+            )
+        )
+    return views
+
+
+def _class_name(data: ReportData, label: int) -> str | None:
+    if label < 0:
+        return None
+    names = data.class_names or ()
+    return names[label] if label < len(names) else str(label)
+
+
+def _facts(
+    data: ReportData, headline: ResultRow | None, num_not_sure: int
+) -> list[tuple[str, str, bool]]:
+    """The numbers of the headline: (name, value, whether truth was needed)."""
+    facts: list[tuple[str, str, bool]] = []
+    if headline is not None and headline.has_scores:
+        scores = {"ACC": headline.acc, "NMI": headline.nmi, "ARI": headline.ari}
+        facts += [(name, score_text(score), True) for name, score in scores.items()]
+    if data.num_images:
+        facts.append(("Reliable", f"{np.mean(data.reliable):.0%}", False))
+        facts.append(("Mean confidence", f"{np.mean(data.confidence):.2f}", False))
+        facts.append(("Not sure", f"{num_not_sure / data.num_images:.1%}", False))
+    if headline is not None:
+        facts.append(("Time", duration_text(headline.seconds), False))
+    return [*facts, ("Seed", str(data.seed), False)]
+
+
+def _warnings(data: ReportData) -> list[str]:
+    """What is wrong with the clusters as a whole, as far as it shows without labels."""
+    sizes = np.bincount(data.clusters, minlength=data.num_clusters)
+    empty = np.flatnonzero(sizes == 0)
+    warnings = []
+    if len(empty):
+        named = ", ".join(map(str, empty[:20])) + (", …" if len(empty) > 20 else "")
+        warnings.append(
+            f"Without an image: {len(empty)} of {data.num_clusters} clusters ({named}). "
+            "Fewer clusters may do."
+        )
+    if data.num_clusters > 2 and 2 * sizes.max() > data.num_images > 0:
+        warnings.append(
+            f"Cluster {sizes.argmax()} holds {sizes.max() / data.num_images:.0%} of all images: "
+            "either the data are like that, or the clustering has collapsed."
+        )
+    return warnings
+
+
+def _equal_share(data: ReportData) -> tuple[str, float]:
+    """Images a cluster if all were of one size: as text, and in percent of the largest."""
+    largest = int(np.bincount(data.clusters, minlength=data.num_clusters).max())
+    share = data.num_images / data.num_clusters
+    return f"{share:,.0f}", round(100 * share / max(largest, 1), 2)
+
+
+def _confusion(data: ReportData) -> Confusion | None:
+    """Count clusters by classes; None without labels."""
+    if data.labels is None or not (data.labels >= 0).any():
+        return None
+    known = data.labels >= 0
+    num_classes = max(int(data.labels.max()) + 1, len(data.class_names or ()))
+    if data.num_clusters * num_classes > MAX_CONFUSION_CELLS:
+        return Confusion((), (), data.num_clusters, num_classes)
+    counts = np.zeros((data.num_clusters, num_classes), np.int64)
+    np.add.at(counts, (data.clusters[known], data.labels[known]), 1)
+    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    return Confusion(
+        classes=[str(_class_name(data, label)) for label in range(num_classes)],
+        rows=[
+            [(int(n), round(float(part), 3)) for n, part in zip(line, parts, strict=True)]
+            for line, parts in zip(counts, share, strict=True)
+        ],
+        num_clusters=data.num_clusters,
+        num_classes=num_classes,
+    )
+
+
+def _curve(stage: str, points: Sequence[tuple[int, float]]) -> Curve:
+    """Thin a curve to what a screen can show; its lowest point is told in words."""
+    finite = [(step, loss) for step, loss in points if math.isfinite(loss)]
+    shown = finite[:: -(-len(finite) // CURVE_POINTS) or 1]
+    if finite and shown[-1] != finite[-1]:
+        shown.append(finite[-1])
+    losses = [loss for _, loss in finite] or [math.nan]
+    low, high = min(losses), max(losses)
+    start, end = points[0][0], points[-1][0]
+    return Curve(
+        stage=stage,
+        points=" ".join(
+            f"{300 * (step - start) / max(end - start, 1):.1f},"
+            f"{100 * (high - loss) / ((high - low) or 1):.1f}"
+            for step, loss in shown
+        ),
+        highest=f"{high:.3g}",
+        lowest=f"{low:.3g}",
+        last=f"{losses[-1]:.3g}",
+        first_step=start,
+        last_step=end,
+        num_not_finite=len(points) - len(finite),
+    )

@@ -1,0 +1,119 @@
+"""Results as text: Markdown for files, rich for the terminal."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.table import Table
+from rich.text import Text
+
+NO_LABELS = "No labels were given, so no accuracy can be known."
+ORACLE = "Oracle rows used the true labels to choose; compare them with nothing else."
+_COLUMNS = ("Name", "ACC", "NMI", "ARI", "Protocol", "Seed", "Time")
+
+
+@dataclass(frozen=True)
+class ResultRow:
+    """One scored result, with what is needed to repeat it and what it cost.
+
+    Attributes:
+        name: what was scored, for example the stage or the baseline.
+        acc: accuracy after the best one-to-one match, in [0, 1]; None without labels.
+        nmi: normalised mutual information, geometric mean, in [0, 1]; None without labels.
+        ari: adjusted Rand index, in [-1, 1]; None without labels.
+        protocol: which images were trained on and which were scored.
+        seed: of the run.
+        seconds: wall time.
+        oracle: whether labels had a part in choosing this result.
+    """
+
+    name: str
+    acc: float | None
+    nmi: float | None
+    ari: float | None
+    protocol: str
+    seed: int
+    seconds: float
+    oracle: bool = False
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether labels were there to score with."""
+        return self.acc is not None or self.nmi is not None or self.ari is not None
+
+
+def score_text(value: float | None) -> str:
+    """Three decimals, or an en dash where nothing can be known.
+
+    >>> score_text(0.91249), score_text(None)
+    ('0.912', '–')
+    """
+    return "–" if value is None else f"{value:.3f}"
+
+
+def duration_text(seconds: float) -> str:
+    """Wall time in the two largest units that matter.
+
+    >>> duration_text(4.26), duration_text(125), duration_text(7384)
+    ('4.3 s', '2 min 05 s', '2 h 03 min')
+    """
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02d} min"
+
+
+def mean_std(values: Sequence[float]) -> str:
+    """Mean and sample standard deviation (n - 1) over seeds.
+
+    >>> mean_std([0.908, 0.912, 0.916]), mean_std([0.912])
+    ('0.912 ± 0.004', '0.912')
+
+    Raises:
+        ValueError: there are no values.
+    """
+    if not values:
+        raise ValueError("mean_std got no values; give it the score of at least one seed")
+    mean = f"{statistics.fmean(values):.3f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.3f}"
+
+
+def footnotes(rows: Sequence[ResultRow]) -> list[str]:
+    """What a reader of these rows has to know: missing labels, oracle choices."""
+    notes = []
+    if not all(row.has_scores for row in rows):
+        notes.append(NO_LABELS)
+    if any(row.oracle for row in rows):
+        notes.append(ORACLE)
+    return notes
+
+
+def results_markdown(rows: Sequence[ResultRow]) -> str:
+    """Rows as a Markdown table, footnotes below, ending with a newline."""
+    lines = [f"| {' | '.join(_COLUMNS)} |", "|:--|--:|--:|--:|:--|--:|--:|"]
+    lines += [f"| {' | '.join(_markdown(cell) for cell in _cells(row))} |" for row in rows]
+    return "\n".join([*lines, *(f"\n{note}" for note in footnotes(rows))]) + "\n"
+
+
+def results_rich(rows: Sequence[ResultRow]) -> Table:
+    """Rows as a terminal table, footnotes as its caption."""
+    table = Table(caption="\n".join(footnotes(rows)) or None, caption_justify="left")
+    for column in _COLUMNS:
+        table.add_column(column, justify="left" if column in {"Name", "Protocol"} else "right")
+    for row in rows:
+        # Text, not str: a "[" in a name is no markup.
+        table.add_row(*map(Text, _cells(row)), style="dim" if row.oracle else None)
+    return table
+
+
+def _cells(row: ResultRow) -> tuple[str, ...]:
+    name = f"{row.name} (oracle)" if row.oracle else row.name
+    scores = (score_text(score) for score in (row.acc, row.nmi, row.ari))
+    return (name, *scores, row.protocol, str(row.seed), duration_text(row.seconds))
+
+
+def _markdown(text: str) -> str:
+    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|")

@@ -1,0 +1,110 @@
+"""What all stages share: how they meet data and upstream, what they predict, what they log.
+
+Shapes: B images, N images of the whole data set, D features, K clusters, S pixels a side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from spice_pl.artifacts import RunFolder
+from spice_pl.data.datamodule import Stream, Views
+from spice_pl.data.images import ImageSet
+
+
+class Prediction(NamedTuple):
+    """What a stage says of the plain view of some images.
+
+    Attributes:
+        index: (B,) positions in the data set.
+        features: (B, D) raw features.
+        probs: (B, K) cluster probabilities; None from a stage that has no clusters.
+    """
+
+    index: Tensor
+    features: Tensor
+    probs: Tensor | None
+
+
+class Stage(pl.LightningModule):
+    """A LightningModule that meets the data set and the upstream stage before it trains.
+
+    A stage whose predictions carry probabilities logs `val/*` of the watched images. No method
+    receives a label: truth is a callback's business.
+    """
+
+    has_clusters = True
+
+    def prepare(
+        self, images: ImageSet, upstream: RunFolder | None, streams: Mapping[str, Stream]
+    ) -> Mapping[str, Stream]:
+        """Check the settings against the data, load what the upstream stage made.
+
+        Returns:
+            The streams to train on, completed with what only the data can tell.
+
+        Raises:
+            UsageError: a setting does not fit the data or the upstream.
+        """
+        raise NotImplementedError
+
+    def weights(self) -> Mapping[str, nn.Module]:
+        """Return the modules handed on, by the name of their file: encoder, head."""
+        raise NotImplementedError
+
+    def predict(self, batch: Views) -> Prediction:
+        """Return features, and probabilities if there are any, of the plain view."""
+        raise NotImplementedError
+
+    def validation_step(self, batch: Views, batch_idx: int) -> Prediction:
+        """Watch confidence and cluster sizes; returns the prediction for callbacks."""
+        prediction = self.predict(batch)
+        if prediction.probs is not None:
+            probs = prediction.probs
+            confidence, clusters = probs.max(dim=1)
+            sizes = torch.bincount(clusters, minlength=probs.shape[1])  # (K,)
+            self.log("val/confidence", confidence.mean(), batch_size=len(clusters), sync_dist=True)
+            self._sizes = self._sizes + sizes
+        return prediction
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the cluster sizes of the last time."""
+        self._sizes = torch.zeros((), dtype=torch.long, device=self.device)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the share of the largest and of the smallest cluster."""
+        if self._sizes.ndim:
+            sizes = self.across_ranks(self._sizes[None]).sum(dim=0).float()  # (K,)
+            shares = sizes / sizes.sum()
+            self.log("val/largest_cluster_fraction", shares.max())
+            self.log("val/smallest_cluster_fraction", shares.min())
+
+    def predict_step(self, batch: Views, batch_idx: int) -> Prediction:
+        """Return the prediction of a batch; a callback writes it."""
+        return self.predict(batch)
+
+    def on_train_end(self) -> None:
+        """Give every rank the buffers of rank 0: running BatchNorm statistics are local to ranks."""
+        if self.trainer.world_size > 1:
+            for buffer in self.buffers():
+                buffer.copy_(self.all_gather(buffer)[0])
+
+    def across_ranks(self, rows: Tensor) -> Tensor:
+        """Join the rows of all ranks in the order of the global batch, (b, ...) -> (B, ...).
+
+        Rank r holds rows r, r + R, r + 2R, ... of R ranks; some ranks may hold one row less.
+        """
+        world_size = self.trainer.world_size
+        if world_size == 1:
+            return rows
+        counts = self.all_gather(torch.tensor(len(rows), device=rows.device))  # (R,)
+        longest = int(counts.max())
+        padded = torch.cat([rows, rows.new_zeros(longest - len(rows), *rows.shape[1:])])
+        gathered = self.all_gather(padded)  # (R, longest, ...)
+        joined: Tensor = gathered.transpose(0, 1).flatten(0, 1)[: int(counts.sum())]
+        return joined

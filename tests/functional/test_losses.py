@@ -1,0 +1,158 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spice_pl.functional.losses import (
+    consistency_cross_entropy,
+    double_softmax_cross_entropy,
+    double_softmax_cross_entropy_per_head,
+    double_softmax_floor,
+    mean_prediction_entropy,
+    tempered_cross_entropy,
+)
+
+
+def random_logits(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return 2 * torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def random_label(*shape: int, num_clusters: int) -> Tensor:
+    return torch.randint(num_clusters, shape, generator=torch.Generator().manual_seed(1))
+
+
+def gradient(loss: Tensor, logits: Tensor) -> Tensor:
+    return torch.autograd.grad(loss, logits)[0]
+
+
+def test_double_softmax_agrees_with_the_formula_written_out() -> None:
+    probs, label = random_logits(6, 4).softmax(-1), random_label(6, num_clusters=4)
+    total = 0.0
+    for row, k in zip(probs.tolist(), label.tolist(), strict=True):
+        total -= math.log(math.exp(row[k]) / sum(math.exp(p) for p in row))
+    assert double_softmax_cross_entropy(probs, label).item() == pytest.approx(total / 6, abs=1e-12)
+
+
+def test_heads_together_are_the_heads_one_by_one() -> None:
+    probs, label = random_logits(3, 6, 4).softmax(-1), random_label(3, 6, num_clusters=4)
+    losses = double_softmax_cross_entropy_per_head(probs, label)
+    alone = [double_softmax_cross_entropy(p, y) for p, y in zip(probs, label, strict=True)]
+    torch.testing.assert_close(losses, torch.stack(alone))
+    torch.testing.assert_close(double_softmax_cross_entropy(probs, label), losses.mean())
+
+
+def test_heads_can_share_their_labels() -> None:
+    probs, label = random_logits(3, 6, 4).softmax(-1), random_label(6, num_clusters=4)
+    torch.testing.assert_close(
+        double_softmax_cross_entropy_per_head(probs, label),
+        double_softmax_cross_entropy_per_head(probs, label.expand(3, 6)),
+    )
+
+
+def test_renaming_clusters_does_not_change_the_loss() -> None:
+    probs, label = random_logits(6, 4).softmax(-1), random_label(6, num_clusters=4)
+    names = torch.tensor([2, 0, 3, 1])
+    torch.testing.assert_close(
+        double_softmax_cross_entropy(probs[:, names], names.argsort()[label]),
+        double_softmax_cross_entropy(probs, label),
+    )
+
+
+@pytest.mark.parametrize("num_clusters", [1, 2, 10, 20, 200])
+def test_a_certain_and_right_head_reaches_the_floor(num_clusters: int) -> None:
+    probs = torch.eye(num_clusters, dtype=torch.float64)
+    loss = double_softmax_cross_entropy(probs, torch.arange(num_clusters))
+    assert loss.item() == pytest.approx(double_softmax_floor(num_clusters), abs=1e-12)
+
+
+def test_appendix_a_gradients_and_their_ratio() -> None:
+    for row in range(20):
+        z = random_logits(5, seed=row).requires_grad_()
+        label = torch.tensor(row % 5)
+        y = int(label)
+        p = z.softmax(-1)
+        q = p.softmax(-1)
+        single = gradient(F.cross_entropy(z, label), z)
+        double = gradient(double_softmax_cross_entropy(z.softmax(-1)[None], label[None]), z)
+        mean = (p * q).sum()
+        own = torch.eye(5, dtype=torch.float64)[y]
+        torch.testing.assert_close(double, p * (q - own + p[y] - mean), rtol=0, atol=1e-15)
+        others = mean - p[y] * q[y]
+        ratio = q + p[y] - mean
+        ratio = ratio.where(own == 0, p[y] * ((1 - q[y]) + others / (1 - p[y])))
+        torch.testing.assert_close(double / single, ratio, rtol=1e-9, atol=0)
+        assert double[y] / single[y] < 1
+
+
+def test_tempered_cross_entropy_is_that_of_divided_logits() -> None:
+    logits, label = random_logits(6, 4), random_label(6, num_clusters=4)
+    for temperature in (0.2, 1.0, 2.0):
+        torch.testing.assert_close(
+            tempered_cross_entropy(logits.softmax(-1), label, temperature),
+            F.cross_entropy(logits / temperature, label),
+        )
+
+
+def test_tempered_cross_entropy_stays_finite_at_a_probability_of_zero() -> None:
+    probs = torch.tensor([[1.0, 0.0]], requires_grad=True)
+    loss = tempered_cross_entropy(probs, torch.tensor([1]), 0.2)
+    assert loss.isfinite()
+    assert gradient(loss, probs).isfinite().all()
+
+
+def test_entropy_of_the_mean_prediction() -> None:
+    probs = random_logits(3, 6, 4).softmax(-1)
+    entropy = mean_prediction_entropy(probs)
+    for head, found in zip(probs, entropy, strict=True):
+        mean = [sum(column) / 6 for column in zip(*head.tolist(), strict=True)]
+        assert found.item() == pytest.approx(-sum(m * math.log(m) for m in mean), abs=1e-12)
+    assert mean_prediction_entropy(torch.eye(5)).item() == pytest.approx(math.log(5))
+
+
+def test_entropy_reaches_empty_clusters_with_a_finite_gradient() -> None:
+    probs = torch.tensor([[1.0, 0.0], [1.0, 0.0]], requires_grad=True)
+    entropy = mean_prediction_entropy(probs)
+    assert entropy.item() == pytest.approx(0)
+    slope = gradient(entropy, probs)
+    assert slope.isfinite().all()
+    assert (slope[:, 1] > slope[:, 0]).all()
+
+
+def test_consistency_by_hand() -> None:
+    weak = torch.tensor([[0.95, 0.05], [0.04, 0.96], [0.94, 0.06]], dtype=torch.float64)
+    strong = torch.tensor([[0.0, math.log(3)], [0.0, 0.0], [9.0, -9.0]], dtype=torch.float64)
+    loss, mask = consistency_cross_entropy(strong, weak, threshold=0.95)
+    assert mask.tolist() == [True, True, False]  # the threshold itself is sure enough
+    assert loss.item() == pytest.approx((math.log(4) + math.log(2)) / 3)
+
+
+def test_consistency_with_no_sure_sample_is_zero_with_zero_gradient() -> None:
+    strong = random_logits(4, 3).requires_grad_()
+    loss, mask = consistency_cross_entropy(strong, torch.full((4, 3), 1 / 3), threshold=0.95)
+    assert not mask.any()
+    assert loss.item() == 0
+    assert gradient(loss, strong).abs().sum() == 0
+
+
+def test_consistency_teaches_the_strong_view_only() -> None:
+    weak_logits = (10 * torch.eye(3)).requires_grad_()
+    strong = torch.zeros(3, 3, requires_grad=True)
+    loss, _ = consistency_cross_entropy(strong, weak_logits.softmax(-1), threshold=0.5)
+    slope, weak_slope = torch.autograd.grad(loss, [strong, weak_logits], allow_unused=True)
+    assert slope.abs().sum() > 0
+    assert weak_slope is None
+
+
+def test_refuses_shapes_that_disagree() -> None:
+    with pytest.raises(ValueError, match=r"label \(3,\) does not broadcast to \(2, 4\)"):
+        double_softmax_cross_entropy(torch.rand(2, 4, 5), torch.zeros(3, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"\(4, 3\) and probs_weak \(U, K\) = \(5, 3\) differ"):
+        consistency_cross_entropy(torch.rand(4, 3), torch.rand(5, 3), threshold=0.95)
+
+
+def test_refuses_a_temperature_that_is_not_positive() -> None:
+    with pytest.raises(ValueError, match="temperature 0 is not positive; SPICE's TCE"):
+        tempered_cross_entropy(torch.rand(2, 3), torch.zeros(2, dtype=torch.long), 0)

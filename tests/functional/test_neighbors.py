@@ -1,0 +1,81 @@
+import pytest
+import torch
+
+from spice_pl.functional import neighbors
+from spice_pl.functional.neighbors import nearest_neighbors, unit_rows
+
+
+def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, 7, 100, None])
+def test_agrees_with_sorting_one_query_at_a_time(chunk_size: int | None) -> None:
+    queries, keys = gaussian(7, 4), gaussian(20, 4, seed=1)
+    similarity, index = nearest_neighbors(queries, keys, 5, chunk_size)
+    for query, found, order in zip(queries, similarity, index, strict=True):
+        cosine = torch.tensor([float(query @ key / query.norm() / key.norm()) for key in keys])
+        expected = cosine.argsort(descending=True)[:5]
+        assert order.tolist() == expected.tolist()
+        torch.testing.assert_close(found, cosine[expected].double(), rtol=0, atol=1e-6)
+
+
+def test_the_nearest_key_of_a_key_is_itself() -> None:
+    keys = gaussian(30, 8)
+    similarity, index = nearest_neighbors(keys, keys, 1)
+    assert index.squeeze(-1).tolist() == list(range(30))
+    torch.testing.assert_close(similarity, torch.ones_like(similarity))
+
+
+def test_all_keys_can_be_asked_for_and_no_query_gives_no_row() -> None:
+    _, index = nearest_neighbors(gaussian(2, 3), gaussian(4, 3, seed=1), 4)
+    assert index.sort().values.tolist() == [[0, 1, 2, 3]] * 2
+    similarity, index = nearest_neighbors(gaussian(0, 3), gaussian(4, 3), 2)
+    assert similarity.shape == index.shape == (0, 2)
+
+
+def test_default_chunks_bound_the_similarities(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    whole = neighbors.similarities
+
+    def spy(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(left) * len(right))
+        return whole(left, right)
+
+    monkeypatch.setattr(neighbors, "similarities", spy)
+    monkeypatch.setattr(neighbors, "SIMILARITIES_PER_CHUNK", 100)
+    nearest_neighbors(gaussian(40, 4), gaussian(40, 4), 3)
+    assert sizes == [80] * 20
+    monkeypatch.setattr(neighbors, "SIMILARITIES_PER_CHUNK", 10)
+    nearest_neighbors(gaussian(2, 4), gaussian(40, 4), 3)
+    assert sizes[20:] == [40, 40]
+
+
+def test_autocast_does_not_coarsen_the_ranking() -> None:
+    base = gaussian(1, 64).float()
+    keys = unit_rows(base + 0.01 * gaussian(200, 64, seed=1).float())  # cosines within 1e-3
+    expected = nearest_neighbors(keys, keys, 10)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = nearest_neighbors(keys, keys, 10)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+
+
+def test_unit_rows_keep_unit_vectors_and_zero() -> None:
+    rows = unit_rows(gaussian(10, 5))
+    torch.testing.assert_close(rows.norm(dim=-1), torch.ones(10, dtype=torch.float64))
+    torch.testing.assert_close(unit_rows(rows), rows, rtol=0, atol=1e-15)
+    assert unit_rows(torch.zeros(1, 5)).tolist() == [[0.0] * 5]
+    assert unit_rows(torch.ones(1, 5, dtype=torch.bfloat16)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("k", [0, 5])
+def test_refuses_more_neighbours_than_keys(k: int) -> None:
+    with pytest.raises(ValueError, match=f"k {k} is not between 1 and the 4 keys"):
+        nearest_neighbors(gaussian(2, 3), gaussian(4, 3), k)
+
+
+def test_refuses_an_empty_chunk() -> None:
+    with pytest.raises(ValueError, match="chunk_size 0 holds no query; raise it to at least 1"):
+        nearest_neighbors(gaussian(2, 3), gaussian(4, 3), 1, chunk_size=0)

@@ -1,0 +1,266 @@
+import dataclasses
+import re
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from spice_pl.reports import page
+from spice_pl.reports.page import ReportData, render_report, write_report
+from spice_pl.reports.tables import NO_LABELS, ResultRow
+
+VOID = {"meta", "link", "br", "hr", "img", "input"}
+
+
+def noise(index: NDArray[np.intp], side: int = 8) -> NDArray[np.uint8]:
+    return np.random.default_rng(0).integers(0, 256, (len(index), 3, side, side), dtype=np.uint8)
+
+
+def report(num_images: int = 60, num_clusters: int = 4, **changes: Any) -> ReportData:
+    """Clusters 0, 1, 2, ... in turn, the last one empty; a label is its cluster."""
+    generator = np.random.default_rng(0)
+    clusters = np.arange(num_images) % max(num_clusters - 1, 1)
+    base = ReportData(
+        title="A run",
+        dataset="noise",
+        num_images=num_images,
+        num_clusters=num_clusters,
+        protocol="trained and scored on all",
+        seed=7,
+        rows=[ResultRow("proto", 0.9, 0.8, 0.7, "trained and scored on all", 7, 61.0)],
+        images=noise,
+        keys=[f"folder/{i}.png" for i in range(num_images)],
+        clusters=clusters,
+        confidence=generator.random(num_images),
+        agreement=generator.random(num_images),
+        reliable=generator.random(num_images) > 0.5,
+        labels=clusters,
+    )
+    return dataclasses.replace(base, **changes)
+
+
+def unlabelled(**changes: Any) -> ReportData:
+    row = ResultRow("proto", None, None, None, "own folder", 7, 61.0)
+    return report(labels=None, rows=[row], **changes)
+
+
+class Page(HTMLParser):
+    """Tags as they open, the text of headings, and whether all are closed in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.headings: list[tuple[int, str]] = []
+        self.text: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if re.fullmatch("h[1-6]", tag):
+            self.headings.append((int(tag[1]), ""))
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+        if self.open and re.fullmatch("h[1-6]", self.open[-1]):
+            level, text = self.headings[-1]
+            self.headings[-1] = (level, text + data)
+
+    def attributes(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+@pytest.mark.parametrize("data", [report(), unlabelled()], ids=["labels", "no labels"])
+def test_page_is_well_formed_with_headings_in_order(data: ReportData) -> None:
+    parsed = Page(render_report(data))
+    assert parsed.open == []
+    levels = [level for level, _ in parsed.headings]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in pairwise(levels))
+    ids = [attributes["id"] for _, attributes in parsed.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    targets = [(a["href"] or "").removeprefix("#") for a in parsed.attributes("a")]
+    assert len(targets) > 10
+    assert set(targets) <= set(ids)
+
+
+def test_page_can_be_read_without_seeing_it() -> None:
+    parsed = Page(render_report(report(curves={"moco": [(0, 2.0), (10, 1.0)]})))
+    assert parsed.attributes("html") == [{"lang": "en"}]
+    assert {"header", "nav", "main", "footer"} <= {tag for tag, _ in parsed.tags}
+    assert all("scope" in attributes for attributes in parsed.attributes("th"))
+    pictures = [a for _, a in parsed.tags if a.get("role") == "img"]
+    assert len(pictures) > 50
+    assert all(a.get("title") or a.get("aria-label") for a in pictures)
+    named = {a["id"] for _, a in parsed.tags if "id" in a}
+    assert {a["aria-labelledby"] for _, a in parsed.tags if "aria-labelledby" in a} <= named
+
+
+def test_nothing_comes_from_outside_and_nothing_runs() -> None:
+    text = render_report(report(curves={"moco": [(0, 2.0), (10, 1.0)]}))
+    references = re.findall(r"""(?:src|href|srcset|action|data)=["']([^"']*)""", text)
+    references += re.findall(r"url\(([^)]*)\)", text)
+    assert len(references) > 10
+    assert all(reference.startswith(("#", "data:image/")) for reference in references)
+    assert "//" not in re.sub(r"data:image/\w+;base64,[\w+/=]+", "", text)
+    assert "@import" not in text
+    assert "<script" not in text
+
+
+def test_untrusted_names_are_escaped_everywhere() -> None:
+    evil = '"><script>alert(1)</script>'
+    text = render_report(
+        report(
+            title=evil,
+            dataset=evil,
+            protocol=evil,
+            rows=[ResultRow(evil, 1, 1, 1, evil, 0, 1)],
+            keys=[evil] * 60,
+            class_names=[evil] * 4,
+            curves={evil: [(0, 1.0), (1, 0.5)]},
+            skipped=[(evil, evil)],
+            settings={evil: evil},
+            versions={evil: evil},
+            notes=[evil],
+        )
+    )
+    assert "<script" not in text
+    assert text.count("&lt;script&gt;") > 60
+    assert Page(text).open == []
+
+
+def test_names_that_cannot_be_printed_are_spelled_out() -> None:
+    names = ["\udcff.png", "\u202egnp.exe"]  # an undecodable byte; a right-to-left override
+    text = render_report(report(2, 1, keys=names, labels=None))
+    assert text.encode("utf-8")
+    assert "\\udcff.png" in text
+    assert "\\u202egnp.exe" in text
+
+
+def test_every_cluster_has_a_section_and_an_empty_one_says_so() -> None:
+    text = render_report(report(num_clusters=4))
+    parsed = Page(text)
+    articles = [attributes["id"] for attributes in parsed.attributes("article")]
+    assert articles == [f"cluster-{i}" for i in range(4)]
+    sections = text.split("<article")
+    assert "This cluster holds no image." not in "".join(sections[:4])
+    assert "This cluster holds no image." in sections[4]
+    assert "Without an image: 1 of 4 clusters (3)." in text
+
+
+def test_a_collapse_is_named() -> None:
+    clusters = np.array([2] * 50 + [0] * 10)
+    assert "Cluster 2 holds 83% of all images" in render_report(report(clusters=clusters))
+
+
+def test_labels_are_shown_as_truth() -> None:
+    labels = np.arange(60) % 3
+    labels[0] = 1  # one of the 20 images of cluster 0
+    labels[3] = -1  # and one of unknown class
+    text = render_report(report(labels=labels, class_names=["cat", "dog", "owl"]))
+    assert '<span class="truth">truth: cat (95%)</span>' in text  # 18 of 19
+    row = text.split('class="confusion"')[1].split("<tr>")[2]
+    assert [int(n) for n in re.findall(r">(\d+)</td>", row)] == [18, 1, 0]
+    assert "0.900" in text
+
+
+def test_without_labels_there_is_no_column_of_truth() -> None:
+    text = render_report(unlabelled())
+    assert NO_LABELS in text
+    for absent in ("ACC", "NMI", "ARI", "Truth", 'class="truth"', 'id="confusion"'):
+        assert absent not in text
+
+
+def test_no_result_and_no_image_is_a_page_too() -> None:
+    text = render_report(
+        report(0, 2, rows=[], keys=[], reliable=np.zeros(0, bool), clusters=np.zeros(0, int))
+    )
+    assert text.count("This cluster holds no image.") == 2
+
+
+def test_curves_leave_out_what_is_not_finite_and_keep_their_ends() -> None:
+    points = [(step, 1 / (1 + step)) for step in range(10_000)]
+    text = render_report(report(curves={"moco": [*points, (10_000, float("nan"))], "none": []}))
+    lines = re.findall(r'<polyline class="curve" points="([^"]*)"', text)
+    assert len(lines) == 1
+    assert len(lines[0].split()) <= 302
+    assert lines[0].startswith("0.0,0.0 ")
+    assert lines[0].endswith("300.0,100.0")
+    assert "1 values were not finite" in text
+    assert "nan" not in lines[0]
+
+
+def test_long_lists_are_counted_not_listed() -> None:
+    skipped = [(f"broken-{i}.png", "truncated") for i in range(1_234)]
+    text = render_report(report(skipped=skipped))
+    assert "1,234 files could not be used. The first 200 are listed." in " ".join(text.split())
+    assert "broken-199.png" in text
+    assert "broken-200.png" not in text
+    many = render_report(report(labels=np.arange(60) * 100))
+    assert "4 clusters by 5901 classes are too many for a table" in many
+
+
+@pytest.mark.parametrize(("num_clusters", "side"), [(10, 32), (100, 8)])
+def test_sixty_thousand_images_fit_into_a_mail(
+    num_clusters: int, side: int, tmp_path: Path
+) -> None:
+    data = report(60_000, num_clusters, images=lambda index: noise(index, side))
+    path = write_report(data, tmp_path / "report.html")
+    assert path.stat().st_size < 15_000_000
+
+
+def test_pictures_shrink_until_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    def sheet_bytes() -> int:
+        text = render_report(report(images=lambda index: noise(index, 96)))
+        return sum(map(len, re.findall(r"url\((data:[^)]*)\)", text)))
+
+    whole = sheet_bytes()
+    monkeypatch.setattr(page, "SHEETS_BYTES", whole // 2)
+    assert sheet_bytes() <= whole // 2
+
+
+def test_only_shown_pictures_are_read() -> None:
+    seen: list[int] = []
+
+    def images(index: NDArray[np.intp]) -> NDArray[np.uint8]:
+        seen.extend(index.tolist())
+        return noise(index)
+
+    render_report(report(6_000, 4, images=images))
+    assert len(seen) == 3 * 36 + 36  # three filled clusters and "not sure"
+
+
+def test_a_failed_write_leaves_the_old_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "new" / "report.html"
+    assert write_report(report(), path) == path
+    before = path.read_bytes()
+
+    def full_disk(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        write_report(report(title="Another"), path)
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_lengths_are_checked_once() -> None:
+    with pytest.raises(ValueError, match="confidence has 3 entries for num_images 60"):
+        report(confidence=np.zeros(3))

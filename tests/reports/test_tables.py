@@ -1,0 +1,67 @@
+import io
+
+import pytest
+from rich.console import Console
+
+from spice_pl.reports.tables import (
+    NO_LABELS,
+    ORACLE,
+    ResultRow,
+    duration_text,
+    mean_std,
+    results_markdown,
+    results_rich,
+)
+
+SCORED = ResultRow("fixmatch", 0.91249, 0.8, -0.01, "train+test", 3, 125.0)
+UNSCORED = ResultRow("proto", None, None, None, "own folder", 0, 4.26)
+
+
+def test_mean_std_is_the_sample_standard_deviation() -> None:
+    assert mean_std([1.0, 3.0]) == "2.000 ± 1.414"  # sqrt(2), not 1
+    assert mean_std([0.5, 0.5, 0.5]) == "0.500 ± 0.000"
+    assert mean_std([0.25]) == "0.250"
+    with pytest.raises(ValueError, match="at least one seed"):
+        mean_std([])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0.0 s"), (59.97, "1 min 00 s"), (3599.7, "1 h 00 min"), (90_000, "25 h 00 min")],
+)
+def test_duration_rounds_into_the_next_unit(seconds: float, text: str) -> None:
+    assert duration_text(seconds) == text
+
+
+def test_markdown_by_hand() -> None:
+    assert results_markdown([SCORED]) == (
+        "| Name | ACC | NMI | ARI | Protocol | Seed | Time |\n"
+        "|:--|--:|--:|--:|:--|--:|--:|\n"
+        "| fixmatch | 0.912 | 0.800 | -0.010 | train+test | 3 | 2 min 05 s |\n"
+    )
+
+
+def test_without_labels_scores_are_dashes_and_the_reason_is_said() -> None:
+    text = results_markdown([UNSCORED])
+    assert "| proto | – | – | – | own folder | 0 | 4.3 s |" in text
+    assert text.endswith(f"\n{NO_LABELS}\n")
+    assert NO_LABELS not in results_markdown([SCORED])
+
+
+def test_oracle_rows_are_marked_and_explained() -> None:
+    text = results_markdown([SCORED, ResultRow("best", 1, 1, 1, "all", 0, 1, oracle=True)])
+    assert "| best (oracle) | 1.000 |" in text
+    assert text.endswith(f"\n{ORACLE}\n")
+
+
+def test_markdown_cells_cannot_break_the_table() -> None:
+    row = ResultRow("a|b\nc", None, None, None, "p", 0, 1)
+    assert "| a\\|b c | – |" in results_markdown([row])
+
+
+def test_rich_shows_the_same_and_takes_no_markup_from_names() -> None:
+    console = Console(file=io.StringIO(), width=120)
+    console.print(results_rich([SCORED, ResultRow("[red]x[/red]", None, None, None, "p", 0, 1)]))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    for expected in ("0.912", "2 min 05 s", "[red]x[/red]", "–", NO_LABELS):
+        assert expected in text

@@ -1,0 +1,83 @@
+import base64
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from spice_pl.reports.wall import choose_wall, sprite
+
+
+def test_choice_by_hand() -> None:
+    # Cluster 0 holds images 0-6, cluster 1 nothing, cluster 2 image 7.
+    confidence = np.array([0.1, 0.7, 0.3, 0.6, 0.5, 0.2, 0.4, 0.9])
+    agreement = np.array([0.2, 1.0, 0.49, 0.5, 1.0, 0.2, 1.0, 1.0])
+    wall = choose_wall(confidence, agreement, np.array([0] * 7 + [2]), 3, per_row=2)
+    first, empty, single = wall.clusters
+    assert first.size == 7
+    assert first.prototypes.tolist() == [1, 3]  # .7 .6
+    assert first.typical.tolist() == [4, 6]  # .5 and the median, .4
+    assert first.borderline.tolist() == [0, 5]  # .1 .2
+    assert (empty.cluster, empty.size, len(empty.prototypes)) == (1, 0, 0)
+    assert single.prototypes.tolist() == [7]
+    assert len(single.typical) == len(single.borderline) == 0
+    assert wall.not_sure.tolist() == [0, 5, 2]  # by agreement, then confidence; .5 is sure enough
+    assert wall.num_not_sure == 3
+
+
+@pytest.mark.parametrize("size", range(12))
+def test_no_picture_twice_and_small_clusters_shown_whole(size: int) -> None:
+    confidence = np.linspace(0, 1, size)
+    wall = choose_wall(confidence, confidence, np.zeros(size, int), 1, per_row=3)
+    chosen = wall.clusters[0]
+    shown = [*chosen.prototypes, *chosen.typical, *chosen.borderline]
+    assert len(shown) == len(set(shown)) == min(size, 9)
+
+
+def test_ties_keep_the_order_of_images() -> None:
+    ones = np.ones(6)
+    chosen = choose_wall(ones, ones, np.zeros(6, int), 1, per_row=2).clusters[0]
+    assert chosen.prototypes.tolist() == [0, 1]
+    assert chosen.typical.tolist() == [2, 3]
+
+
+def test_not_sure_counts_more_than_it_shows() -> None:
+    zeros = np.zeros(50)
+    wall = choose_wall(zeros, zeros, np.zeros(50, int), 1, per_row=2, agreement_threshold=0.1)
+    assert (len(wall.not_sure), wall.num_not_sure) == (6, 50)
+
+
+def test_errors_name_the_way_out() -> None:
+    two = np.zeros(2)
+    with pytest.raises(ValueError, match=r"confidence \(2\), agreement \(3\)"):
+        choose_wall(two, np.zeros(3), two.astype(int), 1)
+    with pytest.raises(ValueError, match="ids run from 0 to 4; num_clusters 3 allows 0 to 2"):
+        choose_wall(two, two, np.array([0, 4]), 3)
+    with pytest.raises(ValueError, match="per_row 0"):
+        choose_wall(two, two, two.astype(int), 1, per_row=0)
+    with pytest.raises(ValueError, match=r"got uint8 \(0, 3, 8, 8\)"):
+        sprite(np.zeros((0, 3, 8, 8), np.uint8))
+
+
+def decoded(uri: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
+
+
+def test_small_pictures_are_kept_to_the_pixel_side_by_side() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (5, 3, 8, 8), dtype=np.uint8)
+    uri = sprite(images)
+    assert uri.startswith("data:image/png;base64,")
+    sheet = np.asarray(decoded(uri))
+    assert sheet.shape == (8, 40, 3)
+    np.testing.assert_array_equal(sheet[:, 16:24].transpose(2, 0, 1), images[2])
+
+
+def test_grey_pictures_take_one_channel() -> None:
+    grey = np.repeat(np.arange(64, dtype=np.uint8).reshape(1, 1, 8, 8), 3, axis=1)
+    assert decoded(sprite(grey)).mode == "L"
+
+
+def test_photographs_become_jpeg_of_the_wanted_side() -> None:
+    uri = sprite(np.full((3, 3, 224, 224), 200, np.uint8), pixels=96)
+    assert uri.startswith("data:image/jpeg;base64,")
+    assert decoded(uri).size == (288, 96)
