@@ -13,6 +13,7 @@ import csv
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from spice_pl.errors import UsageError
 
@@ -97,7 +99,9 @@ class RunFolder:
 
     def write_weights(self, name: str, module: nn.Module) -> None:
         """Write a module's state without pickle."""
-        state = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
+        state = {
+            key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()
+        }
         with atomic(self.path / name) as temporary:
             save_file(state, temporary)
 
@@ -161,6 +165,13 @@ class RunFolder:
 
     def _part(self, name: str) -> Path:
         return self.path / f".{name}.part"
+
+
+def as_tensor(array: NDArray[np.float32]) -> Tensor:
+    """Read a memory-mapped array as a tensor without a copy; never write to it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(array)
 
 
 def load_strictly(module: nn.Module, state: Mapping[str, Any], source: str) -> None:

@@ -40,7 +40,7 @@ def launch_ranks(num_ranks: int, job: str, grace_s: float = 10.0) -> None:
         file.write_text(job, encoding="utf-8")
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
         ranks = [
-            subprocess.Popen(
+            subprocess.Popen(  # noqa: S603 - our own interpreter, our own file
                 [sys.executable, "-m", "spice_pl.run", str(file)],
                 env=os.environ
                 # Idle threads that spin starve the other ranks on a machine with few cores.
@@ -78,7 +78,9 @@ def _wait(ranks: list[subprocess.Popen[bytes]], grace_s: float) -> None:
         raise UsageError("the ranks stopped; the reason stands above")
     failed = [i for i, code in enumerate(codes) if code != 0]
     if failed:
-        raise RuntimeError(f"rank {failed[0]} ended with code {codes[failed[0]]}; see its error above")
+        raise RuntimeError(
+            f"rank {failed[0]} ended with code {codes[failed[0]]}; see its error above"
+        )
 
 
 def _free_port() -> int:

@@ -44,7 +44,11 @@ class NanGuard(pl.Callback):
         if self.first is None:
             return
         first, self.first = self.first, None
-        worst = pl_module.all_gather(first).max() if trainer.world_size > 1 else first
+        worst = (
+            pl_module.trainer.strategy.reduce(first, reduce_op="max")
+            if trainer.world_size > 1
+            else first
+        )
         if int(worst) >= 0:
             raise UsageError(
                 f"{self.stage}: the loss is not a number at epoch {trainer.current_epoch}, batch "

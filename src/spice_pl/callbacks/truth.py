@@ -8,6 +8,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from spice_pl.functional.assignment import clustering_scores
 from spice_pl.metrics import ClusteringScores
@@ -50,5 +51,6 @@ class TruthMonitor(pl.Callback):
         index = getattr(pl_module, "reliable_index", None)
         if index is not None:
             known = index[self.labels[index] >= 0]
-            scores = clustering_scores(pl_module.pseudo_labels[known], self.labels[known])
+            pseudo_labels: Tensor = pl_module.pseudo_labels  # type: ignore[assignment]
+            scores = clustering_scores(pseudo_labels[known], self.labels[known])
             pl_module.log("truth/reliable_acc", scores["acc"])

@@ -9,7 +9,7 @@ Shape letters: B images, S side in pixels, U uniform numbers an image.
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,24 +18,7 @@ from torch import Tensor
 
 from spice_pl.data import operations as ops
 
-# (operation, lowest, highest magnitude), Sohn et al. 2020 (FixMatch), Table 12, with the ranges
-# of the SPICE authors' code. Symmetric ranges hold the random sign.
-RANDAUGMENT: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], float, float]] = {
-    "Identity": (lambda images, _: images, 0.0, 0.0),
-    "AutoContrast": (lambda images, _: ops.autocontrast(images), 0.0, 0.0),
-    "Equalize": (lambda images, _: ops.equalize(images), 0.0, 0.0),
-    "Rotate": (ops.rotate, -30.0, 30.0),  # degrees
-    "Solarize": (ops.solarize, 0.0, 256.0),  # level from which on pixels are inverted
-    "Color": (ops.adjust_saturation, 0.05, 0.95),  # share of the image, the rest is grey
-    "Contrast": (ops.adjust_contrast, 0.05, 0.95),
-    "Brightness": (ops.adjust_brightness, 0.05, 0.95),
-    "Sharpness": (ops.adjust_sharpness, 0.05, 0.95),
-    "ShearX": (ops.shear_x, -0.1, 0.1),  # slope
-    "ShearY": (ops.shear_y, -0.1, 0.1),
-    "TranslateX": (ops.translate_x, -0.1, 0.1),  # share of the side
-    "TranslateY": (ops.translate_y, -0.1, 0.1),
-    "Posterize": (ops.posterize, 4.0, 8.0),  # bits kept, cut to a whole number: 4, 5, 6 or 7
-}
+RANDAUGMENT = ops.RANDAUGMENT
 ALL_14 = tuple(RANDAUGMENT)
 
 
@@ -48,14 +31,13 @@ def _require_share(name: str, value: float) -> None:
     _require(0 <= value <= 1, name, value, "a probability between 0 and 1")
 
 
-def _integers(uniform: Tensor, count: int | Tensor) -> Tensor:
-    """Whole numbers in 0..count-1; the product can round up to count, hence the minimum."""
-    drawn = (uniform * count).long()
-    return torch.minimum(drawn, torch.as_tensor(count, device=drawn.device).long() - 1)
+def _integers(uniform: Tensor, count: int) -> Tensor:
+    """Whole numbers in 0..count-1; the product can round up to count, hence the clamp."""
+    return (uniform * count).long().clamp_(max=count - 1)
 
 
 class View(Protocol):
-    """What a view of one's own must offer."""
+    """What a view of your own must offer."""
 
     @property
     def num_uniforms(self) -> int:
@@ -82,12 +64,8 @@ class PlainView:
 
     def __post_init__(self) -> None:
         _require(len(self.mean) == 3, "mean", self.mean, "three numbers, one per channel")
-        _require(
-            len(self.std) == 3 and min(self.std) > 0,
-            "std",
-            self.std,
-            "three positive numbers, one per channel",
-        )
+        positive = len(self.std) == 3 and min(self.std) > 0
+        _require(positive, "std", self.std, "three positive numbers, one per channel")
 
     @property
     def num_uniforms(self) -> int:
@@ -132,8 +110,8 @@ class WeakView(PlainView):
     """Flip and crop after padding with black (He et al. 2016, section 4.2).
 
     Args:
-        mean: three channel means, of levels in [0, 1].
-        std: three channel standard deviations, of levels in [0, 1].
+        mean: as in `PlainView`.
+        std: as in `PlainView`.
         padding: pixels on each side; the crop's offset is uniform in 0..2*padding.
         flip: probability of a mirror image.
 
@@ -176,9 +154,11 @@ class StrongView(WeakView):
     centre uniform over the pixels; it is clipped at the border and holds the mean colour.
     SPICE's second stage takes four operations and no crop, FixMatch two and a crop.
 
+    Departure: the square holds the mean colour, not FixMatch's fixed grey.
+
     Args:
-        mean: three channel means, of levels in [0, 1].
-        std: three channel standard deviations, of levels in [0, 1].
+        mean: as in `PlainView`.
+        std: as in `PlainView`.
         padding: pixels on each side before the crop; 0 leaves the crop out.
         flip: probability of a mirror image.
         num_ops: slots, each filled with one operation.
@@ -237,7 +217,6 @@ class StrongView(WeakView):
         return ops.cutout_(images, side, row, column)
 
 
-_ATTEMPTS = 10  # as in torchvision's RandomResizedCrop
 _ORDERS = tuple(itertools.permutations(range(3)))  # of brightness, contrast, saturation
 
 
@@ -248,9 +227,12 @@ class MoCoView(PlainView):
     Chen et al. 2020 (MoCo v2), section 3, after SimCLR. Equal to torchvision's per-image pipeline
     on float images: the jitter's four steps come in a random order per image.
 
+    Departure: levels are not rounded between the steps, as they are on PIL images, and the blur is
+    a true Gaussian to three sigma where PIL iterates box filters.
+
     Args:
-        mean: three channel means, of levels in [0, 1].
-        std: three channel standard deviations, of levels in [0, 1].
+        mean: as in `PlainView`.
+        std: as in `PlainView`.
         min_scale: smallest share of the image's area that a crop keeps; the largest is 1.
         ratio: range of the crop's width / height, log-uniform.
         jitter: strengths of brightness, contrast, saturation (factor in 1 ± strength) and hue
@@ -297,7 +279,7 @@ class MoCoView(PlainView):
     @property
     def num_uniforms(self) -> int:
         """Uniform numbers that one view of one image takes."""
-        return 2 * _ATTEMPTS + 15
+        return 2 * ops.CROP_ATTEMPTS + 2 + 13
 
     def _view(self, images: Tensor, uniforms: Tensor) -> Tensor:
         # The place of hue among the four steps; 4: no jitter. Images are sorted by it, so that
@@ -307,10 +289,11 @@ class MoCoView(PlainView):
         order = place.argsort()
         ends = torch.bincount(place, minlength=5).cumsum(0).tolist()
         steps, switch, warp, boxes = uniforms[order].split_with_sizes(
-            (7, 4, 2, 2 * _ATTEMPTS + 2), dim=1
+            (7, 4, 2, 2 * ops.CROP_ATTEMPTS + 2), dim=1
         )
-        flip, gray, blur = (switch[:, :3] < switch.new_tensor(self._probabilities())).unbind(1)
-        box = self.crop_boxes(boxes, images.shape[-1])
+        probabilities = switch.new_tensor((self.flip, self.gray_prob, self.blur_prob))
+        flip, gray, blur = (switch[:, :3] < probabilities).unbind(1)
+        box = ops.random_boxes(boxes, images.shape[-1], self.min_scale, self.ratio)
         images = images.index_select(0, order).to(torch.float32)
         views = ops.crop_resize(images, box, flip, self._warp_matrix(warp))
         self._jitter_(views, steps[:, 2:], ends)
@@ -318,42 +301,11 @@ class MoCoView(PlainView):
         views.index_copy_(0, rows, ops.grayscale(views.index_select(0, rows)))
         rows = blur.nonzero().squeeze(1)
         low, high = self.blur_sigma
+        radius = math.ceil(3 * high)  # what lies beyond three sigma weighs 0.3 %
         sigma = low + (high - low) * switch[rows, 3]
-        blurred = ops.gaussian_blur(views.index_select(0, rows), sigma, ops.blur_radius(high))
+        blurred = ops.gaussian_blur(views.index_select(0, rows), sigma, radius)
         views.index_copy_(0, rows, blurred)
-        return torch.empty_like(views).index_copy_(0, order, self._normalise(views))
-
-    def _probabilities(self) -> tuple[float, float, float]:
-        return self.flip, self.gray_prob, self.blur_prob
-
-    def crop_boxes(self, uniforms: Tensor, size: int) -> Tensor:
-        """Draw boxes as torchvision's RandomResizedCrop.get_params does.
-
-        Args:
-            uniforms: (B, 22): ten areas, ten ratios, two positions.
-            size: side of the image in pixels.
-
-        Returns:
-            (B, 4) float32, whole numbers: top, left, height, width.
-        """
-        areas, ratios, position = uniforms.split_with_sizes((_ATTEMPTS, _ATTEMPTS, 2), dim=1)
-        area = size**2 * (self.min_scale + (1 - self.min_scale) * areas)
-        low, high = (math.log(bound) for bound in self.ratio)
-        root = torch.exp(0.5 * (low + (high - low) * ratios))  # of width / height
-        sides = torch.stack((area.sqrt() / root, area.sqrt() * root), dim=2).round_()  # (B, 10, 2)
-        # When no attempt fits: the largest centred box of an allowed ratio.
-        ratio = min(max(1.0, self.ratio[0]), self.ratio[1])
-        whole = (round(size * min(1.0, 1 / ratio)), round(size * min(1.0, ratio)))
-        fits = ((sides > 0) & (sides <= size)).all(dim=2)  # (B, 10)
-        first = fits.to(torch.uint8).argmax(dim=1)
-        side = sides[torch.arange(len(sides), device=sides.device), first]  # (B, 2)
-        fitting = fits.any(dim=1, keepdim=True)
-        side = torch.where(fitting, side, side.new_tensor(whole))
-        free = size - side
-        start = torch.where(
-            fitting, _integers(position, free + 1).to(side.dtype), (free / 2).floor()
-        )
-        return torch.cat((start, side), dim=1)
+        return images.index_copy_(0, order, self._normalise(views))
 
     def _warp_matrix(self, uniforms: Tensor) -> Tensor | None:
         if self.rotate_degrees == 0 and self.shear == 0:

@@ -12,7 +12,7 @@ import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -20,13 +20,14 @@ from pytorch_lightning.utilities import CombinedLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from spice_pl.data.augment import PlainView
+from spice_pl.data.augment import View
 from spice_pl.data.images import ImageSet
 from spice_pl.data.keyed import keyed_uniform
 from spice_pl.data.sampler import KeyedBatches
 
 
-class Views(NamedTuple):
+@dataclass
+class Views:
     """What a stage trains on.
 
     Attributes:
@@ -38,7 +39,8 @@ class Views(NamedTuple):
     views: dict[str, Tensor]
 
 
-class Pixels(NamedTuple):
+@dataclass
+class Pixels:
     """A batch before its views are made: index (B,), round (B,), images (B, 3, S, S) uint8."""
 
     index: Tensor
@@ -59,7 +61,7 @@ class Stream:
         subset: (n,) indices to draw from; None means the images that training may see.
     """
 
-    views: Mapping[str, PlainView]
+    views: Mapping[str, View]
     batch_size: int
     num_samples: int | None = None
     group_size: int | None = None
@@ -84,7 +86,7 @@ class ViewsDataModule(pl.LightningDataModule):
         self,
         images: ImageSet,
         streams: Mapping[str, Stream],
-        plain: PlainView,
+        plain: View,
         *,
         seed: int,
         predict_batch_size: int = 256,
@@ -146,14 +148,16 @@ class ViewsDataModule(pl.LightningDataModule):
         views = {}
         for name, view in self.streams[stream].views.items():
             key = _key(self.stage, stream, name)
-            drawn = pixels.index + (pixels.round << 40)  # an image may be drawn often in an epoch
-            uniforms = keyed_uniform(self.seed, 0, drawn, key, view.num_uniforms)  # (B, U)
+            # By round, not by epoch: an epoch may draw an image more than once.
+            uniforms = keyed_uniform(
+                self.seed, pixels.round, pixels.index, key, view.num_uniforms
+            )  # (B, U)
             views[name] = view(pixels.images, uniforms)
         return Views(pixels.index, views)
 
     def _plain_loader(self, index: Tensor) -> DataLoader[Pixels]:
         rank, world_size = self._rank
-        mine = index[rank::world_size].split(self.predict_batch_size)
+        mine = torch.split(index[rank::world_size], self.predict_batch_size)
         return self._loader([(part, part) for part in mine])
 
     def _loader(self, batches: KeyedBatches | list[tuple[Tensor, Tensor]]) -> DataLoader[Pixels]:
@@ -180,7 +184,7 @@ class PixelDataset(Dataset[Pixels]):
         return Pixels(index, rounds, torch.from_numpy(self.images[index.numpy()]))
 
 
-def _whole(batch: Pixels) -> Pixels:
+def _whole(batch: Any) -> Any:
     return batch
 
 

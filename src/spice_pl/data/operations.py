@@ -10,6 +10,7 @@ Shape letters: B images, S side in pixels, T taps on one side of the blur kernel
 """
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -95,6 +96,38 @@ def translate_x(images: Tensor, fraction: Tensor) -> Tensor:
 def translate_y(images: Tensor, fraction: Tensor) -> Tensor:
     """Shift down by a fraction of the height."""
     return affine(images, _shift_matrix(images, 5, -fraction * images.shape[-1]))
+
+
+CROP_ATTEMPTS = 10  # as in torchvision's RandomResizedCrop
+
+
+def random_boxes(uniforms: Tensor, size: int, min_scale: float, ratio: Sequence[float]) -> Tensor:
+    """Choose boxes as torchvision's RandomResizedCrop.get_params does.
+
+    Args:
+        uniforms: (B, 22) in [0, 1): ten areas, ten ratios, two positions.
+        size: side of the image in pixels.
+        min_scale: smallest area, as a share of the image's; the largest is 1.
+        ratio: range of width / height, log-uniform.
+
+    Returns:
+        (B, 4) float32, whole pixels: top, left, height, width.
+    """
+    areas, ratios, position = uniforms.split_with_sizes((CROP_ATTEMPTS, CROP_ATTEMPTS, 2), dim=1)
+    root_area = size * (min_scale + (1 - min_scale) * areas).sqrt()
+    low, high = (math.log(bound) for bound in ratio)
+    root_ratio = torch.exp(0.5 * (low + (high - low) * ratios))
+    sides = torch.stack((root_area / root_ratio, root_area * root_ratio), dim=2).round_()
+    fits = ((sides > 0) & (sides <= size)).all(dim=2)  # (B, 10)
+    first = fits.to(torch.uint8).argmax(dim=1)[:, None, None].expand(-1, 1, 2)
+    # When no attempt fits: the largest centred box of an allowed ratio.
+    nearest = min(max(1.0, ratio[0]), ratio[1])
+    largest = (round(size * min(1.0, 1 / nearest)), round(size * min(1.0, nearest)))
+    fitting = fits.any(dim=1, keepdim=True)
+    side = torch.where(fitting, sides.gather(1, first)[:, 0], sides.new_tensor(largest))  # (B, 2)
+    free = size - side
+    start = torch.where(fitting, (position * (free + 1)).floor().minimum(free), (free / 2).floor())
+    return torch.cat((start, side), dim=1)
 
 
 def crop_resize(
@@ -281,9 +314,21 @@ def cutout_(images: Tensor, side: Tensor, row: Tensor, column: Tensor) -> Tensor
     return images.masked_fill_(square, 0)
 
 
-RADIUS_SIGMAS = 3.0  # a Gaussian beyond three sigma holds 0.3 % of its weight
-
-
-def blur_radius(max_sigma: float) -> int:
-    """Radius in pixels that the widest kernel of a recipe needs."""
-    return math.ceil(RADIUS_SIGMAS * max_sigma)
+# (operation, lowest, highest magnitude), Sohn et al. 2020 (FixMatch), Table 12, with the ranges
+# of the SPICE authors' code. Symmetric ranges hold the random sign.
+RANDAUGMENT: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], float, float]] = {
+    "Identity": (lambda images, _: images, 0.0, 0.0),
+    "AutoContrast": (lambda images, _: autocontrast(images), 0.0, 0.0),
+    "Equalize": (lambda images, _: equalize(images), 0.0, 0.0),
+    "Rotate": (rotate, -30.0, 30.0),  # degrees
+    "Solarize": (solarize, 0.0, 256.0),  # level from which on pixels are inverted
+    "Color": (adjust_saturation, 0.05, 0.95),  # share of the image, the rest is grey
+    "Contrast": (adjust_contrast, 0.05, 0.95),
+    "Brightness": (adjust_brightness, 0.05, 0.95),
+    "Sharpness": (adjust_sharpness, 0.05, 0.95),
+    "ShearX": (shear_x, -0.1, 0.1),  # slope
+    "ShearY": (shear_y, -0.1, 0.1),
+    "TranslateX": (translate_x, -0.1, 0.1),  # share of the side
+    "TranslateY": (translate_y, -0.1, 0.1),
+    "Posterize": (posterize, 4.0, 8.0),  # bits kept, cut to a whole number: 4, 5, 6 or 7
+}

@@ -149,7 +149,7 @@ def consistency_cross_entropy(
             f"logits_strong (U, K) = {tuple(logits_strong.shape)} and "
             f"probs_weak (U, K) = {tuple(probs_weak.shape)} differ; they are views of one batch"
         )
-    confidence, label = probs_weak.detach().max(dim=-1)  # (U,) each
+    confidence, label = probs_weak.max(dim=-1)  # (U,) each
     mask = confidence >= threshold  # (U,)
     return (_cross_entropy(logits_strong, label) * mask).mean(), mask
 

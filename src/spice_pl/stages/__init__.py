@@ -1,0 +1,1 @@
+"""Stages: each a LightningModule that only arranges functions and networks."""

@@ -6,7 +6,8 @@ Shapes: B images, N images of the whole data set, D features, K clusters, S pixe
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -17,7 +18,8 @@ from spice_pl.data.datamodule import Stream, Views
 from spice_pl.data.images import ImageSet
 
 
-class Prediction(NamedTuple):
+@dataclass
+class Prediction:
     """What a stage says of the plain view of some images.
 
     Attributes:
@@ -39,6 +41,13 @@ class Stage(pl.LightningModule):
     """
 
     has_clusters = True
+    encoder: nn.Module
+    _sizes: Tensor
+
+    @property
+    def feature_dim(self) -> int:
+        """D, the width of the encoder's features."""
+        return int(self.encoder.num_features)  # type: ignore[arg-type]
 
     def prepare(
         self, images: ImageSet, upstream: RunFolder | None, streams: Mapping[str, Stream]
@@ -61,7 +70,7 @@ class Stage(pl.LightningModule):
         """Return features, and probabilities if there are any, of the plain view."""
         raise NotImplementedError
 
-    def validation_step(self, batch: Views, batch_idx: int) -> Prediction:
+    def validation_step(self, batch: Views, batch_idx: int) -> Any:
         """Watch confidence and cluster sizes; returns the prediction for callbacks."""
         prediction = self.predict(batch)
         if prediction.probs is not None:
@@ -89,10 +98,10 @@ class Stage(pl.LightningModule):
         return self.predict(batch)
 
     def on_train_end(self) -> None:
-        """Give every rank the buffers of rank 0: running BatchNorm statistics are local to ranks."""
+        """Give every rank rank 0's buffers: running BatchNorm statistics are local to ranks."""
         if self.trainer.world_size > 1:
             for buffer in self.buffers():
-                buffer.copy_(self.all_gather(buffer)[0])
+                buffer.copy_(self.gathered(buffer)[0])
 
     def across_ranks(self, rows: Tensor) -> Tensor:
         """Join the rows of all ranks in the order of the global batch, (b, ...) -> (B, ...).
@@ -102,9 +111,14 @@ class Stage(pl.LightningModule):
         world_size = self.trainer.world_size
         if world_size == 1:
             return rows
-        counts = self.all_gather(torch.tensor(len(rows), device=rows.device))  # (R,)
+        counts = self.gathered(torch.tensor(len(rows), device=rows.device))  # (R,)
         longest = int(counts.max())
         padded = torch.cat([rows, rows.new_zeros(longest - len(rows), *rows.shape[1:])])
-        gathered = self.all_gather(padded)  # (R, longest, ...)
-        joined: Tensor = gathered.transpose(0, 1).flatten(0, 1)[: int(counts.sum())]
-        return joined
+        gathered = self.gathered(padded)  # (R, longest, ...)
+        return gathered.transpose(0, 1).flatten(0, 1)[: int(counts.sum())]
+
+    def gathered(self, tensor: Tensor) -> Tensor:
+        """Stack a tensor of one shape over the ranks, (...) -> (R, ...)."""
+        stacked = self.all_gather(tensor)
+        assert isinstance(stacked, Tensor)  # noqa: S101 - Lightning answers in kind
+        return stacked

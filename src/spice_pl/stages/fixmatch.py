@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spice_pl.artifacts import RunFolder
+from spice_pl.artifacts import RunFolder, as_tensor
 from spice_pl.data.datamodule import Stream, Views
 from spice_pl.data.images import ImageSet
 from spice_pl.data.keyed import keyed_generator
 from spice_pl.errors import UsageError
 from spice_pl.functional.losses import consistency_cross_entropy
 from spice_pl.functional.momentum import ema_update_
-from spice_pl.functional.reliability import local_consistency, select_reliable
+from spice_pl.functional.reliability import Balance, local_consistency, select_reliable
 from spice_pl.nn.heads import ClusterHead, LinearHead
 from spice_pl.stages.base import Prediction, Stage
 
@@ -71,7 +71,7 @@ class ReliableFixMatchModule(Stage):
         num_neighbors: int = 100,
         agreement: float = 0.95,
         confidence: float = 0.99,
-        balance: str = "min",
+        balance: Balance = "min",
         consistency_threshold: float = 0.95,
         unlabeled_weight: float = 1.0,
         ema_decay: float = 0.999,
@@ -94,7 +94,8 @@ class ReliableFixMatchModule(Stage):
         self.ema_head = copy.deepcopy(head).requires_grad_(False)
         self.init, self.steps_per_epoch, self.num_clusters = init, steps_per_epoch, num_clusters
         self.num_neighbors, self.agreement, self.confidence = num_neighbors, agreement, confidence
-        self.balance, self.consistency_threshold = balance, consistency_threshold
+        self.balance: Balance = balance
+        self.consistency_threshold = consistency_threshold
         self.unlabeled_weight, self.ema_decay = unlabeled_weight, ema_decay
         self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
         self.seed = seed
@@ -112,8 +113,8 @@ class ReliableFixMatchModule(Stage):
             [labelled.views["weak"], unlabelled.views["weak"], unlabelled.views["strong"]]
         )  # (L + 2U, 3, S, S)
         logits = self.head.logits(self.encoder(images)).float()
-        on_labelled, on_weak, on_strong = logits.split(
-            [num_labelled, num_unlabelled, num_unlabelled]
+        on_labelled, on_weak, on_strong = torch.split(
+            logits, [num_labelled, num_unlabelled, num_unlabelled]
         )
         label = self.pseudo_labels.to(self.device)[labelled.index]
         supervised = F.cross_entropy(on_labelled, label)
@@ -158,8 +159,8 @@ class ReliableFixMatchModule(Stage):
         for average, model in ((self.ema_encoder, self.encoder), (self.ema_head, self.head)):
             average.load_state_dict(model.state_dict())
         train_index = torch.from_numpy(images.train_index)
-        probs = torch.from_numpy(upstream.probs)[train_index]  # (n, K)
-        features = torch.from_numpy(upstream.features)[train_index]  # (n, D)
+        probs = as_tensor(upstream.probs)[train_index]  # (n, K)
+        features = as_tensor(upstream.features)[train_index]  # (n, D)
         reliable = self._reliable(features, probs)  # (n,)
         self.reliable_index = train_index[reliable]
         self.pseudo_labels = torch.full((len(images),), -1)  # (N,), -1 where unreliable

@@ -11,12 +11,13 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spice_pl.artifacts import RunFolder
+from spice_pl.artifacts import RunFolder, as_tensor
 from spice_pl.data.datamodule import Stream, Views
 from spice_pl.data.images import ImageSet
 from spice_pl.data.keyed import keyed_generator
@@ -86,11 +87,13 @@ class ProtoHeadModule(Stage):
         self.register_buffer("best_epoch", torch.tensor(-1))
         self.num_clusters, self.lr, self.seed = num_clusters, lr, seed
         self.buffer_size, self.repeats, self.head_batch_size = buffer_size, repeats, head_batch_size
-        self.labelling = {
-            "confident_ratio": confident_ratio,
-            "select_ratio": select_ratio,
-            "overlap": overlap,
-        }
+        self.select_ratio = select_ratio
+        self.pseudo_labels = partial(
+            prototype_pseudo_labels,
+            confident_ratio=confident_ratio,
+            select_ratio=select_ratio,
+            overlap=overlap,
+        )
         self._views: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def forward(self, images: Tensor) -> Tensor:
@@ -113,7 +116,7 @@ class ProtoHeadModule(Stage):
         with torch.no_grad():
             probs = self.heads(weak)  # (H, M, K)
         # E-step, Eqs. 2-4: prototypes live in the embeddings of the untransformed images.
-        slots, label = prototype_pseudo_labels(self.embeddings[index], probs, **self.labelling)
+        slots, label = self.pseudo_labels(self.embeddings[index], probs)
         losses = self._maximise(strong, slots, label, batch_idx)  # (H,)
         if batch_idx + 1 == self.trainer.num_training_batches:
             self._select()
@@ -130,7 +133,7 @@ class ProtoHeadModule(Stage):
         if upstream is None:
             raise UsageError("stage=proto needs an upstream stage; set proto.upstream=moco")
         upstream.load_weights("encoder.safetensors", self.encoder)
-        self.features = torch.from_numpy(upstream.features)  # (N, D), memory-mapped
+        self.features = as_tensor(upstream.features)  # (N, D), memory-mapped
         if not bool(self.features.isfinite().all()):
             raise UsageError(f"{upstream.path}/features.npy holds NaN; make it anew")
         num_train = len(images.train_index)
@@ -144,7 +147,7 @@ class ProtoHeadModule(Stage):
                 "clusters and prototypes need at least 2; raise proto.module.buffer_size to at "
                 f"least {2 * self.num_clusters}, lower dataset.num_clusters or give more images"
             )
-        num_slots = int(self.labelling["select_ratio"] * per_cluster) * self.num_clusters
+        num_slots = int(self.select_ratio * per_cluster) * self.num_clusters
         if num_slots < self.head_batch_size:
             raise UsageError(
                 f"proto.module.head_batch_size {self.head_batch_size} exceeds the {num_slots} "
@@ -189,7 +192,7 @@ class ProtoHeadModule(Stage):
         total, steps = strong.new_zeros(len(slots)), 0
         for _ in range(self.repeats):
             order = torch.randperm(len(label), generator=generator).to(slots.device)
-            for chosen in order.split(self.head_batch_size):
+            for chosen in torch.split(order, self.head_batch_size):
                 if len(chosen) < self.head_batch_size:
                     break  # the incomplete last batch is dropped
                 index = slots[:, chosen]  # (H, B); -1 marks an unused slot when overlap=False
@@ -215,9 +218,9 @@ class ProtoHeadModule(Stage):
         losses = []
         for head in range(self.heads.num_heads):  # one at a time: (N, K) and not (H, N, K)
             probs = self.heads.head(head)(features)
-            slots, label = prototype_pseudo_labels(embeddings, probs, **self.labelling)
-            label_of = torch.where(slots[0] < 0, -1, label)
-            losses.append(double_softmax_cross_entropy(probs[slots[0].clamp_min(0)], label_of))
+            slots, label = self.pseudo_labels(embeddings, probs)
+            label_of = torch.where(slots < 0, -1, label)
+            losses.append(double_softmax_cross_entropy(probs[slots.clamp_min(0)], label_of))
         loss, head_index = torch.stack(losses).min(dim=0)
         self.log("val/selection_loss", loss, batch_size=1)
         if loss < self.best_loss:

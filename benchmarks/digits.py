@@ -1,0 +1,121 @@
+"""How well are digits clustered, over several seeds?
+
+    python benchmarks/digits.py [--seeds 5] [--dataset mnist5k] [--runs-dir DIR] [KEY=VALUE ...]
+
+Runs train.py once a seed, with any further settings, and prints a Markdown table of every row that
+the run reports (k-means on pixels, k-means on features, both stages of SPICE) as mean ± standard
+deviation over the seeds and, as its last line, the same as JSON. A row's time includes the stages
+before it; the time of a run is that of the whole command. Without --runs-dir nothing is kept.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from spice_pl.reports.tables import ResultRow, duration_text, mean_std
+
+ROOT = Path(__file__).resolve().parents[1]
+SCORES = ("acc", "nmi", "ari")
+ROWS = {  # name in the figures to name in the reports
+    "kmeans_pixels": "k-means on pixels",
+    "kmeans_features": "k-means on MoCo features",
+    "stage2": "SPICE stage 2",
+    "stage3": "SPICE stage 3",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--seeds", type=int, default=5, help="number of seeds, from 0 on")
+    parser.add_argument("--dataset", choices=("digits", "mnist5k"), default="digits")
+    parser.add_argument("--runs-dir", type=Path, help="keep the runs here; made anew if there")
+    args, overrides = parser.parse_known_args()
+    unknown = [text for text in overrides if text.startswith("-") or not set("=~") & set(text)]
+    if args.seeds < 1 or unknown:
+        parser.error(f"--seeds must be 1 or more, settings KEY=VALUE: {unknown or args.seeds}")
+    with tempfile.TemporaryDirectory(prefix="spice-pl-") as temporary:
+        folder = (args.runs_dir or Path(temporary)).resolve()
+        runs, seconds = [], []
+        for seed in range(args.seeds):
+            print(f"==> {args.dataset}, seed {seed} of 0..{args.seeds - 1}", flush=True)
+            started = time.monotonic()
+            runs.append(run(args.dataset, seed, folder, overrides))
+            seconds.append(time.monotonic() - started)
+    print("\n" + table(runs, seconds) + "\n")
+    print(json.dumps(figures(runs, seconds)))
+
+
+def run(dataset: str, seed: int, folder: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """Run all stages with one seed and return the last stage's metrics."""
+    fixed = [f"dataset={dataset}", f"seed={seed}", f"run=seed{seed}", "overwrite=true"]
+    command = [sys.executable, "train.py", *fixed, f"runs_dir='{folder}'", *overrides]
+    code = subprocess.run(command, cwd=ROOT, check=False).returncode
+    if code:
+        raise SystemExit(f"error: seed {seed} ended with code {code}: {' '.join(command[1:])}")
+    file = folder / dataset / "fixmatch" / f"seed{seed}" / "metrics.json"
+    metrics: dict[str, Any] = json.loads(file.read_text())
+    metrics["rows"] = {row["name"]: ResultRow(**row) for row in metrics["rows"]}
+    return metrics
+
+
+def table(runs: Sequence[dict[str, Any]], seconds: Sequence[float]) -> str:
+    """Markdown: one line a result, mean ± standard deviation (n - 1) over the seeds."""
+    lines = [
+        "| Name | ACC | NMI | ARI | Protocol | Seeds | Time |",
+        "|:--|--:|--:|--:|:--|--:|--:|",
+    ]
+    for name in runs[0]["rows"]:
+        rows = [each["rows"][name] for each in runs]
+        scores = (mean_std([getattr(row, score) for row in rows]) for score in SCORES)
+        spent = duration_text(statistics.fmean(row.seconds for row in rows))
+        cells = [name, *scores, rows[0].protocol, str(len(runs)), spent]
+        lines.append(f"| {' | '.join(cells)} |")
+    time_text, peak = duration_text(statistics.fmean(seconds)), peak_memory_mb(runs)
+    lines.append(
+        f"\n{runs[0]['dataset']}, {runs[0]['num_images']:,} images, K = {runs[0]['num_clusters']}; "
+        f"a run takes {time_text} and at most {peak:,.0f} MB; settings: "
+        f"{' '.join(own_settings(runs[0])) or 'as shipped'}."
+    )
+    return "\n".join(lines)
+
+
+def figures(runs: Sequence[dict[str, Any]], seconds: Sequence[float]) -> dict[str, Any]:
+    """Every score of every row by name; plain `acc_mean` and so on are those of the last stage."""
+    result: dict[str, Any] = {
+        "dataset": runs[0]["dataset"],
+        "protocol": runs[0]["protocol"],
+        "seeds": len(runs),
+        "settings": own_settings(runs[0]),
+    }
+    for key, name in ROWS.items():
+        prefix = "" if key == "stage3" else f"{key}_"
+        for score in SCORES:
+            values = [getattr(each["rows"][name], score) for each in runs]
+            result[f"{prefix}{score}_mean"] = round(statistics.fmean(values), 4)
+            deviation = round(statistics.stdev(values), 4) if len(values) > 1 else None
+            result[f"{prefix}{score}_std"] = deviation
+    result["seconds_per_run"] = round(statistics.fmean(seconds), 1)
+    result["peak_memory_mb"] = round(peak_memory_mb(runs))
+    return result
+
+
+def own_settings(metrics: dict[str, Any]) -> list[str]:
+    """Settings of the command line that were not this benchmark's."""
+    ours = ("dataset=", "seed=", "run=", "overwrite=", "runs_dir=")
+    return [text for text in metrics["overrides"] if not text.startswith(ours)]
+
+
+def peak_memory_mb(runs: Sequence[dict[str, Any]]) -> float:
+    """Largest resident memory of any run."""
+    return max(float(each["peak_memory_mb"]) for each in runs)
+
+
+if __name__ == "__main__":
+    main()
