@@ -24,6 +24,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
@@ -147,7 +148,7 @@ def m_step(
             probs = heads(features_of(slots[:, chosen]))  # (H, B, K)
             loss = double_softmax_cross_entropy(probs, label[chosen])
             optimizer.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             optimizer.step()
 
 
@@ -201,7 +202,7 @@ class Clock(pl.Callback):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start watch and counter."""
-        self.counter = Counter(pl_module.encoder)
+        self.counter = Counter(pl_module.get_submodule("encoder"))
         self.start = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -233,7 +234,7 @@ def fit(
     num_heads: int,
     folder: Path,
     clock: Clock,
-    precision: str = "32-true",
+    precision: Any = "32-true",
     epochs: int = 3,
 ) -> None:
     """Train stage 2 as train.py does, on an encoder that was not trained."""
@@ -266,7 +267,7 @@ def untrained_upstream(
     upstream = RunFolder(path)
     upstream.path.mkdir(parents=True, exist_ok=True)
     upstream.write_weights("encoder.safetensors", backbone)
-    pixels = torch.from_numpy(images.images).split(256)
+    pixels = torch.split(torch.from_numpy(images.images), 256)
     encode = backbone.eval()
     features = torch.cat([encode(plain(part, torch.empty(len(part), 0))) for part in pixels])
     np.save(upstream.path / "features.npy", features.numpy())
@@ -325,7 +326,9 @@ def wall_times() -> tuple[float, float, float]:
     encoder = ResNet((1, 1, 1), (32, 64, 128)).eval().requires_grad_(False)
     encoder.to(memory_format=torch.channels_last)
     images = torch.from_numpy(noise(SMALL_BUFFER, SMALL_SIZE).images)
-    features = torch.cat([encoder(part.float() / 255) for part in images.split(HEAD_BATCH_SIZE)])
+    features = torch.cat(
+        [encoder(part.float() / 255) for part in torch.split(images, HEAD_BATCH_SIZE)]
+    )
     seconds, probs = [], []
     cycle(encoder, new_heads(encoder), images, embeddings=None, reencode=False)  # warm up
     for reencode in (False, True):
@@ -371,7 +374,7 @@ def cycle(
         features: Tensor = encoder(batch.contiguous(memory_format=torch.channels_last))
         return features
 
-    features = torch.cat([encode(part) for part in weak.split(HEAD_BATCH_SIZE)])
+    features = torch.cat([encode(part) for part in torch.split(weak, HEAD_BATCH_SIZE)])
     with torch.no_grad():
         probs = heads(features)  # (H, M, K)
     slots, label = prototype_pseudo_labels(
@@ -380,7 +383,7 @@ def cycle(
     if reencode:
         m_step(heads, lambda at: torch.stack([encode(strong[row]) for row in at]), slots, label)
     else:
-        cached = torch.cat([encode(part) for part in strong.split(HEAD_BATCH_SIZE)])
+        cached = torch.cat([encode(part) for part in torch.split(strong, HEAD_BATCH_SIZE)])
         m_step(heads, cached.__getitem__, slots, label)
 
 

@@ -22,6 +22,7 @@ import pytorch_lightning as pl
 import torch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
@@ -128,7 +129,7 @@ def run_stages(job: Job) -> float | None:
     """
     _quiet()
     OmegaConf.set_struct(job.cfg, True)
-    missing = sorted(OmegaConf.missing_keys(job.cfg))
+    missing = _missing(job.cfg)
     if missing:
         raise UsageError(f"no value for {', '.join(missing)}; give it on the command line")
     num_ranks = _num_ranks(job.cfg)
@@ -376,7 +377,12 @@ def _build(cfg: DictConfig, value: Any, **more: Any) -> Any:
                 f"_target_ {target} lies outside {', '.join(allowed)}; if you trust it, add "
                 f"allow_targets=[{str(target).partition('.')[0]}]"
             )
-    return hydra.utils.instantiate(value, **more, _convert_="all")
+    try:
+        return hydra.utils.instantiate(value, **more, _convert_="all")
+    except InstantiationException as error:
+        if isinstance(error.__cause__, ValueError):  # said by the callable itself: clear enough
+            raise UsageError(str(error.__cause__)) from error
+        raise
 
 
 def _show(path: Path, metrics: Mapping[str, Any]) -> None:
@@ -405,6 +411,20 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 def _options(group: str) -> list[str]:
     """Names of the options of a config group, over all places that Hydra looks in."""
     return list(GlobalHydra.instance().config_loader().get_group_options(group))
+
+
+def _missing(value: Any, prefix: str = "") -> list[str]:
+    """Dotted keys that must be given and were not."""
+    if not isinstance(value, DictConfig):
+        return []
+    found = []
+    for key in value:
+        name = f"{prefix}{key}"
+        if OmegaConf.is_missing(value, key):
+            found.append(name)
+        elif not OmegaConf.is_interpolation(value, key):
+            found += _missing(value[key], f"{name}.")
+    return found
 
 
 def _dump(job: Job) -> str:

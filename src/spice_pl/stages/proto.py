@@ -77,6 +77,8 @@ class ProtoHeadModule(Stage):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        if not 0 < select_ratio <= 1:  # above 1 the slots of Eq. 4 outnumber the images
+            raise UsageError(f"proto.module.select_ratio {select_ratio} is not in (0, 1]")
         self.automatic_optimization = False
         width = int(backbone.num_features)  # type: ignore[arg-type]
         self.encoder = backbone.requires_grad_(False)
@@ -195,10 +197,8 @@ class ProtoHeadModule(Stage):
             for chosen in torch.split(order, self.head_batch_size):
                 if len(chosen) < self.head_batch_size:
                     break  # the incomplete last batch is dropped
-                index = slots[:, chosen]  # (H, B); -1 marks an unused slot when overlap=False
-                probs = self.heads(strong[index.clamp_min(0)])  # (H, B, K)
-                label_of = torch.where(index < 0, -1, label[chosen])  # (H, B)
-                losses = double_softmax_cross_entropy_per_head(probs, label_of)  # (H,), Eq. 5
+                probs = self.heads(strong[slots[:, chosen]])  # (H, B, K)
+                losses = double_softmax_cross_entropy_per_head(probs, label[chosen])  # (H,), Eq. 5
                 optimizer.zero_grad()  # type: ignore[union-attr]
                 self.manual_backward(losses.mean())
                 optimizer.step()  # type: ignore[union-attr]
@@ -219,8 +219,7 @@ class ProtoHeadModule(Stage):
         for head in range(self.heads.num_heads):  # one at a time: (N, K) and not (H, N, K)
             probs = self.heads.head(head)(features)
             slots, label = self.pseudo_labels(embeddings, probs)
-            label_of = torch.where(slots < 0, -1, label)
-            losses.append(double_softmax_cross_entropy(probs[slots.clamp_min(0)], label_of))
+            losses.append(double_softmax_cross_entropy(probs[slots], label))
         loss, head_index = torch.stack(losses).min(dim=0)
         self.log("val/selection_loss", loss, batch_size=1)
         if loss < self.best_loss:
