@@ -7,7 +7,7 @@ Four questions on the processor, a table for each and, as the last line, all fig
 1. heads only: the M-step on cached features, ten heads over one.
 2. whole cycle: `ProtoHeadModule` under a Trainer (views, encoder, E-step, M-step, selection) with
    the settings of conf/, ten heads over one. With --paper also at the paper's width (ResNet18,
-   512 features, 32 pixels) on a small buffer, a minute or two more.
+   512 features, 32 pixels) on a small buffer, minutes more.
 3. encoder passes: images that go through the encoder in one cycle of M = 5000, counted by a hook,
    against a loop that encodes the strong view anew for each head and repeat as the authors' code.
 4. wall time of both ways at a small M, and whether the heads they train agree.

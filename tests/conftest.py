@@ -124,6 +124,14 @@ class Finished:
         """Make a job on these runs."""
         return make_job(*self.overrides, f"runs_dir={self.runs}", *more, sweep=sweep)
 
+    def copy(self, target: Path, *, without: str | None = None) -> Finished:
+        """Copy the runs to a new folder, one stage left out."""
+        shutil.copytree(self.runs, target / "copied runs")
+        copied = Finished(self.overrides, target / "copied runs")
+        if without is not None:
+            shutil.rmtree(copied.folder(without).path)
+        return copied
+
     def folder(self, stage: str) -> RunFolder:
         """Return the artifacts of a stage."""
         return RunFolder(self.runs / "my photos" / stage / "seed0")
@@ -148,5 +156,4 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 @pytest.fixture
 def finished(straight: Finished, tmp_path: Path) -> Finished:
     """A copy of `straight` to change."""
-    shutil.copytree(straight.runs, tmp_path / "copied runs")
-    return Finished(straight.overrides, tmp_path / "copied runs")
+    return straight.copy(tmp_path)

@@ -7,6 +7,7 @@ import json
 import shlex
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from hydra.errors import HydraException
 from PIL import Image
 from safetensors.torch import load_file
+from tests.conftest import NUM_CLASSES, NUM_IMAGES, Finished, compose, make_job, write_folder
 from torch import Tensor, nn
 
 from spice_pl.artifacts import RunFolder
@@ -25,7 +27,6 @@ from spice_pl.stages.base import Stage
 from spice_pl.stages.fixmatch import ReliableFixMatchModule
 from spice_pl.stages.moco import MoCoModule
 from spice_pl.stages.proto import ProtoHeadModule
-from tests.conftest import NUM_CLASSES, NUM_IMAGES, Finished, compose, write_folder
 
 STAGES: dict[str, type[Stage]] = {
     "moco": MoCoModule,
@@ -290,67 +291,78 @@ def test_encoder_of_another_architecture_is_reported_key_by_key(finished: Finish
 # Resume
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_stopped_and_resumed_is_bit_for_bit_one_straight_run(
-    straight: Finished, finished: Finished, monkeypatch: pytest.MonkeyPatch, stage: str
-) -> None:
-    stopped = finished.folder(stage)
-    shutil.rmtree(stopped.path)
+@dataclass(frozen=True)
+class Resumed:
+    """A stage that was cut off inside its second epoch, and then resumed."""
 
-    def power_cut(module: Stage, result: Any, batch_idx: int) -> Any:
-        if (module.current_epoch, batch_idx) == (1, 1):
-            raise OSError("power cut")
-        return result
+    stage: str
+    finished: Finished
+    stopped_after: int
+    resumed_steps: int
 
-    with monkeypatch.context() as patch:
+
+@pytest.fixture(scope="module", params=list(STAGES))
+def resumed(
+    request: pytest.FixtureRequest, straight: Finished, tmp_path_factory: pytest.TempPathFactory
+) -> Resumed:
+    stage = str(request.param)
+    finished = straight.copy(tmp_path_factory.mktemp("resumed"), without=stage)
+    with pytest.MonkeyPatch.context() as patch:
         patch_step(patch, STAGES[stage], power_cut)
         with pytest.raises(OSError, match="power cut"):
             run_stages(finished.job(f"stage={stage}"))
-    assert not stopped.finished
-    assert checkpoint(stopped)["epoch"] == 0
-
+    assert not finished.folder(stage).finished
+    stopped_after = checkpoint(finished.folder(stage))["epoch"]
     steps = []
-    with monkeypatch.context() as patch:
-        patch_step(
-            patch, STAGES[stage], lambda module, result, _: [steps.append(0), result][1]
-        )
+
+    def count(module: Stage, result: Any, batch_idx: int) -> Any:
+        steps.append(batch_idx)
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch_step(patch, STAGES[stage], count)
         run_stages(finished.job(f"stage={stage}", "resume=true"))
-    epochs = int(finished.job().cfg[stage].epochs)
-    ended, expected = checkpoint(stopped), checkpoint(straight.folder(stage))
-    # Only the epochs that were missing ran.
-    assert len(steps) * epochs == (epochs - 1) * batches(expected)
+    return Resumed(stage, finished, stopped_after, len(steps))
+
+
+def power_cut(module: Stage, result: Any, batch_idx: int) -> Any:
+    if (module.current_epoch, batch_idx) == (1, 1):
+        raise OSError("power cut")
+    return result
+
+
+def test_stopped_and_resumed_is_bit_for_bit_one_straight_run(
+    straight: Finished, resumed: Resumed
+) -> None:
+    ended, expected = (
+        checkpoint(each.folder(resumed.stage)) for each in (resumed.finished, straight)
+    )
     for part in ("epoch", "global_step", "state_dict", "optimizer_states", "lr_schedulers"):
         assert_same(ended[part], expected[part], part)
+    made, wanted = (
+        contents(each.folder(resumed.stage).path) for each in (resumed.finished, straight)
+    )
     for name in ("encoder.safetensors", "head.safetensors", "features.npy", "probs.npy"):
-        if (straight.folder(stage).path / name).is_file():
-            one, other = (each.folder(stage).path / name for each in (straight, finished))
-            assert one.read_bytes() == other.read_bytes(), name
+        assert made.get(name) == wanted.get(name), name
+    assert made.get("clusters.csv") == wanted.get("clusters.csv")
 
 
-def batches(state: dict[str, Any]) -> int:
-    """Training batches that a checkpoint has seen."""
-    progress = state["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-    return int(progress["total"]["completed"])
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_resumed_run_keeps_the_log_of_the_epochs_before(
-    straight: Finished, finished: Finished, monkeypatch: pytest.MonkeyPatch, stage: str
+def test_resume_runs_only_the_epochs_that_were_missing(
+    straight: Finished, resumed: Resumed
 ) -> None:
-    stopped = finished.folder(stage)
-    shutil.rmtree(stopped.path)
+    assert resumed.stopped_after == 0
+    progress = checkpoint(straight.folder(resumed.stage))["loops"]["fit_loop"]
+    in_all = progress["epoch_loop.batch_progress"]["total"]["completed"]
+    epochs = int(straight.job().cfg[resumed.stage].epochs)
+    assert resumed.resumed_steps * epochs == (epochs - 1) * in_all
 
-    def power_cut(module: Stage, result: Any, batch_idx: int) -> Any:
-        if module.current_epoch == 1:
-            raise OSError("power cut")
-        return result
 
-    with monkeypatch.context() as patch:
-        patch_step(patch, STAGES[stage], power_cut)
-        with pytest.raises(OSError, match="power cut"):
-            run_stages(finished.job(f"stage={stage}"))
-    run_stages(finished.job(f"stage={stage}", "resume=true"))
-    assert loss_curve(stopped) == loss_curve(straight.folder(stage))
+def test_resumed_run_keeps_the_log_of_the_epochs_before(
+    straight: Finished, resumed: Resumed
+) -> None:
+    curves = [loss_curve(each.folder(resumed.stage)) for each in (resumed.finished, straight)]
+    assert curves[0] == curves[1]
+    assert len(curves[1]) == int(straight.job().cfg[resumed.stage].epochs)
 
 
 def test_checkpoints_do_not_depend_on_how_often_scores_are_watched(
@@ -358,12 +370,6 @@ def test_checkpoints_do_not_depend_on_how_often_scores_are_watched(
 ) -> None:
     proto = finished.folder("proto")
     shutil.rmtree(proto.path)
-
-    def power_cut(module: Stage, result: Any, batch_idx: int) -> Any:
-        if module.current_epoch == 1:
-            raise OSError("power cut")
-        return result
-
     patch_step(monkeypatch, ProtoHeadModule, power_cut)
     with pytest.raises(OSError, match="power cut"):
         run_stages(finished.job("stage=proto", "proto.watch_epochs=3"))
@@ -390,12 +396,11 @@ def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(
     shutil.rmtree(folder.path)
 
     def spoil(module: Stage, loss: Any, batch_idx: int) -> Any:
-        if module.current_epoch == 1 and loss is not None:
-            with torch.no_grad():
-                for parameter in module.parameters():
-                    parameter.fill_(torch.nan)
-            return loss * torch.nan
-        return loss
+        if module.current_epoch != 1 or loss is None:
+            return loss
+        if isinstance(module, ProtoHeadModule):  # it steps inside training_step
+            torch.nn.init.constant_(module.heads.hidden_weight, torch.nan)
+        return loss * torch.nan
 
     patch_step(monkeypatch, STAGES[stage], spoil)
     watch = f"{stage}.watch_epochs={watch_epochs}"
@@ -482,9 +487,7 @@ def test_settings_of_later_stages_are_refused_before_the_first_stage_starts(
 
 
 def test_missing_values_are_named(tmp_path: Path) -> None:
-    from tests.conftest import make_job
-
-    with pytest.raises(UsageError, match=r"no value for dataset\.num_clusters, dataset\.root"):
+    with pytest.raises(UsageError, match=r"no value for dataset\.root, dataset\.num_clusters"):
         run_stages(make_job("dataset=folder", f"runs_dir={tmp_path / 'runs'}"))
 
 
@@ -524,15 +527,13 @@ class OwnBackbone(nn.Module):
 
 
 def test_target_of_an_allowed_package_is_built(straight: Finished, tmp_path: Path) -> None:
-    overrides = [text for text in straight.overrides if not text.startswith("backbone")]
-    own = (f"+backbone={{_target_: {__name__}.OwnBackbone}}", "~backbone@backbone")
-    job = Finished(overrides, tmp_path / "runs").job("stage=moco", "allow_targets=[tests]")
-    with pytest.MonkeyPatch.context():
-        job.cfg.backbone = {"_target_": "tests.test_pipeline.OwnBackbone"}
+    job = Finished(straight.overrides, tmp_path / "runs").job(
+        "stage=moco", "allow_targets=[tests]"
+    )
+    job.cfg.backbone = {"_target_": "tests.test_pipeline.OwnBackbone"}
     run_stages(job)
     weights = load_file(tmp_path / "runs/my photos/moco/seed0/encoder.safetensors")
-    assert {key: value.shape for key, value in weights.items()} == {"scale": (3,)}
-    assert own
+    assert {key: tuple(value.shape) for key, value in weights.items()} == {"scale": (3,)}
 
 
 def test_images_that_cannot_be_used_are_counted_in_the_results(

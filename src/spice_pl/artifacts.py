@@ -10,6 +10,7 @@ Shapes: N images, D features, K clusters.
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 import tempfile
@@ -135,10 +136,25 @@ class RunFolder:
                 image, cluster, sure, agrees, kept = row
                 writer.writerow([image, int(cluster), f"{sure:.4f}", f"{agrees:.4f}", int(kept)])
 
-    def write_dataset(self, name: str, fingerprint: str, num_images: int) -> None:
-        """Stamp the data set that the artifacts belong to."""
+    def digest(self) -> str:
+        """Digest of what is handed on, 16 hexadecimal digits (BLAKE2b)."""
+        digest = hashlib.blake2b(digest_size=8)
+        for name in ("encoder.safetensors", "head.safetensors", "features.npy", "probs.npy"):
+            if (self.path / name).is_file():
+                with (self.path / name).open("rb") as file:
+                    while chunk := file.read(1 << 24):
+                        digest.update(chunk)
+        return digest.hexdigest()
+
+    def stamp(self, fingerprint: str, num_images: int, upstream: RunFolder | None) -> None:
+        """Write which data set and which upstream run the artifacts are made from."""
         self.write_json(
-            "dataset.json", {"name": name, "fingerprint": fingerprint, "num_images": num_images}
+            "dataset.json",
+            {
+                "fingerprint": fingerprint,
+                "num_images": num_images,
+                "upstream": upstream.metrics["digest"] if upstream else None,
+            },
         )
 
     def check_dataset(self, fingerprint: str, num_images: int) -> None:
@@ -154,6 +170,19 @@ class RunFolder:
                 f"(fingerprint {stamp['fingerprint']}, {stamp['num_images']} images; now "
                 f"{fingerprint}, {num_images} images); give the same data set, or make it anew "
                 "with overwrite=true or under another run=NAME"
+            )
+
+    def check_upstream(self, upstream: RunFolder) -> None:
+        """Compare the stamp with the present upstream run.
+
+        Raises:
+            UsageError: the upstream was made anew since.
+        """
+        stamp = json.loads((self.path / "dataset.json").read_text())
+        if stamp["upstream"] != upstream.metrics["digest"]:
+            raise UsageError(
+                f"{self.path} was made from another {upstream.path}, which was made anew since; "
+                "make it anew too with overwrite=true, or use another run=NAME"
             )
 
     def _array(self, name: str) -> NDArray[np.float32]:

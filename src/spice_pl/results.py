@@ -121,7 +121,8 @@ def write_results(
             clusters = kmeans_clusters(data, run.num_clusters, run.seed)
             spent += time.monotonic() - begun
             rows.append(_row(run, images, f"k-means on {what}", clusters, spent))
-    run.folder.write_json("metrics.json", metrics | {"rows": [asdict(row) for row in rows]})
+    metrics |= {"digest": run.folder.digest(), "rows": [asdict(row) for row in rows]}
+    run.folder.write_json("metrics.json", metrics)
 
 
 def objective(logged: Mapping[str, float]) -> float | None:
@@ -165,8 +166,9 @@ def _write_clusters(
         generator=keyed_generator(run.seed),
     ).numpy()  # (N,)
     sizes = np.bincount(clusters, minlength=run.num_clusters)
-    for empty in np.flatnonzero(sizes == 0):
-        logger.warning("cluster %d is empty", empty)
+    empty = np.flatnonzero(sizes == 0).tolist()
+    if empty:
+        logger.warning("clusters %s are empty", empty)
     run.folder.write_clusters(images.keys, clusters, confidence, agreement.numpy(), reliable)
     (run.folder.path / "table.md").write_text(results_markdown(rows), encoding="utf-8")
     write_report(

@@ -150,6 +150,7 @@ def _run_here(job: Job) -> dict[str, Any]:
     images: ImageSet | None = None
     for name in job.stages:
         if _reused(job, name):
+            _check_chain(job, name)
             logger.info("%s: finished earlier, reused from %s", name, job.folder(name).path)
             continue
         if images is None:
@@ -185,7 +186,7 @@ def _run_stage(job: Job, name: str, images: ImageSet) -> None:
     resume = bool(cfg.resume) and folder.checkpoint.is_file()
     if trainer.is_global_zero:
         _stamp(job, folder, keep=resume)
-        folder.write_dataset(images.name, images.fingerprint, len(images))
+        folder.stamp(images.fingerprint, len(images), upstream[0] if upstream else None)
         logger.info("%s: %s %s", name, "goes on in" if resume else "starts in", folder.path)
     trainer.fit(module, data, ckpt_path=folder.checkpoint if resume else None, weights_only=True)
     logged = {key: float(value) for key, value in trainer.callback_metrics.items()}
@@ -202,6 +203,10 @@ def _run_stage(job: Job, name: str, images: ImageSet) -> None:
             precision=str(trainer.precision),
         )
     trainer.strategy.barrier("results written")
+    for each in trainer.loggers:
+        experiment = getattr(each, "experiment", None)
+        if hasattr(experiment, "finish"):  # W&B keeps one run open until it is told
+            experiment.finish()
 
 
 def _stage_run(job: Job, name: str, upstream: Sequence[RunFolder]) -> StageRun:
@@ -263,6 +268,8 @@ def _check_folders(job: Job) -> None:
                 f"{folder.path} was made with other settings:\n  " + "\n  ".join(changed) + "\n"
                 "give those again, or use overwrite=true to make it anew, or another run=NAME"
             )
+        if folder.finished or cfg.resume:
+            _check_chain(job, name)
         if folder.finished and len(job.stages) == 1 and not cfg.resume:
             raise UsageError(
                 f"{folder.path} is finished; overwrite=true makes it anew, run=NAME keeps it and "
@@ -273,6 +280,13 @@ def _check_folders(job: Job) -> None:
                 f"{folder.path} holds an unfinished run; resume=true goes on where it stopped, "
                 "overwrite=true starts anew"
             )
+
+
+def _check_chain(job: Job, name: str) -> None:
+    """Refuse to reuse a run whose upstream was made anew since."""
+    upstream = job.upstream(name)
+    if upstream and job.folder(upstream[0]).finished:
+        job.folder(name).check_upstream(job.folder(upstream[0]))
 
 
 def _changed(saved: Any, cfg: DictConfig, name: str) -> list[str]:
@@ -311,7 +325,17 @@ def _stamp(job: Job, folder: RunFolder, *, keep: bool) -> None:
 
 def _trainer(job: Job, name: str, callbacks: list[pl.Callback], *, watch: bool) -> pl.Trainer:
     cfg, path = job.cfg, job.folder(name).path
-    loggers = [_build(cfg, value, save_dir=str(path)) for value in cfg.logger.values()]
+    loggers = [
+        _build(
+            cfg,
+            {
+                key: text.format(stage=name) if isinstance(text, str) else text
+                for key, text in settings.items()
+            },
+            save_dir=str(path),
+        )
+        for settings in cfg.logger.values()
+    ]
     dashboards = [each for each in loggers if not isinstance(each, pl.loggers.CSVLogger)]
     for each in dashboards:
         each.log_hyperparams(_flat({key: cfg[key] for key in ("seed", "dataset", name)}))
@@ -418,8 +442,8 @@ def _missing(value: Any, prefix: str = "") -> list[str]:
     if not isinstance(value, DictConfig):
         return []
     found = []
-    for key in value:
-        name = f"{prefix}{key}"
+    for key in map(str, value):
+        name = prefix + key
         if OmegaConf.is_missing(value, key):
             found.append(name)
         elif not OmegaConf.is_interpolation(value, key):
@@ -445,6 +469,7 @@ def _quiet() -> None:
         "does not have many workers",  # images are in memory, whole batches at a time
         "Checkpoint directory .* exists and is not empty",
         "Experiment logs directory .* exists and is not empty",
+        "torch.distributed.nn.functional.all_gather is deprecated",  # inside Lightning
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",
     ):
         warnings.filterwarnings("ignore", message=f".*{known}.*")

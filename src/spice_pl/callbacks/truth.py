@@ -44,7 +44,7 @@ class TruthMonitor(pl.Callback):
         """Log the scores of all ranks together."""
         if int(self.scores.update_count):
             for name, value in self.scores.compute().items():
-                pl_module.log(f"truth/{name}", float(value))
+                pl_module.log(f"truth/{name}", float(value), sync_dist=True)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the accuracy of the reliable labels that stage 3 learns from."""
@@ -53,4 +53,4 @@ class TruthMonitor(pl.Callback):
             known = index[self.labels[index] >= 0]
             pseudo_labels: Tensor = pl_module.pseudo_labels  # type: ignore[assignment]
             scores = clustering_scores(pseudo_labels[known], self.labels[known])
-            pl_module.log("truth/reliable_acc", scores["acc"])
+            pl_module.log("truth/reliable_acc", scores["acc"], sync_dist=True)

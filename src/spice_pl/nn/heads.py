@@ -37,7 +37,8 @@ class ClusterHead(nn.Module):
 
     def logits(self, features: Tensor) -> Tensor:
         """Return logits (B, K) of raw features (B, D), what a single softmax loss takes."""
-        logits: Tensor = self.output(F.relu(self.hidden(features)))
+        with _float32(features):
+            logits: Tensor = self.output(F.relu(self.hidden(features.to(self.hidden.weight.dtype))))
         return logits
 
 
@@ -101,7 +102,7 @@ class ParallelHeads(nn.Module):
 
     def logits(self, features: Tensor) -> Tensor:
         """Return the logits of every head, (H, B, K); arguments and errors as in `forward`."""
-        num_heads, hidden_dim, feature_dim = self.hidden_weight.shape
+        num_heads, _, feature_dim = self.hidden_weight.shape
         shared = features.ndim == 2
         own = features.ndim == 3 and len(features) == num_heads
         if not (shared or own) or features.shape[-1] != feature_dim:
@@ -111,6 +112,11 @@ class ParallelHeads(nn.Module):
                 "feature_dim=backbone.num_features"
             )
         # Weights on the left, so that their gradients need no transposing copy.
+        with _float32(features):
+            return self._products(features.to(self.hidden_weight.dtype), shared=shared)
+
+    def _products(self, features: Tensor, *, shared: bool) -> Tensor:
+        num_heads, hidden_dim, _ = self.hidden_weight.shape
         if shared:
             weight, bias = self.hidden_weight.flatten(0, 1), self.hidden_bias.flatten()
             hidden = torch.addmm(bias[:, None], weight, features.T)  # (H·E, B)
@@ -165,4 +171,10 @@ class LinearHead(nn.Linear):
 
     def logits(self, features: Tensor) -> Tensor:
         """Return logits (B, K) of raw features (B, D)."""
-        return F.linear(features, self.weight, self.bias)
+        with _float32(features):
+            return F.linear(features.to(self.weight.dtype), self.weight, self.bias)
+
+
+def _float32(features: Tensor) -> torch.autocast:
+    """Heads compute in the precision of their weights: bfloat16 has too few levels to rank by."""
+    return torch.autocast(features.device.type, enabled=False)

@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
 
@@ -100,7 +101,12 @@ def results_markdown(rows: Sequence[ResultRow]) -> str:
 
 def results_rich(rows: Sequence[ResultRow]) -> Table:
     """Rows as a terminal table, footnotes as its caption."""
-    table = Table(caption="\n".join(footnotes(rows)) or None, caption_justify="left")
+    table = Table(
+        box=SIMPLE,
+        pad_edge=False,
+        caption="\n".join(footnotes(rows)) or None,
+        caption_justify="left",
+    )
     for column in _COLUMNS:
         table.add_column(column, justify="left" if column in {"Name", "Protocol"} else "right")
     for row in rows:

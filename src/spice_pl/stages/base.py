@@ -77,7 +77,7 @@ class Stage(pl.LightningModule):
             probs = prediction.probs
             confidence, clusters = probs.max(dim=1)
             sizes = torch.bincount(clusters, minlength=probs.shape[1])  # (K,)
-            self.log("val/confidence", confidence.mean(), batch_size=len(clusters), sync_dist=True)
+            self.record("val/confidence", confidence.mean())
             self._sizes = self._sizes + sizes
         return prediction
 
@@ -90,8 +90,8 @@ class Stage(pl.LightningModule):
         if self._sizes.ndim:
             sizes = self.across_ranks(self._sizes[None]).sum(dim=0).float()  # (K,)
             shares = sizes / sizes.sum()
-            self.log("val/largest_cluster_fraction", shares.max())
-            self.log("val/smallest_cluster_fraction", shares.min())
+            self.record("val/largest_cluster_fraction", shares.max())
+            self.record("val/smallest_cluster_fraction", shares.min())
 
     def predict_step(self, batch: Views, batch_idx: int) -> Prediction:
         """Return the prediction of a batch; a callback writes it."""
@@ -102,6 +102,10 @@ class Stage(pl.LightningModule):
         if self.trainer.world_size > 1:
             for buffer in self.buffers():
                 buffer.copy_(self.gathered(buffer)[0])
+
+    def record(self, name: str, value: Tensor | float) -> None:
+        """Log the mean of a value over an epoch's batches and over ranks."""
+        self.log(name, value, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
 
     def across_ranks(self, rows: Tensor) -> Tensor:
         """Join the rows of all ranks in the order of the global batch, (b, ...) -> (B, ...).

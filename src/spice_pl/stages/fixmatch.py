@@ -128,7 +128,7 @@ class ReliableFixMatchModule(Stage):
             ("loss_unlabelled", consistency),
             ("confident_fraction", confident.float().mean()),
         ):
-            self.log(f"train/{name}", value, on_step=False, on_epoch=True, batch_size=1)
+            self.record(f"train/{name}", value)
         return loss
 
     def configure_optimizers(self) -> Any:
@@ -188,7 +188,7 @@ class ReliableFixMatchModule(Stage):
         self.ema_encoder.eval()
         self.ema_head.eval()
         fraction = len(self.reliable_index) / len(self.pseudo_labels)
-        self.log("train/reliable_fraction", fraction, batch_size=1)
+        self.record("train/reliable_fraction", fraction)
 
     def on_train_batch_end(self, *_: Any) -> None:
         """Move the average after the optimizer's step."""
@@ -224,6 +224,7 @@ class ReliableFixMatchModule(Stage):
                 "fixmatch.module.confidence, or train stage 2 longer (proto.epochs)"
             )
         logger.info(found)
-        for cluster in (counts == 0).nonzero()[:, 0].tolist():
-            logger.warning("cluster %d has no reliable image and starts without a label", cluster)
+        without = (counts == 0).nonzero()[:, 0].tolist()
+        if without:
+            logger.warning("clusters %s have no reliable image and start without a label", without)
         return reliable

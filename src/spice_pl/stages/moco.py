@@ -79,10 +79,9 @@ class MoCoModule(Stage):
         key = self._keys(batch.views["key"])  # (B, P)
         loss = info_nce(query, key, self.queue.keys, self.temperature)
         self.queue.enqueue(self.across_ranks(key))
-        size = len(query)
-        self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
-        spread = query.detach().std(dim=0).mean()  # 0 when collapsed, 1/sqrt(P) when spread evenly
-        self.log("train/embedding_std", spread, on_step=False, on_epoch=True, batch_size=size)
+        self.record("train/loss", loss)
+        # 0 when collapsed, 1/sqrt(P) when spread evenly
+        self.record("train/embedding_std", query.detach().std(dim=0).mean())
         return loss
 
     def configure_optimizers(self) -> Any:

@@ -204,9 +204,9 @@ class ProtoHeadModule(Stage):
                 optimizer.step()  # type: ignore[union-attr]
                 total, steps = total + losses.detach(), steps + 1
         losses = total / steps
-        self.log("train/loss", losses.mean(), on_step=False, on_epoch=True, batch_size=1)
+        self.record("train/loss", losses.mean())
         for head, loss in enumerate(losses):
-            self.log(f"train/loss_head_{head}", loss, on_step=False, on_epoch=True, batch_size=1)
+            self.record(f"train/loss_head_{head}", loss)
         return losses
 
     @torch.no_grad()
@@ -221,7 +221,7 @@ class ProtoHeadModule(Stage):
             slots, label = self.pseudo_labels(embeddings, probs)
             losses.append(double_softmax_cross_entropy(probs[slots], label))
         loss, head_index = torch.stack(losses).min(dim=0)
-        self.log("val/selection_loss", loss, batch_size=1)
+        self.record("val/selection_loss", loss)
         if loss < self.best_loss:
             self.best_loss.copy_(loss)
             self.best_head.copy_(head_index)
