@@ -148,9 +148,7 @@ def test_frozen_encoder_and_features_pass_through_stage_2(straight: Finished) ->
 # Reuse and refusal
 
 
-def test_finished_stages_are_reused(
-    finished: Finished, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_finished_stages_are_reused(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
     forbid_training(monkeypatch)
     before = contents(finished.runs)
     objective = run_stages(finished.job())
@@ -527,9 +525,7 @@ class OwnBackbone(nn.Module):
 
 
 def test_target_of_an_allowed_package_is_built(straight: Finished, tmp_path: Path) -> None:
-    job = Finished(straight.overrides, tmp_path / "runs").job(
-        "stage=moco", "allow_targets=[tests]"
-    )
+    job = Finished(straight.overrides, tmp_path / "runs").job("stage=moco", "allow_targets=[tests]")
     job.cfg.backbone = {"_target_": "tests.test_pipeline.OwnBackbone"}
     run_stages(job)
     weights = load_file(tmp_path / "runs/my photos/moco/seed0/encoder.safetensors")

@@ -37,14 +37,15 @@ def launch_ranks(num_ranks: int, job: str, grace_s: float = 10.0) -> None:
     """
     with tempfile.TemporaryDirectory(prefix="spice-pl-") as folder:
         file = Path(folder, "job.yaml")
+        threads = max(1, (os.cpu_count() or 1) // num_ranks)
         file.write_text(job, encoding="utf-8")
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
         ranks = [
             subprocess.Popen(  # noqa: S603 - our own interpreter, our own file
                 [sys.executable, "-m", "spice_pl.run", str(file)],
                 env=os.environ
-                # Idle threads that spin starve the other ranks on a machine with few cores.
-                | {"OMP_WAIT_POLICY": "PASSIVE"}
+                # More threads than cores starve each other.
+                | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
                 | address
                 | {
                     "LOCAL_RANK": str(rank),

@@ -204,9 +204,9 @@ def _run_stage(job: Job, name: str, images: ImageSet) -> None:
         )
     trainer.strategy.barrier("results written")
     for each in trainer.loggers:
-        experiment = getattr(each, "experiment", None)
-        if hasattr(experiment, "finish"):  # W&B keeps one run open until it is told
-            experiment.finish()
+        finish = getattr(getattr(each, "experiment", None), "finish", None)
+        if finish is not None:  # W&B keeps one run open until it is told
+            finish()
 
 
 def _stage_run(job: Job, name: str, upstream: Sequence[RunFolder]) -> StageRun:

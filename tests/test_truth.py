@@ -1,0 +1,161 @@
+"""Ground truth reaches `truth/*` and the table, and nothing else."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from tests.conftest import CONF, NUM_CLASSES, NUM_IMAGES, Finished
+from torch import Tensor
+
+from spice_pl import run
+from spice_pl.data.images import ImageSet
+
+STAGES = ("moco", "proto", "fixmatch")
+NAMES = ("encoder.safetensors", "head.safetensors", "features.npy", "probs.npy", "clusters.csv")
+TRUE = np.arange(NUM_IMAGES, dtype=np.int64) % NUM_CLASSES
+
+
+def run_with(
+    labels: NDArray[np.int64] | None, straight: Finished, runs: Path, num_clusters: int
+) -> Finished:
+    """Run all stages on the images of `straight` with labels of our own."""
+    made = run._images
+
+    def images(*args: Any) -> ImageSet:
+        found: ImageSet = made(*args)
+        return ImageSet(found.name, found.images, found.keys, found.fingerprint, labels=labels)
+
+    finished = Finished(straight.overrides, runs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "_images", images)
+        run.run_stages(finished.job(f"dataset.num_clusters={num_clusters}"))
+    return finished
+
+
+@pytest.fixture(scope="module")
+def true(straight: Finished, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    return run_with(TRUE, straight, tmp_path_factory.mktemp("true"), NUM_CLASSES)
+
+
+@pytest.fixture(scope="module", params=["shuffled", "one class", "more classes", "half unknown"])
+def false(
+    request: pytest.FixtureRequest, straight: Finished, tmp_path_factory: pytest.TempPathFactory
+) -> Finished:
+    labels = {
+        "shuffled": np.random.default_rng(0).permutation(TRUE),
+        "one class": np.zeros_like(TRUE),
+        "more classes": np.arange(NUM_IMAGES, dtype=np.int64) % 7,
+        "half unknown": np.where(np.arange(NUM_IMAGES) % 2, TRUE, -1),
+    }[str(request.param)]
+    return run_with(labels, straight, tmp_path_factory.mktemp("false"), NUM_CLASSES)
+
+
+def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from flat(item, f"{prefix}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            yield from flat(item, f"{prefix}.{i}")
+    else:
+        yield prefix, value
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_false_labels_change_no_weight_and_no_cluster(
+    true: Finished, false: Finished, straight: Finished, stage: str
+) -> None:
+    folders = [each.folder(stage).path for each in (true, false, straight)]
+    for name in NAMES:
+        if name == "encoder.safetensors":
+            assert all((folder / name).is_file() for folder in folders)
+        if (folders[0] / name).is_file():
+            written = {(folder / name).read_bytes() for folder in folders}
+            assert len(written) == 1, name
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_false_labels_change_no_training_state(
+    true: Finished, false: Finished, straight: Finished, stage: str
+) -> None:
+    states = [
+        dict(flat(torch.load(each.folder(stage).path / "last.ckpt", weights_only=True)))
+        for each in (true, false, straight)
+    ]
+    compared = 0
+    for key, value in states[0].items():
+        if key.startswith((".state_dict", ".optimizer_states", ".lr_schedulers", ".global_step")):
+            for other in states[1:]:
+                equal = torch.equal(value, other[key]) if isinstance(value, Tensor) else None
+                assert value == other[key] if equal is None else equal, key
+            compared += 1
+    assert compared > 20
+    assert not [key for key in states[0] if "truth" in key]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_false_labels_change_scores_alone(true: Finished, false: Finished, stage: str) -> None:
+    metrics = [dict(flat(each.folder(stage).metrics)) for each in (true, false)]
+    volatile = ("seconds", "peak_memory_mb", "runs_dir")
+    assert metrics[0].keys() == metrics[1].keys()
+    changed = {
+        key.rpartition(".")[2]
+        for key in metrics[0]
+        if metrics[0][key] != metrics[1][key]
+        and not any(word in key for word in volatile)
+        and not str(metrics[0][key]).startswith("runs_dir=")
+    }
+    assert changed <= {
+        "acc",
+        "nmi",
+        "ari",
+        "truth/acc",
+        "truth/nmi",
+        "truth/ari",
+        "truth/reliable_acc",
+    }
+    assert changed  # the scores did see the labels
+    logs = []
+    for each in (true, false):
+        with (each.folder(stage).path / "metrics.csv").open(newline="") as file:
+            logs.append(
+                [
+                    {key: value for key, value in row.items() if not key.startswith("truth/")}
+                    for row in csv.DictReader(file)
+                ]
+            )
+    assert logs[0] == logs[1]
+
+
+def test_no_setting_chooses_by_truth() -> None:
+    files = sorted(CONF.rglob("*.yaml"))
+    assert len(files) > 20
+    for file in files:
+        for line in file.read_text().splitlines():
+            setting = line.partition("#")[0]
+            assert "truth" not in setting, f"{file}: {line}"
+
+
+def test_batches_of_a_run_have_no_labels(straight: Finished, tmp_path: Path) -> None:
+    seen: set[tuple[str, ...]] = set()
+    from spice_pl.data.datamodule import ViewsDataModule
+
+    original = ViewsDataModule.on_after_batch_transfer
+
+    def on_after_batch_transfer(self: ViewsDataModule, batch: Any, dataloader_idx: int) -> Any:
+        views = original(self, batch, dataloader_idx)
+        for each in views.values() if isinstance(views, dict) else [views]:
+            seen.add(tuple(vars(each)))
+        return views
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ViewsDataModule, "on_after_batch_transfer", on_after_batch_transfer)
+        run_with(TRUE, straight, tmp_path / "runs", NUM_CLASSES)
+    assert seen == {("index", "views")}
