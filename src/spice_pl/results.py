@@ -210,12 +210,11 @@ def _write_clusters(
 
 def _loss_curve(folder: RunFolder) -> list[tuple[int, float]]:
     """(epoch, loss) from a stage's CSV log."""
-    path = folder.path / "metrics.csv"
-    if not path.is_file():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return [
-            (int(line["epoch"]), float(line["train/loss"]))
-            for line in csv.DictReader(file)
-            if line.get("train/loss")
-        ]
+    curve: dict[int, float] = {}
+    # A run that was resumed has a log for each part: metrics.1.csv, ..., metrics.csv.
+    for path in sorted(folder.path.glob("metrics*.csv")):
+        with path.open(newline="", encoding="utf-8") as file:
+            for line in csv.DictReader(file):
+                if line.get("train/loss"):
+                    curve[int(line["epoch"])] = float(line["train/loss"])
+    return sorted(curve.items())

@@ -314,9 +314,13 @@ def _check_upstream(job: Job, name: str, upstream: RunFolder, images: ImageSet) 
 
 def _stamp(job: Job, folder: RunFolder, *, keep: bool) -> None:
     """Write the settings of a run; forget what an earlier run left there unless it goes on."""
+    curve = folder.path / "metrics.csv"
+    if keep and curve.is_file():  # the logger starts a new file
+        curve.rename(folder.path / f"metrics.{len(list(folder.path.glob('metrics*.csv')))}.csv")
     if not keep:
-        for name in ("metrics.json", "metrics.csv", "last.ckpt"):
-            (folder.path / name).unlink(missing_ok=True)
+        for file in (folder.path / "metrics.json", *folder.path.glob("metrics*.csv")):
+            file.unlink(missing_ok=True)
+        folder.checkpoint.unlink(missing_ok=True)
     hidden = folder.path / ".hydra"
     hidden.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(job.cfg, hidden / "config.yaml", resolve=True)
@@ -480,6 +484,8 @@ def _with_clear_errors(job: Job) -> float | None:
         return run_stages(job)
     except UsageError as error:
         print(f"\nerror: {error}", file=sys.stderr)
+        if job.sweep:  # Hydra goes on with the other trials and reports the failed one at the end
+            raise
         raise SystemExit(2) from error
 
 

@@ -52,5 +52,5 @@ class TruthMonitor(pl.Callback):
         if index is not None:
             known = index[self.labels[index] >= 0]
             pseudo_labels: Tensor = pl_module.pseudo_labels  # type: ignore[assignment]
-            scores = clustering_scores(pseudo_labels[known], self.labels[known])
+            scores = clustering_scores(pseudo_labels.cpu()[known], self.labels[known])
             pl_module.log("truth/reliable_acc", scores["acc"], sync_dist=True)

@@ -116,7 +116,7 @@ class ReliableFixMatchModule(Stage):
         on_labelled, on_weak, on_strong = torch.split(
             logits, [num_labelled, num_unlabelled, num_unlabelled]
         )
-        label = self.pseudo_labels.to(self.device)[labelled.index]
+        label = self.pseudo_labels[labelled.index]
         supervised = F.cross_entropy(on_labelled, label)
         consistency, confident = consistency_cross_entropy(
             on_strong, on_weak.detach().softmax(dim=1), self.consistency_threshold
@@ -182,6 +182,10 @@ class ReliableFixMatchModule(Stage):
         """Return features and probabilities of the averaged model."""
         features = self.ema_encoder(batch.views["plain"]).float()
         return Prediction(batch.index, features, self.ema_head(features).float())
+
+    def on_fit_start(self) -> None:
+        """Put the labels where the images will be."""
+        self.pseudo_labels = self.pseudo_labels.to(self.device)
 
     def on_train_epoch_start(self) -> None:
         """Keep the averaged model in eval mode; log how many labels it learns from."""
