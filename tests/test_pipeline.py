@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shlex
 import shutil
 from collections.abc import Callable
@@ -64,13 +65,16 @@ def assert_same(left: Any, right: Any, where: str = "") -> None:
         assert left == right, where
 
 
-def loss_curve(folder: RunFolder) -> dict[int, str]:
-    with (folder.path / "metrics.csv").open(newline="") as file:
-        return {
-            int(row["epoch"]): row["train/loss"]
-            for row in csv.DictReader(file)
-            if row.get("train/loss")
-        }
+def loss_curve(folder: RunFolder) -> dict[int, float]:
+    """Read the logs of all parts of a run: metrics.1.csv, ..., metrics.csv."""
+    curve: dict[int, float] = {}
+    for path in folder.path.glob("metrics*.csv"):
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                if row.get("train/loss"):
+                    assert int(row["epoch"]) not in curve
+                    curve[int(row["epoch"])] = float(row["train/loss"])
+    return curve
 
 
 def forbid_training(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,6 +200,7 @@ def test_overwrite_and_resume_exclude_each_other(finished: Finished) -> None:
     ("override", "message"),
     [
         ("proto.module.lr=1e-4", r"proto/seed0 .*\n  proto\.module\.lr: 0\.005 -> 0\.0001\n"),
+        ("seed=1 run=seed0", r"moco/seed0 .*\n  (moco\.module\.seed.*\n  )?seed: 0 -> 1\n"),
         ("moco.epochs=7", r"moco/seed0 .*\n  moco\.epochs: 2 -> 7\n"),
         ("backbone.widths=[4]", r"moco/seed0 .*\n  backbone\.widths: \[8\] -> \[4\]\n"),
     ],
@@ -204,7 +209,7 @@ def test_changed_setting_is_refused_by_its_full_key(
     straight: Finished, override: str, message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
-        run_stages(straight.job(override))
+        run_stages(straight.job(*override.split()))
 
 
 def test_settings_of_where_and_how_do_not_count_as_changed(
@@ -361,6 +366,30 @@ def test_resumed_run_keeps_the_log_of_the_epochs_before(
     curves = [loss_curve(each.folder(resumed.stage)) for each in (resumed.finished, straight)]
     assert curves[0] == curves[1]
     assert len(curves[1]) == int(straight.job().cfg[resumed.stage].epochs)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_run_cut_off_after_its_training_is_completed_by_resume(
+    straight: Finished, finished: Finished, stage: str
+) -> None:
+    folder, expected = finished.folder(stage), straight.folder(stage)
+    shutil.rmtree(folder.path)
+
+    def predict(*args: Any, **kwargs: Any) -> None:
+        raise OSError("power cut")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pl.Trainer, "predict", predict)
+        with pytest.raises(OSError, match="power cut"):
+            run_stages(finished.job(f"stage={stage}"))
+    assert not folder.finished
+    run_stages(finished.job(f"stage={stage}", "resume=true"))
+    made, wanted = contents(folder.path), contents(expected.path)
+    for name in ("encoder.safetensors", "head.safetensors", "features.npy", "probs.npy"):
+        assert made.get(name) == wanted.get(name), name
+    assert folder.metrics["objective"] == expected.metrics["objective"]
+    assert folder.metrics["logged"] == expected.metrics["logged"]
+    assert loss_curve(folder) == loss_curve(expected)
 
 
 def test_checkpoints_do_not_depend_on_how_often_scores_are_watched(
@@ -545,3 +574,18 @@ def test_images_that_cannot_be_used_are_counted_in_the_results(
     run_stages(job)
     metrics = json.loads((tmp_path / "runs/my photos/moco/seed0/metrics.json").read_text())
     assert (metrics["num_images"], metrics["num_skipped"]) == (NUM_IMAGES + 1, 2)
+
+
+def test_any_name_of_a_file_reaches_the_results(straight: Finished, tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "my photos", classes=False)
+    names = [os.fsdecode(b"latin \xe9.png"), "<b>&amp;.png", 'comma, quote".png']
+    for i, name in enumerate(names):
+        (root / f"{i:03}.png").rename(root / name)
+    job = Finished(straight.overrides, tmp_path / "runs").job(
+        f"dataset.root={root}", f"cache_dir={tmp_path / 'cache'}"
+    )
+    run_stages(job)
+    results = tmp_path / "runs/my photos/fixmatch/seed0"
+    with (results / "clusters.csv").open(newline="", errors="surrogateescape") as file:
+        assert set(names) <= {row["image"] for row in csv.DictReader(file)}
+    assert (results / "report.html").is_file()

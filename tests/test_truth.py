@@ -15,6 +15,7 @@ from tests.conftest import CONF, NUM_CLASSES, NUM_IMAGES, Finished
 from torch import Tensor
 
 from spice_pl import run
+from spice_pl.data.datamodule import ViewsDataModule
 from spice_pl.data.images import ImageSet
 
 STAGES = ("moco", "proto", "fixmatch")
@@ -52,7 +53,7 @@ def false(
         "shuffled": np.random.default_rng(0).permutation(TRUE),
         "one class": np.zeros_like(TRUE),
         "more classes": np.arange(NUM_IMAGES, dtype=np.int64) % 7,
-        "half unknown": np.where(np.arange(NUM_IMAGES) % 2, TRUE, -1),
+        "half unknown": np.where(np.arange(NUM_IMAGES) % 2, TRUE[::-1] // 2, -1),
     }[str(request.param)]
     return run_with(labels, straight, tmp_path_factory.mktemp("false"), NUM_CLASSES)
 
@@ -145,8 +146,6 @@ def test_no_setting_chooses_by_truth() -> None:
 
 def test_batches_of_a_run_have_no_labels(straight: Finished, tmp_path: Path) -> None:
     seen: set[tuple[str, ...]] = set()
-    from spice_pl.data.datamodule import ViewsDataModule
-
     original = ViewsDataModule.on_after_batch_transfer
 
     def on_after_batch_transfer(self: ViewsDataModule, batch: Any, dataloader_idx: int) -> Any:

@@ -36,7 +36,7 @@ STEPS = 4
 
 
 def certain(num_clusters: int = K) -> NDArray[np.float32]:
-    """Probabilities that are sure of i % num_clusters for images 0 to 59, and unsure of the rest."""
+    """Be sure of i % num_clusters for images 0 to 59, and unsure of the rest."""
     probs = np.full((N, K), 0.001, dtype=np.float32)
     probs[np.arange(N), np.arange(N) % num_clusters] = 0.998
     probs[60:] = (0.4, 0.3, 0.3)

@@ -1,0 +1,56 @@
+"""Stages that write down what each rank holds, for test_ddp; named by `_target_`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spice_pl.data.datamodule import Views
+from spice_pl.stages.base import Stage
+from spice_pl.stages.fixmatch import ReliableFixMatchModule
+from spice_pl.stages.moco import MoCoModule
+from spice_pl.stages.proto import ProtoHeadModule
+
+
+def dump(module: Stage, stage: str, **more: Tensor) -> None:
+    """Write a rank's state to $RANK_DUMPS/<stage>-<ranks>-<rank>.pt."""
+    ranks, rank = module.trainer.world_size, module.trainer.global_rank
+    file = Path(os.environ["RANK_DUMPS"], f"{stage}-{ranks}-{rank}.pt")
+    torch.save(dict(module.state_dict()) | more, file)
+
+
+class DumpingMoCo(MoCoModule):
+    """Stage 1."""
+
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        dump(self, "moco")
+
+
+class DumpingProto(ProtoHeadModule):
+    """Stage 2."""
+
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        dump(self, "proto")
+
+
+class DumpingFixMatch(ReliableFixMatchModule):
+    """Stage 3."""
+
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        dump(self, "fixmatch", reliable=self.reliable_index, pseudo_labels=self.pseudo_labels)
+
+
+class BrokenMoCo(MoCoModule):
+    """Stage 1 on a machine whose second device breaks."""
+
+    def training_step(self, batch: Views, batch_idx: int) -> Any:
+        if self.trainer.global_rank == 1 and batch_idx == 1:
+            raise OSError("the second device is broken")
+        return super().training_step(batch, batch_idx)

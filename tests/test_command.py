@@ -1,0 +1,132 @@
+"""The command line: help at once, clear errors, sweeps."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from tests.conftest import make_job
+from tests.process import train
+
+from spice_pl import run
+from spice_pl.artifacts import RunFolder
+
+
+def test_help_answers_without_the_heavy_imports() -> None:
+    done = train("--help", options=("-X", "importtime"))
+    assert done.returncode == 0
+    assert "python train.py dataset=folder dataset.root=DIR" in done.stdout
+    assert "dataset: cifar10, digits, folder, mnist5k" in done.stdout
+    packages = set(re.findall(r"\|\s+(\w+)", done.stderr))
+    assert "hydra" in packages
+    assert packages.isdisjoint({"torch", "pytorch_lightning", "sklearn", "numpy", "spice_pl"})
+
+
+@pytest.mark.parametrize("key", ["moco.module.learning_rate", "dataset.colours", "epochs"])
+def test_unknown_key_is_named_in_full(key: str) -> None:
+    done = train(f"{key}=1")
+    assert done.returncode != 0
+    assert f"'{key}'" in done.stderr or f"full_key: {key}\n" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_mistakes_end_with_one_message_and_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = make_job(
+        *("dataset=folder", "dataset.root=/not/there", "dataset.num_clusters=3"),
+        f"runs_dir={tmp_path}",
+    )
+    with pytest.raises(SystemExit) as stopped:
+        run._with_clear_errors(job)
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err.strip()
+    expected = (
+        "error: dataset.root=/not/there does not exist; give the folder that holds the images"
+    )
+    assert message == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["dataset=folder"], r"error: no value for dataset\.root, dataset\.num_clusters"),
+        (["stage=proto"], r"error: stage=proto reads .*\n  python train\.py stage=moco runs_dir="),
+    ],
+)
+def test_mistakes_on_the_command_line_have_no_traceback(
+    tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    done = train(*arguments, f"runs_dir={tmp_path / 'runs'}")
+    assert done.returncode == 2
+    assert len(re.findall(message, done.stderr)) == 1
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+# Names of folders
+
+
+def folders(*overrides: str, sweep: bool) -> list[str]:
+    job = make_job(*overrides, sweep=sweep)
+    return [job.folder(stage).path.as_posix() for stage in ("moco", "proto", "fixmatch")]
+
+
+def test_folders_of_a_single_run_are_named_by_data_stage_and_seed() -> None:
+    expected = [f"runs/digits/{stage}/seed3" for stage in ("moco", "proto", "fixmatch")]
+    assert folders("seed=3", "moco.module.lr=0.5", sweep=False) == expected
+
+
+def test_folders_of_a_sweep_carry_what_reaches_the_stage() -> None:
+    assert folders("seed=3", "proto.module.lr=0.5", "trainer.devices=1", sweep=True) == [
+        "runs/digits/moco/seed3",
+        "runs/digits/proto/seed3,proto.module.lr=0.5",
+        "runs/digits/fixmatch/seed3,proto.module.lr=0.5",
+    ]
+
+
+def test_folders_of_a_sweep_do_not_depend_on_the_order_of_settings() -> None:
+    one = folders("moco.epochs=3", "proto.epochs=4", sweep=True)
+    other = folders("proto.epochs=4", "moco.epochs=3", sweep=True)
+    assert one == other
+
+
+def test_long_names_stay_apart() -> None:
+    many = [f"augment.moco.jitter=[0.{i},0.1,0.1,0.{i}]" for i in range(1, 5)]
+    long = "backbone.widths=[8,8,8]", "moco.module.temperature=0.123456789", *many
+    first = folders(*long, "proto.epochs=1", sweep=True)
+    second = folders(*long, "proto.epochs=2", sweep=True)
+    assert first[0] == second[0]
+    assert first[1:] != second[1:]
+    assert all(len(Path(each).name) < 200 for each in first)
+
+
+@pytest.mark.slow
+def test_sweep_over_seeds_makes_a_run_each(tiny: Sequence[str], tmp_path: Path) -> None:
+    done = train("-m", "stage=moco", "seed=0,1", *tiny)
+    assert done.returncode == 0, done.stderr
+    runs = [RunFolder(path) for path in (tmp_path / "runs/photos/moco").iterdir()]
+    assert sorted(run.metrics["seed"] for run in runs) == [0, 1]
+
+
+@pytest.mark.slow
+def test_sweep_shares_the_stages_before_the_one_it_varies(
+    tiny: Sequence[str], tmp_path: Path
+) -> None:
+    done = train("-m", "proto.module.lr=1e-3,2e-3", *tiny)
+    assert done.returncode == 0, done.stderr
+    found = {
+        stage: list((tmp_path / "runs/photos" / stage).iterdir())
+        for stage in ("moco", "proto", "fixmatch")
+    }
+    assert {stage: len(paths) for stage, paths in found.items()} == {
+        "moco": 1,
+        "proto": 2,
+        "fixmatch": 2,
+    }
+    assert all(RunFolder(path).finished for paths in found.values() for path in paths)
+    settings = [(path / ".hydra/overrides.yaml").read_text() for path in found["proto"]]
+    assert sorted(text.count("proto.module.lr=0.001") for text in settings) == [0, 1]

@@ -1,0 +1,177 @@
+"""Every option of every group composes, and every key of it is used."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hydra.utils import get_object, instantiate
+from omegaconf import DictConfig, OmegaConf
+from tests.conftest import CONF, compose
+
+from spice_pl.run import ALLOWED_TARGETS
+from spice_pl.stages.base import Stage
+
+STAGES = ("moco", "proto", "fixmatch")
+GROUPS = {
+    group.name: sorted(file.stem for file in group.glob("*.yaml"))
+    for group in sorted(CONF.iterdir())
+    if group.is_dir()
+}
+NEEDED = {"folder": ("dataset.root=/images", "dataset.num_clusters=7")}
+# Read by run.py, stages and views, and not by the function that makes the data set.
+DESCRIBED = {"num_clusters", "mean", "std"}
+
+
+def command_lines(*groups: str) -> list[Any]:
+    """Overrides that choose each option of some groups, with what it needs beside itself."""
+    lines = []
+    for group in groups:
+        for name in GROUPS[group]:
+            line = [f"{group}={name}"]
+            if group == "dataset":
+                line += NEEDED.get(name, ())
+            elif group == "preset":
+                line += [f"dataset={name}"]
+            elif group == "experiment":
+                line += ["dataset=folder", *NEEDED["folder"]]
+            lines.append(pytest.param(line, id=line[0]))
+    return lines
+
+
+def test_groups_are_the_documented_ones() -> None:
+    assert {"stage", "dataset", "backbone", "augment", "trainer", "logger"} <= GROUPS.keys()
+    assert sum(map(len, GROUPS.values())) > 20
+
+
+@pytest.mark.parametrize("overrides", command_lines(*GROUPS))
+def test_every_option_composes_without_an_open_end(overrides: list[str]) -> None:
+    cfg = compose(*overrides)
+    resolved = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    assert isinstance(resolved, dict)
+    assert list(cfg.stages) in [list(STAGES), ["moco"], ["proto"], ["fixmatch"]]
+
+
+@pytest.mark.parametrize("name", GROUPS["preset"])
+def test_preset_of_a_data_set_comes_with_it(name: str) -> None:
+    cfg = compose(f"dataset={name}", *NEEDED.get(name, ()))
+    numbers = dict(flat(yaml.safe_load((CONF / "preset" / f"{name}.yaml").read_text())))
+    assert numbers
+    for key, value in numbers.items():
+        if not key.startswith("defaults"):
+            assert OmegaConf.select(cfg, key) == value, key
+    # The command line still wins.
+    assert compose(f"dataset={name}", *NEEDED.get(name, ()), "moco.epochs=7").moco.epochs == 7
+
+
+@pytest.mark.parametrize("group", ["preset", "experiment"])
+def test_numbers_begin_with_their_source(group: str) -> None:
+    for name in GROUPS[group]:
+        lines = (CONF / group / f"{name}.yaml").read_text().splitlines()
+        first = next(line for line in lines if not line.startswith("# @package"))
+        assert first.startswith("# "), name
+        assert len(first) > 20, name
+
+
+def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from flat(item, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, value
+
+
+def targets(value: Any, where: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every node with a _target_, with its place."""
+    if isinstance(value, dict):
+        if "_target_" in value:
+            yield where, value
+        for key, item in value.items():
+            yield from targets(item, f"{where}.{key}")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    command_lines("dataset", "backbone", "augment", "trainer", "logger", "preset", "experiment"),
+)
+def test_every_key_is_an_argument_of_what_it_configures(overrides: list[str]) -> None:
+    resolved = OmegaConf.to_container(compose(*overrides), resolve=True)
+    assert isinstance(resolved, dict)
+    found = list(targets(resolved))
+    assert len(found) > 10
+    for where, node in found:
+        assert node["_target_"].startswith(ALLOWED_TARGETS), where
+        parameters = inspect.signature(get_object(node["_target_"])).parameters
+        keys = {key for key in node if not key.startswith("_")}
+        if where == ".dataset":
+            keys -= DESCRIBED
+        if any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+            continue
+        assert keys <= parameters.keys(), f"{where}: {keys - parameters.keys()}"
+
+
+@pytest.mark.parametrize("backbone", GROUPS["backbone"])
+def test_every_backbone_is_built_and_maps_images_to_features(backbone: str) -> None:
+    cfg = compose(f"backbone={backbone}", "dataset=cifar10")
+    network = instantiate(cfg.backbone, _convert_="all").eval()
+    with torch.no_grad():
+        assert network(torch.zeros(1, 3, 32, 32)).shape == (1, network.num_features)
+
+
+@pytest.mark.parametrize("augment", GROUPS["augment"])
+def test_every_view_is_built_and_keeps_the_size(augment: str) -> None:
+    cfg = compose(f"augment={augment}")
+    images = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
+    assert {"plain", "moco", "weak", "strong", "strong_joint"} <= set(cfg.augment)
+    for name in cfg.augment:
+        view = instantiate(cfg.augment[name], _convert_="all")
+        made = view(images, torch.rand(2, view.num_uniforms))
+        assert made.shape == (2, 3, 16, 16), name
+
+
+@pytest.mark.parametrize("dataset", ["digits", "mnist5k"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_is_built_with_its_streams(dataset: str, stage: str) -> None:
+    cfg = compose(f"dataset={dataset}")
+    module = instantiate(cfg[stage].module, _convert_="all")
+    assert isinstance(module, Stage)
+    assert module.feature_dim == instantiate(cfg.backbone, _convert_="all").num_features
+    for stream in cfg[stage].streams.values():
+        assert instantiate(stream, _convert_="all").batch_size == stream.batch_size
+
+
+def test_every_plain_setting_is_read_somewhere() -> None:
+    files = [*(CONF.parent / "src").rglob("*.py"), *CONF.rglob("*.yaml")]
+    sources = "\n".join(file.read_text() for file in files)
+    cfg = compose()
+    plain = {str(key) for key in cfg if not isinstance(cfg[key], DictConfig)}
+    assert len(plain) > 8
+    for key in plain:
+        used = (f"cfg.{key}", f'"{key}"', "${" + key + "}")
+        assert any(text in sources for text in used), key
+    for key in {str(key) for stage in STAGES for key in cfg[stage]}:
+        assert any(text in sources for text in (f"].{key}", f'"{key}"')), key
+
+
+def test_shared_settings_reach_the_stage_that_reads_them() -> None:
+    cfg = compose(
+        *("reliable.agreement=0.5", "reliable.confidence=0.6", "reliable.balance=cap"),
+        *("reliable.num_neighbors=9", "seed=4", "dataset.num_clusters=6"),
+        "proto.module.hidden_dim=33",
+    )
+    module = cfg.fixmatch.module
+    assert (module.agreement, module.confidence, module.balance) == (0.5, 0.6, "cap")
+    assert (module.num_neighbors, module.seed, module.num_clusters) == (9, 4, 6)
+    assert module.hidden_dim == 33
+    assert (cfg.proto.module.seed, cfg.proto.module.num_clusters) == (4, 6)
+    assert cfg.run == "seed4"
+
+
+def test_folder_of_results_is_named_after_the_folder_of_images(tmp_path: Path) -> None:
+    cfg = compose("dataset=folder", f"dataset.root={tmp_path}/my photos/", "dataset.num_clusters=2")
+    assert cfg.dataset.name == "my photos"

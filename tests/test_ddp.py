@@ -1,0 +1,149 @@
+"""Two processes on this machine do what one does. They are real: gloo, `python train.py`."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests.conftest import NUM_IMAGES, TINY, make_job, write_folder
+from tests.process import train
+
+from spice_pl.artifacts import RunFolder
+from spice_pl.run import run_stages
+
+pytestmark = pytest.mark.slow
+TWO = ("trainer=ddp_cpu", "trainer.devices=2")
+DUMPING = (
+    "allow_targets=[tests]",
+    "moco.module._target_=tests.ranks.DumpingMoCo",
+    "proto.module._target_=tests.ranks.DumpingProto",
+    "fixmatch.module._target_=tests.ranks.DumpingFixMatch",
+)
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Runs of all stages on two ranks, and of stage 2 on one rank after the same stage 1."""
+
+    two: Path
+    one: Path
+    dumps: Path
+
+    def dump(self, stage: str, ranks: int, rank: int) -> dict[str, Any]:
+        state = torch.load(self.dumps / f"{stage}-{ranks}-{rank}.pt", weights_only=True)
+        return dict(state)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    root = tmp_path_factory.mktemp("ddp")
+    write_folder(root / "photos", classes=True)
+    (root / "dumps").mkdir()
+    overrides = (
+        *("dataset=folder", f"dataset.root={root / 'photos'}", "dataset.labels=folders"),
+        f"cache_dir={root / 'cache'}",
+        *TINY,
+        *DUMPING,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RANK_DUMPS", str(root / "dumps"))
+        done = train(*overrides, f"runs_dir={root / 'two'}", *TWO)
+        assert done.returncode == 0, done.stderr
+        shutil.copytree(root / "two/photos/moco", root / "one/photos/moco")
+        run_stages(make_job(*overrides, f"runs_dir={root / 'one'}", "stage=proto"))
+    return Runs(root / "two/photos", root / "one/photos", root / "dumps")
+
+
+@pytest.mark.parametrize("stage", ["moco", "proto", "fixmatch"])
+def test_all_stages_finish_on_two_ranks(runs: Runs, stage: str) -> None:
+    folder = RunFolder(runs.two / stage / "seed0")
+    assert folder.finished
+    assert folder.metrics["devices"] == 2
+    assert np.isfinite(folder.features).all()
+
+
+@pytest.mark.parametrize("stage", ["proto", "fixmatch"])
+def test_every_image_is_predicted_exactly_once(runs: Runs, stage: str) -> None:
+    folder = RunFolder(runs.two / stage / "seed0")
+    with (folder.path / "clusters.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = sorted(f"class {i % 3}/{i:03}.png" for i in range(NUM_IMAGES))
+    assert [row["image"] for row in rows] == names
+    np.testing.assert_allclose(folder.probs.sum(axis=1), 1, atol=1e-5)
+    assert sum(folder.metrics["cluster_sizes"]) == NUM_IMAGES
+
+
+@pytest.mark.parametrize("stage", ["moco", "proto", "fixmatch"])
+def test_ranks_end_with_equal_state(runs: Runs, stage: str) -> None:
+    """Weights and buffers: queue, heads, head choice, reliable images, running statistics."""
+    first, second = (runs.dump(stage, 2, rank) for rank in range(2))
+    assert first.keys() == second.keys()
+    needed = {
+        "moco": ("queue.keys", "queue.pointer", "key_encoder.conv1.weight"),
+        "proto": ("best_head", "best_epoch", "best_loss", "heads.hidden_weight"),
+        "fixmatch": ("reliable", "pseudo_labels", "ema_encoder.bn1.running_var"),
+    }
+    assert set(needed[stage]) <= first.keys()
+    for key, value in first.items():
+        assert torch.equal(value, second[key]), key
+
+
+def test_queue_holds_the_keys_of_both_ranks(runs: Runs) -> None:
+    queue = runs.dump("moco", 2, 0)["queue.keys"]
+    torch.testing.assert_close(queue.norm(dim=0), torch.ones(60))
+    # 2 epochs of 3 batches of 30 keys pass through 60 places three times.
+    assert int(runs.dump("moco", 2, 0)["queue.pointer"]) == 0
+    assert len({tuple(key) for key in queue.T.tolist()}) == 60
+
+
+def test_stage_2_on_two_ranks_equals_one_rank(runs: Runs) -> None:
+    two, one = runs.dump("proto", 2, 0), runs.dump("proto", 1, 0)
+    for key in ("best_head", "best_epoch"):
+        assert torch.equal(two[key], one[key]), key
+    for key, value in one.items():
+        if value.is_floating_point():
+            torch.testing.assert_close(two[key], value, rtol=1e-3, atol=1e-4, msg=key)
+    folders = [RunFolder(path / "proto/seed0") for path in (runs.two, runs.one)]
+    clusters = [folder.probs.argmax(axis=1) for folder in folders]
+    assert np.array_equal(clusters[0], clusters[1])
+    np.testing.assert_allclose(folders[0].probs, folders[1].probs, atol=1e-4)
+    scores = [folder.metrics["logged"] for folder in folders]
+    assert scores[0].keys() == scores[1].keys()
+    for key, value in scores[1].items():
+        assert scores[0][key] == pytest.approx(value, abs=1e-3), key
+
+
+def test_a_rank_that_fails_ends_the_job(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "photos", classes=False)
+    done = train(
+        *("stage=moco", "dataset=folder", f"dataset.root={root}"),
+        *(f"runs_dir={tmp_path / 'runs'}", f"cache_dir={tmp_path / 'cache'}"),
+        *TINY,
+        *TWO,
+        "allow_targets=[tests]",
+        "moco.module._target_=tests.ranks.BrokenMoCo",
+    )
+    assert done.returncode not in (0, 2)
+    assert "the second device is broken" in done.stderr
+    assert not (tmp_path / "runs/photos/moco/seed0/metrics.json").exists()
+
+
+def test_a_mistake_is_said_once_on_two_ranks(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "photos", classes=False)
+    done = train(
+        *("stage=moco", "dataset=folder", f"dataset.root={root}"),
+        *(f"runs_dir={tmp_path / 'runs'}", f"cache_dir={tmp_path / 'cache'}"),
+        *TINY,
+        *TWO,
+        "moco.streams.images.batch_size=15",
+    )
+    assert done.returncode == 2
+    message = "batch_size 15 cannot be shared evenly by 2 devices; choose a multiple of 2"
+    assert done.stderr.count(message) == 1
+    assert "Traceback" not in done.stderr
