@@ -128,7 +128,8 @@ class RunFolder:
         """Write clusters.csv: one line an image, in the order of the data set."""
         with (
             atomic(self.path / "clusters.csv") as temporary,
-            temporary.open("w", newline="", encoding="utf-8") as file,
+            # A path may hold bytes that are no UTF-8; they come out as they are on disk.
+            temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
         ):
             writer = csv.writer(file)
             writer.writerow(["image", "cluster", "confidence", "agreement", "reliable"])

@@ -8,6 +8,7 @@ The parent does not train. It waits, and ends every rank as soon as one has fail
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -56,8 +57,10 @@ def launch_ranks(num_ranks: int, job: str, grace_s: float = 10.0) -> None:
             )
             for rank in range(num_ranks)
         ]
+        # Ended from outside, the parent takes its ranks with it.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         try:
-            _wait(ranks, grace_s)
+            _wait(ranks, grace_s, file)
         finally:
             for rank in ranks:
                 if rank.poll() is None:
@@ -65,7 +68,7 @@ def launch_ranks(num_ranks: int, job: str, grace_s: float = 10.0) -> None:
                 rank.wait()
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]], grace_s: float) -> None:
+def _wait(ranks: list[subprocess.Popen[bytes]], grace_s: float, job: Path) -> None:
     while any(rank.poll() is None for rank in ranks):
         failed = [i for i, rank in enumerate(ranks) if rank.poll() not in (None, 0)]
         if failed:
@@ -76,7 +79,10 @@ def _wait(ranks: list[subprocess.Popen[bytes]], grace_s: float) -> None:
         time.sleep(0.1)
     codes = [rank.poll() for rank in ranks]
     if 2 in codes:
-        raise UsageError("the ranks stopped; the reason stands above")
+        reasons = sorted(job.parent.glob(f"{job.name}.error*"))
+        raise UsageError(
+            reasons[0].read_text(encoding="utf-8") if reasons else "the ranks stopped; see above"
+        )
     failed = [i for i, code in enumerate(codes) if code != 0]
     if failed:
         raise RuntimeError(

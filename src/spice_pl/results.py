@@ -12,7 +12,7 @@ import logging
 import platform
 import resource
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
@@ -126,10 +126,9 @@ def write_results(
 
 
 def objective(logged: Mapping[str, float]) -> float | None:
-    """What a sweep minimises: the selection loss or the training loss, made without labels."""
-    return next(
-        (logged[key] for key in ("val/selection_loss", "train/loss") if key in logged), None
-    )
+    """What a sweep minimises, made without labels: the kept head's loss or the training loss."""
+    keys = ("val/best_selection_loss", "train/loss")
+    return next((logged[key] for key in keys if key in logged), None)
 
 
 def versions() -> dict[str, str]:
@@ -208,13 +207,26 @@ def _write_clusters(
     }
 
 
-def _loss_curve(folder: RunFolder) -> list[tuple[int, float]]:
-    """(epoch, loss) from a stage's CSV log."""
-    curve: dict[int, float] = {}
+def last_logged(folder: RunFolder) -> dict[str, float]:
+    """Return the last value of every metric in a stage's CSV logs, those before a resume too."""
+    last: dict[str, float] = {}
+    for line in _log_lines(folder):
+        last |= {key: float(text) for key, text in line.items() if text}
+    return {key: value for key, value in last.items() if key not in ("epoch", "step")}
+
+
+def _log_lines(folder: RunFolder) -> Iterator[dict[str, str]]:
     # A run that was resumed has a log for each part: metrics.1.csv, ..., metrics.csv.
     for path in sorted(folder.path.glob("metrics*.csv")):
         with path.open(newline="", encoding="utf-8") as file:
-            for line in csv.DictReader(file):
-                if line.get("train/loss"):
-                    curve[int(line["epoch"])] = float(line["train/loss"])
+            yield from csv.DictReader(file)
+
+
+def _loss_curve(folder: RunFolder) -> list[tuple[int, float]]:
+    """(epoch, loss) from a stage's CSV log."""
+    curve = {
+        int(line["epoch"]): float(line["train/loss"])
+        for line in _log_lines(folder)
+        if line.get("train/loss")
+    }
     return sorted(curve.items())

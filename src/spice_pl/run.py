@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import shlex
 import sys
 import time
 import warnings
@@ -34,11 +35,11 @@ from spice_pl.callbacks.nan import NanGuard
 from spice_pl.callbacks.predictions import PredictionWriter
 from spice_pl.callbacks.progress import StageProgress
 from spice_pl.callbacks.truth import TruthMonitor
-from spice_pl.data.datamodule import ViewsDataModule
+from spice_pl.data.datamodule import Stream, ViewsDataModule
 from spice_pl.data.images import ImageSet
 from spice_pl.errors import UsageError
 from spice_pl.reports.tables import ResultRow, results_rich
-from spice_pl.results import StageRun, write_results
+from spice_pl.results import StageRun, last_logged, write_results
 from spice_pl.stages.base import Stage
 
 logger = logging.getLogger(__name__)
@@ -156,6 +157,10 @@ def _run_here(job: Job) -> dict[str, Any]:
         if images is None:
             images = _images(job.cfg)
             logger.info("preset: %s", job.preset)
+            for each in job.stages:
+                if not _reused(job, each):
+                    module, streams = _parts(job.cfg, each)
+                    module.check(images, streams)
         _run_stage(job, name, images)
     metrics = job.folder(job.stages[-1]).metrics
     if _is_first_rank():
@@ -170,8 +175,7 @@ def _run_stage(job: Job, name: str, images: ImageSet) -> None:
     if upstream:
         _check_upstream(job, name, upstream[0], images)
     pl.seed_everything(int(cfg.seed), verbose=False)
-    streams = {key: _build(cfg, value) for key, value in cfg[name].streams.items()}
-    module: Stage = _build(cfg, cfg[name].module)
+    module, streams = _parts(cfg, name)
     streams = dict(module.prepare(images, upstream[0] if upstream else None, streams))
     module.to(memory_format=torch.channels_last)  # convolutions: 1.2 to 6 times faster on a CPU
     plain = _build(cfg, cfg.augment.plain)
@@ -189,7 +193,6 @@ def _run_stage(job: Job, name: str, images: ImageSet) -> None:
         folder.stamp(images.fingerprint, len(images), upstream[0] if upstream else None)
         logger.info("%s: %s %s", name, "goes on in" if resume else "starts in", folder.path)
     trainer.fit(module, data, ckpt_path=folder.checkpoint if resume else None, weights_only=True)
-    logged = {key: float(value) for key, value in trainer.callback_metrics.items()}
     trainer.predict(module, data, return_predictions=False)
     if trainer.is_global_zero:
         for part, weights in module.weights().items():
@@ -197,7 +200,7 @@ def _run_stage(job: Job, name: str, images: ImageSet) -> None:
         write_results(
             _stage_run(job, name, upstream),
             images,
-            logged,
+            last_logged(folder),  # callback_metrics is empty when resumed after the last epoch
             seconds=time.monotonic() - started,
             devices=trainer.world_size,
             precision=str(trainer.precision),
@@ -207,6 +210,12 @@ def _run_stage(job: Job, name: str, images: ImageSet) -> None:
         finish = getattr(getattr(each, "experiment", None), "finish", None)
         if finish is not None:  # W&B keeps one run open until it is told
             finish()
+
+
+def _parts(cfg: DictConfig, name: str) -> tuple[Stage, dict[str, Stream]]:
+    """Build a stage's module and streams."""
+    streams = {key: _build(cfg, value) for key, value in cfg[name].streams.items()}
+    return _build(cfg, cfg[name].module), streams
 
 
 def _stage_run(job: Job, name: str, upstream: Sequence[RunFolder]) -> StageRun:
@@ -296,7 +305,7 @@ def _changed(saved: Any, cfg: DictConfig, name: str) -> list[str]:
     return [
         f"{key}: {old.get(key)} -> {new.get(key)}"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
+        if old.get(key) != new.get(key) and key not in ("dataset.cache_dir", "dataset.on_bad_image")
     ]
 
 
@@ -304,7 +313,8 @@ def _check_upstream(job: Job, name: str, upstream: RunFolder, images: ImageSet) 
     if not upstream.finished:
         stage = upstream.path.parent.name
         same = [text for text in job.overrides if not text.startswith(("stage=", "overwrite="))]
-        command = " ".join(["python train.py", f"stage={stage}", *same])
+        sweep = ["-m"] if job.sweep else []  # its folders have other names
+        command = shlex.join(["python", "train.py", *sweep, f"stage={stage}", *same])
         raise UsageError(
             f"stage={name} reads what stage={stage} leaves in {upstream.path}, and that is not "
             f"there; make it with\n  {command}\nor run all stages with stage=all"
@@ -350,6 +360,7 @@ def _trainer(job: Job, name: str, callbacks: list[pl.Callback], *, watch: bool) 
             dirpath=path,
             filename="last",
             every_n_epochs=int(cfg[name].checkpoint_epochs),
+            save_on_train_epoch_end=True,  # whatever watch_epochs is, and after NanGuard
             enable_version_counter=False,
         ),
     ]
@@ -400,7 +411,7 @@ def _build(cfg: DictConfig, value: Any, **more: Any) -> Any:
     """Instantiate what `_target_` names, if it lies in a package that may be called."""
     allowed = (*ALLOWED_TARGETS, *(f"{name}." for name in cfg.allow_targets))
     for key, target in _flat(value).items():
-        if key.rpartition(".")[2] == "_target_" and not str(target).startswith(allowed):
+        if key.rpartition(".")[2] == "_target_" and not _is_within(str(target), allowed):
             raise UsageError(
                 f"_target_ {target} lies outside {', '.join(allowed)}; if you trust it, add "
                 f"allow_targets=[{str(target).partition('.')[0]}]"
@@ -411,6 +422,17 @@ def _build(cfg: DictConfig, value: Any, **more: Any) -> Any:
         if isinstance(error.__cause__, ValueError):  # said by the callable itself: clear enough
             raise UsageError(str(error.__cause__)) from error
         raise
+
+
+def _is_within(target: str, allowed: tuple[str, ...]) -> bool:
+    """Whether a target is named, and defined, in one of these packages (torch.os is not torch)."""
+    if not target.startswith(allowed):
+        return False
+    try:
+        home = getattr(hydra.utils.get_object(target), "__module__", None)
+    except (ImportError, AttributeError, ValueError):
+        return True  # there is no such thing; instantiate says so
+    return f"{home}.".startswith(allowed)
 
 
 def _show(path: Path, metrics: Mapping[str, Any]) -> None:
@@ -494,7 +516,11 @@ def _run_rank(file: str) -> None:
     level = logging.INFO if _is_first_rank() else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s")
     job = OmegaConf.load(file)
-    _with_clear_errors(Job(job.cfg, tuple(job.overrides), str(job.preset), bool(job.sweep)))
+    try:
+        run_stages(Job(job.cfg, tuple(job.overrides), str(job.preset), bool(job.sweep)))
+    except UsageError as error:  # every rank has it; the parent says it once
+        Path(f"{file}.error{os.environ['RANK']}").write_text(str(error), encoding="utf-8")
+        raise SystemExit(2) from error
 
 
 if __name__ == "__main__":

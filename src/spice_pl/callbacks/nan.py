@@ -41,17 +41,20 @@ class NanGuard(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop if a loss was not finite on any rank."""
-        if self.first is None:
-            return
         first, self.first = self.first, None
-        worst = (
-            pl_module.trainer.strategy.reduce(first, reduce_op="max")
-            if trainer.world_size > 1
-            else first
-        )
+        worst = first if first is not None else torch.tensor(-1, device=pl_module.device)
+        if trainer.world_size > 1:
+            worst = trainer.strategy.reduce(worst, reduce_op="max")
         if int(worst) >= 0:
             raise UsageError(
                 f"{self.stage}: the loss is not a number at epoch {trainer.current_epoch}, batch "
                 f"{int(worst)}; the checkpoint of the epoch before is kept. Lower "
                 f"{self.stage}.module.lr or use trainer.precision=32-true, then resume=true"
+            )
+        # A gradient that is no number leaves its batch's loss finite: look at what it made.
+        if not all(bool(weight.isfinite().all()) for weight in pl_module.parameters()):
+            raise UsageError(
+                f"{self.stage}: a weight is not a number after epoch {trainer.current_epoch}; the "
+                f"checkpoint of the epoch before is kept. Lower {self.stage}.module.lr or use "
+                "trainer.precision=32-true, then resume=true"
             )

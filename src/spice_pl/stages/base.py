@@ -49,16 +49,23 @@ class Stage(pl.LightningModule):
         """D, the width of the encoder's features."""
         return int(self.encoder.num_features)  # type: ignore[arg-type]
 
+    def check(self, images: ImageSet, streams: Mapping[str, Stream]) -> None:
+        """Check the settings against the data, before any stage starts.
+
+        Raises:
+            UsageError: a setting does not fit the data.
+        """
+
     def prepare(
         self, images: ImageSet, upstream: RunFolder | None, streams: Mapping[str, Stream]
     ) -> Mapping[str, Stream]:
-        """Check the settings against the data, load what the upstream stage made.
+        """Load what the upstream stage made; complete the streams.
 
         Returns:
             The streams to train on, completed with what only the data can tell.
 
         Raises:
-            UsageError: a setting does not fit the data or the upstream.
+            UsageError: the upstream does not fit.
         """
         raise NotImplementedError
 
@@ -77,7 +84,7 @@ class Stage(pl.LightningModule):
             probs = prediction.probs
             confidence, clusters = probs.max(dim=1)
             sizes = torch.bincount(clusters, minlength=probs.shape[1])  # (K,)
-            self.record("val/confidence", confidence.mean())
+            self.record("val/confidence", confidence.mean(), weight=len(clusters))
             self._sizes = self._sizes + sizes
         return prediction
 
@@ -103,9 +110,9 @@ class Stage(pl.LightningModule):
             for buffer in self.buffers():
                 buffer.copy_(self.gathered(buffer)[0])
 
-    def record(self, name: str, value: Tensor | float) -> None:
-        """Log the mean of a value over an epoch's batches and over ranks."""
-        self.log(name, value, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
+    def record(self, name: str, value: Tensor | float, weight: int = 1) -> None:
+        """Log the weighted mean of a value over an epoch's batches and over ranks."""
+        self.log(name, value, on_step=False, on_epoch=True, batch_size=weight, sync_dist=True)
 
     def across_ranks(self, rows: Tensor) -> Tensor:
         """Join the rows of all ranks in the order of the global batch, (b, ...) -> (B, ...).

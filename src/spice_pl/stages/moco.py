@@ -55,6 +55,8 @@ class MoCoModule(Stage):
         weight_decay: float = 1e-4,
     ) -> None:
         super().__init__()
+        if temperature <= 0:
+            raise UsageError(f"moco.module.temperature {temperature} is not positive; MoCo v2: 0.2")
         width = int(backbone.num_features)  # type: ignore[arg-type]
         self.encoder = backbone
         self.projection = nn.Sequential(
@@ -99,10 +101,8 @@ class MoCoModule(Stage):
         )
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
-    def prepare(
-        self, images: ImageSet, upstream: RunFolder | None, streams: Mapping[str, Stream]
-    ) -> Mapping[str, Stream]:
-        """Check that queue and batch fit the data set; stage 1 has no upstream."""
+    def check(self, images: ImageSet, streams: Mapping[str, Stream]) -> None:
+        """Check that queue and batch fit the data set."""
         queue_size, num_train = self.queue.keys.shape[1], len(images.train_index)
         if queue_size > num_train:
             raise UsageError(
@@ -116,6 +116,12 @@ class MoCoModule(Stage):
                     f"batch_size {stream.batch_size} exceeds moco.module.queue_size {queue_size}; "
                     "lower the one or raise the other"
                 )
+
+    def prepare(
+        self, images: ImageSet, upstream: RunFolder | None, streams: Mapping[str, Stream]
+    ) -> Mapping[str, Stream]:
+        """Return the streams; stage 1 has no upstream."""
+        self.check(images, streams)
         return streams
 
     def weights(self) -> Mapping[str, nn.Module]:

@@ -128,20 +128,10 @@ class ProtoHeadModule(Stage):
         """Adam at a constant rate; one optimizer for all heads."""
         return torch.optim.Adam(self.heads.parameters(), lr=self.lr, fused=True)
 
-    def prepare(
-        self, images: ImageSet, upstream: RunFolder | None, streams: Mapping[str, Stream]
-    ) -> Mapping[str, Stream]:
-        """Load encoder and features of stage 1; size the E-step buffer to the data."""
-        if upstream is None:
-            raise UsageError("stage=proto needs an upstream stage; set proto.upstream=moco")
-        upstream.load_weights("encoder.safetensors", self.encoder)
-        self.features = as_tensor(upstream.features)  # (N, D), memory-mapped
-        if not bool(self.features.isfinite().all()):
-            raise UsageError(f"{upstream.path}/features.npy holds NaN; make it anew")
+    def check(self, images: ImageSet, streams: Mapping[str, Stream]) -> None:
+        """Check that the E-step buffer is large enough."""
         num_train = len(images.train_index)
         size = min(self.buffer_size, num_train)
-        if size < self.buffer_size:
-            logger.info("buffer_size %d -> %d, all training images", self.buffer_size, size)
         per_cluster = size // self.num_clusters
         if per_cluster < 2:
             raise UsageError(
@@ -155,6 +145,22 @@ class ProtoHeadModule(Stage):
                 f"proto.module.head_batch_size {self.head_batch_size} exceeds the {num_slots} "
                 f"labelled slots of a buffer of {size} images; lower it to at most {num_slots}"
             )
+
+    def prepare(
+        self, images: ImageSet, upstream: RunFolder | None, streams: Mapping[str, Stream]
+    ) -> Mapping[str, Stream]:
+        """Load encoder and features of stage 1; size the E-step buffer to the data."""
+        if upstream is None:
+            raise UsageError("stage=proto needs an upstream stage; set proto.upstream=moco")
+        upstream.load_weights("encoder.safetensors", self.encoder)
+        self.features = as_tensor(upstream.features)  # (N, D), memory-mapped
+        if not bool(self.features.isfinite().all()):
+            raise UsageError(f"{upstream.path}/features.npy holds NaN; make it anew")
+        num_train = len(images.train_index)
+        size = min(self.buffer_size, num_train)
+        self.check(images, streams)
+        if size < self.buffer_size:
+            logger.info("buffer_size %d -> %d, all training images", self.buffer_size, size)
         stream = streams["images"]
         self.batches_per_cycle = math.ceil(size / stream.batch_size)
         self.train_index = torch.from_numpy(images.train_index)
@@ -227,3 +233,4 @@ class ProtoHeadModule(Stage):
             self.best_head.copy_(head_index)
             self.best_epoch.fill_(self.current_epoch)
             self.selected.load_state_dict(self.heads.head(int(head_index)).state_dict())
+        self.record("val/best_selection_loss", self.best_loss)
