@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from tests.conftest import make_job
 from tests.process import train
 
 from spice_pl import run
 from spice_pl.artifacts import RunFolder
+from spice_pl.errors import UsageError
 
 
 def test_help_answers_without_the_heavy_imports() -> None:
@@ -130,3 +132,11 @@ def test_sweep_shares_the_stages_before_the_one_it_varies(
     assert all(RunFolder(path).finished for paths in found.values() for path in paths)
     settings = [(path / ".hydra/overrides.yaml").read_text() for path in found["proto"]]
     assert sorted(text.count("proto.module.lr=0.001") for text in settings) == [0, 1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_gpus_that_are_not_there_are_named(tiny: Sequence[str]) -> None:
+    with pytest.raises(UsageError, match="accelerator=gpu finds no GPU; use trainer=auto"):
+        run.run_stages(
+            make_job("trainer=ddp", *(text for text in tiny if not text.startswith("trainer.")))
+        )

@@ -397,6 +397,11 @@ def _precision(accelerator: str) -> str:
 
 def _num_ranks(cfg: DictConfig) -> int:
     """Processes to start on this machine; only strategies of the ddp family have several."""
+    if str(cfg.trainer.accelerator) in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise UsageError(
+            f"trainer.accelerator={cfg.trainer.accelerator} finds no GPU; use trainer=auto, or "
+            "trainer=ddp_cpu for several processes on the processor"
+        )
     if not str(cfg.trainer.strategy).startswith("ddp"):
         return 1
     devices = cfg.trainer.devices
