@@ -103,6 +103,7 @@ def results_rich(rows: Sequence[ResultRow]) -> Table:
     """Rows as a terminal table, footnotes as its caption."""
     table = Table(
         box=SIMPLE,
+        padding=(0, 0, 0, 1),
         pad_edge=False,
         caption="\n".join(footnotes(rows)) or None,
         caption_justify="left",
