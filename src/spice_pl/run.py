@@ -201,7 +201,7 @@ def _run_stage(job: Job, name: str, images: ImageSet) -> None:
             _stage_run(job, name, upstream),
             images,
             last_logged(folder),  # callback_metrics is empty when resumed after the last epoch
-            seconds=time.monotonic() - started,
+            seconds=time.monotonic() - started + _progress(trainer).seconds_before,
             devices=trainer.world_size,
             precision=str(trainer.precision),
         )
@@ -384,6 +384,10 @@ def _trainer(job: Job, name: str, callbacks: list[pl.Callback], *, watch: bool) 
         log_every_n_steps=1,
     )
     return trainer
+
+
+def _progress(trainer: pl.Trainer) -> StageProgress:
+    return next(each for each in trainer.callbacks if isinstance(each, StageProgress))  # type: ignore[attr-defined]
 
 
 def _precision(accelerator: str) -> str:

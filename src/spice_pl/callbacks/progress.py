@@ -18,6 +18,9 @@ logger = logging.getLogger(__name__)
 class StageProgress(ProgressBar):
     """A bar over the whole stage on a terminal; a line every tenth of it elsewhere.
 
+    Its state in a checkpoint is the time that training has taken so far, so that the cost of a
+    resumed run counts all its parts.
+
     Args:
         name: of the stage.
     """
@@ -25,6 +28,16 @@ class StageProgress(ProgressBar):
     def __init__(self, name: str) -> None:
         super().__init__()
         self.name, self.enabled = name, True
+        self.seconds_before = 0.0
+        self.started = time.monotonic()
+
+    def state_dict(self) -> dict[str, float]:
+        """Return the seconds of training so far, over all parts of the run."""
+        return {"seconds": self.seconds_before + time.monotonic() - self.started}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        """Go on counting from an earlier part."""
+        self.seconds_before = state_dict["seconds"]
 
     def disable(self) -> None:
         """Show nothing; Lightning calls it on all ranks but the first."""
