@@ -1,6 +1,8 @@
 """Cluster images without labels: `python train.py [stage=...] [dataset=...]`, see README.md."""
 
 import os
+import sys
+from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
@@ -20,4 +22,9 @@ def main(cfg: DictConfig) -> float | None:
 
 
 if __name__ == "__main__":
-    main()
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        from spice_pl.usage import usage
+
+        print(usage(Path(__file__).parent / "conf"))
+    else:
+        main()
