@@ -482,21 +482,7 @@ def test_absurd_learning_rate_is_reported(finished: Finished, stage: str) -> Non
         (["dataset.root=/nowhere/at/all"], "dataset.root=/nowhere/at/all does not exist"),
         (["moco.module.temperature=0"], "temperature 0 is not positive"),
         (["augment.moco.flip=2"], "flip 2 does not fit"),
-    ],
-    ids=lambda value: value[0] if isinstance(value, list) else "",
-)
-def test_settings_that_do_not_fit_are_refused_before_work(
-    straight: Finished, tmp_path: Path, overrides: list[str], message: str
-) -> None:
-    job = Finished(straight.overrides, tmp_path / "runs").job(*overrides)
-    with pytest.raises(UsageError, match=message):
-        run_stages(job)
-    assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
+        # Of later stages: the first one does not start either.
         (["proto.module.buffer_size=5"], r"a buffer of 5 images gives 1 .* to at least 6"),
         (["proto.module.head_batch_size=40"], r"head_batch_size 40 exceeds the 39 labelled slots"),
         (["fixmatch.module.init=both"], "fixmatch.module.init 'both' is none of"),
@@ -504,7 +490,7 @@ def test_settings_that_do_not_fit_are_refused_before_work(
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_settings_of_later_stages_are_refused_before_the_first_stage_starts(
+def test_settings_that_do_not_fit_are_refused_before_work(
     straight: Finished, tmp_path: Path, overrides: list[str], message: str
 ) -> None:
     job = Finished(straight.overrides, tmp_path / "runs").job(*overrides)

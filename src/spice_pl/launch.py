@@ -58,7 +58,7 @@ def launch_ranks(num_ranks: int, job: str, grace_s: float = 10.0) -> None:
             for rank in range(num_ranks)
         ]
         # Ended from outside, the parent takes its ranks with it.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         try:
             _wait(ranks, grace_s, file)
         finally:
@@ -66,6 +66,7 @@ def launch_ranks(num_ranks: int, job: str, grace_s: float = 10.0) -> None:
                 if rank.poll() is None:
                     rank.kill()
                 rank.wait()
+            signal.signal(signal.SIGTERM, before)
 
 
 def _wait(ranks: list[subprocess.Popen[bytes]], grace_s: float, job: Path) -> None:
