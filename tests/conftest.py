@@ -17,7 +17,8 @@ from omegaconf import DictConfig
 from PIL import Image
 
 from spice_pl.artifacts import RunFolder
-from spice_pl.run import Job, run_stages
+from spice_pl.job import Job
+from spice_pl.run import run_stages
 
 CONF = Path(__file__).parents[1] / "conf"
 NUM_IMAGES, NUM_CLASSES, PIXELS = 90, 3, 8

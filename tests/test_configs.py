@@ -14,7 +14,7 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from tests.conftest import CONF, compose
 
-from spice_pl.run import ALLOWED_TARGETS
+from spice_pl.settings import ALLOWED_TARGETS
 from spice_pl.stages.base import Stage
 
 STAGES = ("moco", "proto", "fixmatch")

@@ -1,0 +1,170 @@
+"""A job: its settings, where each of its stages lives, and what may be reused or gone on with."""
+
+from __future__ import annotations
+
+import hashlib
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from spice_pl.artifacts import RunFolder
+from spice_pl.data.images import ImageSet
+from spice_pl.errors import UsageError
+from spice_pl.settings import flat
+
+# Settings that change where or how a run goes but not what it computes.
+NOT_IN_NAMES = {
+    *("stage", "dataset", "run", "seed", "preset", "experiment", "resume", "overwrite", "hydra"),
+    *("runs_dir", "cache_dir", "trainer", "logger", "on_bad_image", "allow_targets"),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job: its composed config and the command line it came from."""
+
+    cfg: DictConfig
+    overrides: tuple[str, ...]
+    preset: str
+    sweep: bool
+
+    @property
+    def stages(self) -> list[str]:
+        """Stages to run, in order."""
+        return [str(name) for name in self.cfg.stages]
+
+    def upstream(self, stage: str) -> list[str]:
+        """Return the stages that a stage builds on, the nearest first."""
+        name = self.cfg[stage].upstream
+        return [] if name is None else [str(name), *self.upstream(str(name))]
+
+    def folder(self, stage: str) -> RunFolder:
+        """Return where a stage's artifacts live: runs/<dataset>/<stage>/<run>.
+
+        In a sweep the run's name carries the settings that reach this stage, so that trials have
+        their own folders and share the stages before the one they vary.
+        """
+        cfg, name = self.cfg, str(self.cfg.run)
+        if self.sweep:
+            name = ",".join([name, *self._reaching(stage)])
+            if len(name) > 150:
+                digest = hashlib.blake2b(name.encode(), digest_size=4).hexdigest()
+                name = f"{name[:140]}-{digest}"
+        return RunFolder(Path(cfg.runs_dir, str(cfg.dataset.name), stage, name))
+
+    def _reaching(self, stage: str) -> list[str]:
+        others = {
+            key
+            for key, value in self.cfg.items()
+            if isinstance(value, DictConfig) and "upstream" in value
+        } - {stage, *self.upstream(stage)}
+        kept = []
+        for override in self.overrides:
+            text = override.lstrip("+~")
+            first = text.partition("=")[0].partition(".")[0].partition("@")[0]
+            swept = first not in NOT_IN_NAMES or text.startswith("dataset.num_clusters=")
+            if swept and first not in others:
+                kept.append(text.replace("/", "_").replace(" ", ""))
+        return sorted(kept)
+
+    def reused(self, stage: str) -> bool:
+        """Whether a stage is finished and stays as it is."""
+        return self.folder(stage).finished and not self.cfg.overwrite
+
+    def dump(self) -> str:
+        """Return the job as YAML, for ranks that must not compose it again."""
+        settings = {
+            "cfg": OmegaConf.to_container(self.cfg, resolve=True),
+            "overrides": list(self.overrides),
+            "preset": self.preset,
+            "sweep": self.sweep,
+        }
+        return OmegaConf.to_yaml(OmegaConf.create(settings))
+
+    @classmethod
+    def load(cls, file: str) -> Job:
+        """Read what `dump` returned."""
+        job = OmegaConf.load(file)
+        return cls(job.cfg, tuple(job.overrides), str(job.preset), bool(job.sweep))
+
+
+def check_folders(job: Job) -> None:
+    """Refuse to mix with what earlier runs left, before any work starts."""
+    cfg = job.cfg
+    if cfg.overwrite and cfg.resume:
+        raise UsageError("overwrite=true and resume=true exclude each other; give one of them")
+    if cfg.overwrite:
+        return
+    for name in job.stages:
+        folder = job.folder(name)
+        saved = folder.path / ".hydra" / "config.yaml"
+        if not saved.is_file():
+            continue
+        changed = _changed(OmegaConf.load(saved), cfg, name)
+        if changed and (folder.finished or cfg.resume):
+            raise UsageError(
+                f"{folder.path} was made with other settings:\n  " + "\n  ".join(changed) + "\n"
+                "give those again, or use overwrite=true to make it anew, or another run=NAME"
+            )
+        if folder.finished or cfg.resume:
+            check_chain(job, name)
+        if folder.finished and len(job.stages) == 1 and not cfg.resume:
+            raise UsageError(
+                f"{folder.path} is finished; overwrite=true makes it anew, run=NAME keeps it and "
+                "makes another, resume=true shows its result"
+            )
+        if not folder.finished and folder.checkpoint.is_file() and not cfg.resume:
+            raise UsageError(
+                f"{folder.path} holds an unfinished run; resume=true goes on where it stopped, "
+                "overwrite=true starts anew"
+            )
+
+
+def check_chain(job: Job, name: str) -> None:
+    """Refuse to reuse a run whose upstream was made anew since."""
+    upstream = job.upstream(name)
+    if upstream and job.folder(upstream[0]).finished:
+        job.folder(name).check_upstream(job.folder(upstream[0]))
+
+
+def _changed(saved: Any, cfg: DictConfig, name: str) -> list[str]:
+    """Settings of a stage that differ from those its folder was made with."""
+    parts = ("seed", "dataset", "backbone", "augment", name)
+    old, new = (flat({key: each[key] for key in parts}) for each in (saved, cfg))
+    return [
+        f"{key}: {old.get(key)} -> {new.get(key)}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and key not in ("dataset.cache_dir", "dataset.on_bad_image")
+    ]
+
+
+def check_upstream(job: Job, name: str, upstream: RunFolder, images: ImageSet) -> None:
+    """Refuse an upstream that is not there or that other images made."""
+    if not upstream.finished:
+        stage = upstream.path.parent.name
+        same = [text for text in job.overrides if not text.startswith(("stage=", "overwrite="))]
+        sweep = ["-m"] if job.sweep else []  # its folders have other names
+        command = shlex.join(["python", "train.py", *sweep, f"stage={stage}", *same])
+        raise UsageError(
+            f"stage={name} reads what stage={stage} leaves in {upstream.path}, and that is not "
+            f"there; make it with\n  {command}\nor run all stages with stage=all"
+        )
+    upstream.check_dataset(images.fingerprint, len(images))
+
+
+def stamp(job: Job, folder: RunFolder, *, keep: bool) -> None:
+    """Write the settings of a run; forget what an earlier run left there unless it goes on."""
+    curve = folder.path / "metrics.csv"
+    if keep and curve.is_file():  # the logger starts a new file
+        curve.rename(folder.path / f"metrics.{len(list(folder.path.glob('metrics*.csv')))}.csv")
+    if not keep:
+        for file in (folder.path / "metrics.json", *folder.path.glob("metrics*.csv")):
+            file.unlink(missing_ok=True)
+        folder.checkpoint.unlink(missing_ok=True)
+    hidden = folder.path / ".hydra"
+    hidden.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(job.cfg, hidden / "config.yaml", resolve=True)
+    OmegaConf.save(OmegaConf.create(list(job.overrides)), hidden / "overrides.yaml")

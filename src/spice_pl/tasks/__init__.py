@@ -1,0 +1,1 @@
+"""What runs by `stage=NAME` and trains nothing: one file a task, each a callable of a `Context`."""
