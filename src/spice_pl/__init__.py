@@ -1,3 +1,20 @@
 """Cluster images without a single label: SPICE on PyTorch Lightning and Hydra."""
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from spice_pl.portable import load
+
 __version__ = "0.1.0"
+__all__ = ["__version__", "load"]
+
+_HOMES = {"load": "portable"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: torch takes seconds, and --help needs none of it."""
+    if name in _HOMES:
+        from importlib import import_module
+
+        return getattr(import_module(f"spice_pl.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
 from rich.console import Console
 
-from spice_pl import launch
+from spice_pl import launch, portable
 from spice_pl.artifacts import RunFolder
 from spice_pl.callbacks.nan import NanGuard
 from spice_pl.callbacks.predictions import PredictionWriter
@@ -35,6 +35,7 @@ from spice_pl.data.datamodule import Stream, ViewsDataModule
 from spice_pl.data.images import ImageSet
 from spice_pl.errors import UsageError
 from spice_pl.job import Job, check_chain, check_folders, check_upstream, stamp
+from spice_pl.portable import ClusterNetwork, PortableModel, choose_known, portable_settings
 from spice_pl.reports.tables import ResultRow, results_rich
 from spice_pl.results import StageRun, last_logged, versions, write_results
 from spice_pl.settings import build, flat, missing
@@ -96,7 +97,7 @@ def run_stages(job: Job) -> float | None:
 
 
 def _run_here(job: Job) -> dict[str, Any]:
-    load_images = functools.cache(lambda: _images(job.cfg))
+    load_images = functools.cache(functools.partial(_images, job.cfg))
     training = [name for name in job.stages if not job.reused(name) and not _is_task(job, name)]
     if training:
         images = load_images()
@@ -128,7 +129,7 @@ def _is_task(job: Job, name: str) -> bool:
     return "task" in job.cfg[name]
 
 
-def _run_task(job: Job, name: str, load_images: Callable[[], ImageSet]) -> None:
+def _run_task(job: Job, name: str, load_images: Callable[..., ImageSet]) -> None:
     """Do what a stage without training does."""
     cfg, folder, started = job.cfg, job.folder(name), time.monotonic()
     upstream = [job.folder(each) for each in job.upstream(name)]
@@ -143,7 +144,7 @@ def _run_task(job: Job, name: str, load_images: Callable[[], ImageSet]) -> None:
             upstream=upstream,
             images=load_images,
             plain=build(cfg, cfg.augment.plain),
-            num_clusters=int(cfg.dataset.num_clusters),
+            num_clusters=int(cfg.dataset.num_clusters or 0),
             seed=int(cfg.seed),
         )
     )
@@ -187,6 +188,8 @@ def _run_stage(job: Job, name: str, images: ImageSet) -> None:
     if trainer.is_global_zero:
         for part, weights in module.weights().items():
             folder.write_weights(f"{part}.safetensors", weights)
+        if module.has_clusters:
+            _write_portable(job, name, module, images)
         write_results(
             _stage_run(job, name, upstream),
             images,
@@ -200,6 +203,38 @@ def _run_stage(job: Job, name: str, images: ImageSet) -> None:
         finish = getattr(getattr(each, "experiment", None), "finish", None)
         if finish is not None:  # W&B keeps one run open until it is told
             finish()
+
+
+def _write_portable(job: Job, name: str, module: Stage, images: ImageSet) -> None:
+    """Write model.spice, which clusters new images without this run's folder."""
+    cfg, folder = job.cfg, job.folder(name)
+    parts = dict(module.weights())
+    backbone = cfg[name].module.get("backbone", cfg.backbone)
+    encoder, plain = (
+        OmegaConf.to_container(each, resolve=True) for each in (backbone, cfg.augment.plain)
+    )
+    settings = portable_settings(encoder, parts["head"], plain)
+    if settings is None:
+        logger.info("%s: no %s for a head of your own", name, portable.FILE_NAME)
+        return
+    model = PortableModel(
+        network=ClusterNetwork(build(cfg, cfg.augment.plain), parts["encoder"], parts["head"]),
+        settings=settings,
+        image_size=int(images.images.shape[-1]),
+        names=[f"cluster {k}" for k in range(int(cfg.dataset.num_clusters))],
+        threshold=float(cfg.reliable.confidence),
+        about={
+            "dataset": images.name,
+            "fingerprint": images.fingerprint,
+            "num_images": len(images),
+            "protocol": images.protocol,
+            "stage": name,
+            "seed": int(cfg.seed),
+            "versions": versions(),
+        },
+        known=choose_known(images.keys, folder.features, folder.probs, int(cfg.known_images)),
+    )
+    model.save(folder.path / portable.FILE_NAME)
 
 
 def _parts(cfg: DictConfig, name: str) -> tuple[Stage, dict[str, Stream]]:
@@ -225,13 +260,13 @@ def _stage_run(job: Job, name: str, upstream: Sequence[RunFolder]) -> StageRun:
     )
 
 
-def _images(cfg: DictConfig) -> ImageSet:
+def _images(cfg: DictConfig, **other: Any) -> ImageSet:
+    """Open the data set, some of its settings replaced by others."""
     described = {"num_clusters", "mean", "std"}  # read by stages and views
-    images: ImageSet = build(
-        cfg, {key: value for key, value in cfg.dataset.items() if key not in described}
-    )
-    num_clusters, num_train = int(cfg.dataset.num_clusters), len(images.train_index)
-    if not 2 <= num_clusters <= num_train:
+    settings = {key: value for key, value in cfg.dataset.items() if key not in described}
+    images: ImageSet = build(cfg, settings | other)
+    num_clusters, num_train = int(cfg.dataset.num_clusters or 0), len(images.train_index)
+    if num_clusters and not 2 <= num_clusters <= num_train:
         raise UsageError(
             f"dataset.num_clusters {num_clusters} is not between 2 and the {num_train} training "
             f"images of {images.name}; lower it or give more images"
@@ -240,7 +275,7 @@ def _images(cfg: DictConfig) -> ImageSet:
     pixels = images.images.shape[-1]
     logger.info(
         f"{images.name}: {len(images)} images of {pixels} x {pixels} pixels, "
-        f"{num_clusters} clusters, protocol {images.protocol}, {truth}"
+        f"{num_clusters or 'unknown'} clusters, protocol {images.protocol}, {truth}"
     )
     return images
 

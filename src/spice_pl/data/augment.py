@@ -94,7 +94,7 @@ class PlainView:
                 f"uniforms {tuple(uniforms.shape)} do not fit {len(images)} images; "
                 f"{type(self).__name__} takes ({len(images)}, {self.num_uniforms})"
             )
-        return self._view(images, uniforms) if len(images) else images.to(torch.float32)
+        return self._view(images, uniforms) if images.shape[0] else images.to(torch.float32)
 
     def _view(self, images: Tensor, uniforms: Tensor) -> Tensor:
         return self._normalise(images.to(torch.float32))

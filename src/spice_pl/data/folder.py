@@ -91,6 +91,7 @@ def folder(
         class_names=class_names,
         protocol=protocol,
         skipped=skipped,
+        root=directory.resolve(),
     )
 
 
@@ -191,23 +192,10 @@ def _decoded(
 
 
 def decode(path: Path, image_size: int) -> NDArray[np.uint8] | str:
-    """Return one image as (3, S, S) RGB, or the reason why it cannot be decoded.
-
-    EXIF rotation is applied, transparency is laid on white, the first frame is taken of several.
-    """
+    """Return one image as `square` does, or the reason why it cannot be decoded."""
     try:
         with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened)
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            elif image.mode.startswith("I"):  # 16 bits: Pillow's own conversion clips at 255
-                wide = np.asarray(image, dtype=np.float64)
-                image = Image.fromarray((wide / max(65535, wide.max()) * 255).astype(np.uint8))
-            image = image.convert("RGB")
-            if image.size != (image_size, image_size):
-                image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
-            return np.asarray(image, dtype=np.uint8).transpose(2, 0, 1)
+            return square(opened, image_size)
     except FileNotFoundError:
         return "broken link"
     except Image.DecompressionBombError as error:
@@ -216,6 +204,29 @@ def decode(path: Path, image_size: int) -> NDArray[np.uint8] | str:
         if path.stat().st_size == 0:
             return "empty file"
         return f"{type(error).__name__}: {str(error).replace(str(path), path.name)}"
+
+
+def square(image: Image.Image, image_size: int) -> NDArray[np.uint8]:
+    """Return an image of any size and mode as (3, S, S) RGB.
+
+    EXIF rotation is applied, transparency is laid on white, the first frame is taken of several.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    elif image.mode.startswith("I"):  # 16 bits: Pillow's own conversion clips at 255
+        wide = np.asarray(image, dtype=np.float64)
+        image = Image.fromarray((wide / max(65535, wide.max()) * 255).astype(np.uint8))
+    image = image.convert("RGB")
+    if image.size != (image_size, image_size):
+        image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
+    return np.asarray(image, dtype=np.uint8).transpose(2, 0, 1)
+
+
+def image_files(root: Path) -> list[str]:
+    """Return the path below root of every image, sorted."""
+    return [path for path, _, _ in _scan(root)[0]]
 
 
 def _folder_labels(keys: Sequence[str]) -> tuple[NDArray[np.int64] | None, list[str] | None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +33,7 @@ class ImageSet:
         protocol: "whole" trains and scores on all images, "split" trains on train and scores on
             test images.
         skipped: file and reason of everything that could not be used.
+        root: the folder that the keys are paths below; None where an image is no file.
     """
 
     name: str
@@ -43,6 +45,7 @@ class ImageSet:
     is_test: NDArray[np.bool_] | None = None
     protocol: str = "whole"
     skipped: Sequence[tuple[str, str]] = field(default_factory=tuple)
+    root: Path | None = None
 
     def __post_init__(self) -> None:
         if self.protocol not in PROTOCOLS:

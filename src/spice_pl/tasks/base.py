@@ -18,15 +18,16 @@ class Context:
     Attributes:
         folder: for what it makes, `runs/<dataset>/<task>/<run>`.
         upstream: artifacts of the stages before it, the nearest first.
-        images: opens the data set, once; a task that needs no image does not call it.
+        images: opens the data set, once; a task that needs no image does not call it. Keyword
+            arguments replace settings of the data set.
         plain: the view that features and clusters are computed on.
-        num_clusters: K.
+        num_clusters: K; 0 for a task that takes it from elsewhere.
         seed: of the run.
     """
 
     folder: RunFolder
     upstream: Sequence[RunFolder]
-    images: Callable[[], ImageSet]
+    images: Callable[..., ImageSet]
     plain: View
     num_clusters: int
     seed: int

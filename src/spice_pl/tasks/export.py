@@ -1,0 +1,138 @@
+"""Write a trained model for programs that do not have this package.
+
+Input uint8 images (B, 3, S, S), output probabilities (B, K) and embeddings (B, D); the preparation
+of pixels is inside.
+
+Shapes: B images, K clusters, D features, S pixels a side.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from spice_pl.errors import UsageError
+from spice_pl.portable import ClusterNetwork, load
+from spice_pl.tasks.base import Context
+
+logger = logging.getLogger(__name__)
+
+TOLERANCE = 1e-4  # of a probability or of a coordinate of an embedding
+
+
+class Export:
+    """Write model.pt2 (torch.export) or model.onnx and check that it answers as the model does.
+
+    Args:
+        model: a `model.spice`, or the folder of a run that has one.
+        formats: "torch", "onnx" or both.
+        allow_targets: packages of your own that hold the model's network.
+    """
+
+    def __init__(
+        self,
+        model: str | None,
+        formats: Sequence[str] = ("torch",),
+        allow_targets: Sequence[str] = (),
+    ) -> None:
+        if not formats or not set(formats) <= set(FORMATS):
+            raise UsageError(f"export.task.formats {list(formats)} are not of {list(FORMATS)}")
+        self.model, self.formats, self.allow_targets = model, formats, allow_targets
+
+    def __call__(self, context: Context) -> None:
+        """Export the model in every format."""
+        if self.model is None:
+            raise UsageError(
+                "stage=export needs a trained model; give export.model=FILE, a model.spice or the "
+                "folder of a run that has one"
+            )
+        model = load(self.model, device="cpu", allow_targets=self.allow_targets)
+        model.network.to(memory_format=torch.contiguous_format)
+        generator = torch.Generator().manual_seed(context.seed)
+        shape = (5, 3, model.image_size, model.image_size)
+        images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+        with torch.inference_mode():
+            expected = model.network(images)
+        for name in self.formats:
+            suffix, write, answer = FORMATS[name]
+            path = context.folder.path / f"model.{suffix}"
+            with tempfile.TemporaryDirectory(dir=context.folder.path) as temporary:
+                part = Path(temporary, path.name)
+                write(model.network, images[:2], part)
+                difference = max(
+                    float((one - other).abs().max())
+                    for one, other in zip(expected, answer(part, images), strict=True)
+                )
+                if difference > TOLERANCE:
+                    raise RuntimeError(
+                        f"{name} answers otherwise than the model, by {difference:.1e} "
+                        f"(at most {TOLERANCE:.0e} is allowed)"
+                    )
+                part.replace(path)
+            logger.info("%s  answers as the model does, to %.1e", path, difference)
+
+
+def write_torch(network: ClusterNetwork, images: Tensor, path: Path) -> None:
+    """Export for `torch.export.load(path).module()`; images (2, 3, S, S) is an example."""
+    program = torch.export.export(network, (images,), dynamic_shapes=(_BATCH,))
+    torch.export.save(program, path)
+
+
+def answer_torch(path: Path, images: Tensor) -> Sequence[Tensor]:
+    """Run what `write_torch` wrote."""
+    with torch.inference_mode():
+        answers: Sequence[Tensor] = torch.export.load(path).module()(images)
+    return answers
+
+
+def write_onnx(network: ClusterNetwork, images: Tensor, path: Path) -> None:
+    """Export for onnxruntime and others; images (2, 3, S, S) is an example."""
+    _need("onnx", "onnxscript")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter, about itself
+        torch.onnx.export(
+            network,
+            (images,),
+            path,
+            input_names=["images"],
+            output_names=["probs", "embeddings"],
+            dynamic_shapes=(_BATCH,),
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+
+
+def answer_onnx(path: Path, images: Tensor) -> Sequence[Tensor]:
+    """Run what `write_onnx` wrote."""
+    _need("onnxruntime")
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return [torch.from_numpy(each) for each in session.run(None, {"images": images.numpy()})]
+
+
+def _need(*packages: str) -> None:
+    from importlib.util import find_spec
+
+    if absent := [name for name in packages if find_spec(name) is None]:
+        raise UsageError(
+            f"the format onnx needs {', '.join(absent)}; pip install 'spice-pl[export]'"
+        )
+
+
+_BATCH = {0: torch.export.Dim("batch", min=1)}
+FORMATS: dict[
+    str,
+    tuple[
+        str,
+        Callable[[ClusterNetwork, Tensor, Path], None],
+        Callable[[Path, Tensor], Sequence[Tensor]],
+    ],
+] = {"torch": ("pt2", write_torch, answer_torch), "onnx": ("onnx", write_onnx, answer_onnx)}

@@ -1,0 +1,268 @@
+"""Cluster new images with a trained model: a table, and folders of them if asked for.
+
+Shapes: N images, K clusters.
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import Progress
+
+from spice_pl.artifacts import atomic
+from spice_pl.data.images import ImageSet
+from spice_pl.errors import UsageError
+from spice_pl.portable import PortableModel, Predictions, load
+from spice_pl.tasks.base import Context
+
+logger = logging.getLogger(__name__)
+
+PLACE: dict[str, Callable[[Path, Path], Any]] = {
+    "copy": shutil.copy2,
+    "hardlink": os.link,
+    "symlink": lambda source, target: target.symlink_to(source),
+}
+
+
+class Predict:
+    """Write predictions.csv, and predictions.parquet where pyarrow is installed.
+
+    Args:
+        model: a `model.spice`, or the folder of a run that has one.
+        sort: "copy", "hardlink" or "symlink" also puts every file into a folder of its cluster,
+            those that are not sure one folder deeper; "none" does not. Nothing is ever moved,
+            replaced or deleted.
+        num_nearest: known images to name beside each.
+        batch_size: images at a time.
+        device: "auto" is a GPU if there is one.
+        allow_targets: packages of your own that hold the model's network.
+    """
+
+    def __init__(
+        self,
+        model: str | None,
+        sort: str = "none",
+        num_nearest: int = 3,
+        batch_size: int = 256,
+        device: str = "auto",
+        allow_targets: Sequence[str] = (),
+    ) -> None:
+        if sort not in ("none", *PLACE):
+            raise UsageError(f"predict.sort {sort!r} is none of none, {', '.join(PLACE)}")
+        self.model, self.sort, self.num_nearest = model, sort, num_nearest
+        self.batch_size, self.device, self.allow_targets = batch_size, device, allow_targets
+
+    def __call__(self, context: Context) -> None:
+        """Predict every image of the data set."""
+        if self.model is None:
+            raise UsageError(
+                "stage=predict needs a trained model; give predict.model=FILE, a model.spice or "
+                "the folder of a run that has one"
+            )
+        model = load(self.model, device=self.device, allow_targets=self.allow_targets)
+        images = context.images(image_size=model.image_size)
+        sorter = self._sorter(context, images, model)
+        counts, doubtful = np.zeros(model.num_clusters, dtype=np.int64), 0
+        started = time.monotonic()
+        batches = pixel_batches(images, self.batch_size)
+        with ExitStack() as stack:
+            write = stack.enter_context(table(context.folder.path, model, self.num_nearest))
+            advance = stack.enter_context(progress("predict", len(images)))
+            for part in model.stream(batches, num_nearest=self.num_nearest):
+                write(part)
+                if sorter is not None:
+                    sorter(part)
+                counts += np.bincount(part.clusters, minlength=model.num_clusters)
+                doubtful += int(part.not_sure.sum())
+                advance(len(part))
+        rate = len(images) / (time.monotonic() - started)
+        for name, count in zip(model.names, counts, strict=True):
+            logger.info("%8d  %s", count, name)
+        logger.info(
+            "%d images, %.0f a second, not sure of %d (confidence at most %g): %s",
+            *(len(images), rate, doubtful, model.threshold),
+            context.folder.path / "predictions.csv",
+        )
+
+    def _sorter(
+        self, context: Context, images: ImageSet, model: PortableModel
+    ) -> Callable[[Predictions], None] | None:
+        if self.sort == "none":
+            return None
+        target = (context.folder.path / "sorted").resolve()
+        if images.root is None:
+            raise UsageError(
+                f"predict.sort={self.sort} needs image files and {images.name} has none; use "
+                "dataset=folder, or predict.sort=none"
+            )
+        if target.is_relative_to(images.root):
+            raise UsageError(
+                f"{target} lies inside dataset.root={images.root}, so sorted files would be "
+                "clustered the next time; give another runs_dir"
+            )
+        if target.is_dir() and any(target.iterdir()):
+            raise UsageError(
+                f"{target} holds sorted files already and nothing is replaced or deleted here; "
+                "remove it yourself, or use another run=NAME"
+            )
+        return Sorter(images.root, target, folder_names(model.names), PLACE[self.sort])
+
+
+class Sorter:
+    """Put files into a folder a cluster.
+
+    Args:
+        root: the folder that keys are paths below.
+        target: the folder to make the folders in.
+        folders: (K,) their names.
+        place: copies or links a file (source, target).
+    """
+
+    def __init__(
+        self, root: Path, target: Path, folders: Sequence[str], place: Callable[[Path, Path], Any]
+    ) -> None:
+        self.root, self.target, self.folders, self.place = root, target, folders, place
+
+    def __call__(self, part: Predictions) -> None:
+        """Place the files of a batch; a name that is taken gets a number."""
+        for key, cluster, doubtful in zip(part.keys, part.clusters, part.not_sure, strict=True):
+            folder = self.target / self.folders[cluster] / ("not sure" if doubtful else "")
+            folder.mkdir(parents=True, exist_ok=True)
+            source = self.root / key
+            try:
+                self.place(source, _free(folder, source))
+            except OSError as error:
+                raise UsageError(
+                    f"{source} cannot be placed in {folder} ({error.strerror}); use another "
+                    "predict.sort (a hard link needs one file system), or make room"
+                ) from error
+
+
+def _free(folder: Path, source: Path) -> Path:
+    """Return a path in the folder that is not taken: photo.jpg, photo (2).jpg, ..."""
+    target, number = folder / source.name, 1
+    while os.path.lexists(target):
+        number += 1
+        target = folder / f"{source.stem} ({number}){source.suffix}"
+    return target
+
+
+def folder_names(names: Sequence[str]) -> list[str]:
+    """Make names of clusters fit for folders on any system, and different.
+
+    >>> folder_names(["cats", "a/b: c", "Cats", "..", "CON"])
+    ['cats', 'a_b_ c', 'Cats (2)', '_', 'CON_']
+    """
+    reserved = {"con", "prn", "aux", "nul", "not sure"}  # Windows, and ours
+    reserved |= {f"{port}{i}" for port in ("com", "lpt") for i in range(10)}
+    taken: set[str] = set()
+    folders = []
+    for name in names:
+        plain = "".join("_" if c in '/\\:*?"<>|' or not c.isprintable() else c for c in name)
+        plain = plain.strip(" .")[:100] or "_"
+        if plain.casefold() in reserved:
+            plain += "_"
+        folder, number = plain, 1
+        while folder.casefold() in taken:
+            number += 1
+            folder = f"{plain} ({number})"
+        taken.add(folder.casefold())
+        folders.append(folder)
+    return folders
+
+
+def pixel_batches(
+    images: ImageSet, batch_size: int
+) -> Iterator[tuple[Sequence[str], NDArray[np.uint8]]]:
+    """Read keys and pixels (B, 3, S, S) out of the memory map, a batch at a time."""
+    for start in range(0, len(images), batch_size):
+        end = min(start + batch_size, len(images))
+        yield images.keys[start:end], np.array(images.images[start:end])
+
+
+@contextmanager
+def table(
+    folder: Path, model: PortableModel, num_nearest: int
+) -> Iterator[Callable[[Predictions], None]]:
+    """Give a function that adds rows to predictions.csv, and to predictions.parquet if it can."""
+    num_known = 0 if model.known is None else len(model.known.keys)
+    shown = range(min(num_nearest, num_known))
+    columns = ["image", "cluster", "name", "confidence", "not_sure"]
+    columns += [f"{what}_{i + 1}" for what in ("nearest", "similarity") for i in shown]
+    try:
+        from pyarrow import Table
+        from pyarrow.parquet import ParquetWriter
+    except ImportError:
+        Table = None  # noqa: N806
+    with ExitStack() as stack:
+        temporary = stack.enter_context(atomic(folder / "predictions.csv"))
+        file = stack.enter_context(
+            # A path may hold bytes that are no UTF-8; they come out as they are on disk.
+            temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape")
+        )
+        rows = csv.writer(file)
+        rows.writerow(columns)
+        parquet: list[Any] = []  # opened with the first batch, which knows the types
+
+        def write(part: Predictions) -> None:
+            nearest = list(zip(*part.nearest, strict=True)) if shown else []
+            values = [part.keys, part.clusters, part.names, part.confidence, part.not_sure]
+            values += [*nearest, *part.similarity.T]
+            text = [
+                *(part.keys, part.clusters.tolist(), part.names),
+                *([f"{sure:.4f}" for sure in part.confidence], part.not_sure.astype(int).tolist()),
+                *nearest,
+                *([f"{alike:.4f}" for alike in column] for column in part.similarity.T),
+            ]
+            rows.writerows(zip(*text, strict=True))
+            if Table is not None:
+                keys = [[_utf8(key) for key in each] for each in (part.keys, *nearest)]
+                values[0], values[5 : 5 + len(nearest)] = keys[0], keys[1:]
+                made = Table.from_arrays([_arrow(each) for each in values], names=columns)
+                if not parquet:
+                    path = stack.enter_context(atomic(folder / "predictions.parquet"))
+                    parquet.append(stack.enter_context(ParquetWriter(path, made.schema)))
+                parquet[0].write_table(made)
+
+        yield write
+
+
+def _arrow(values: Any) -> Any:
+    import pyarrow
+
+    return pyarrow.array(values)
+
+
+def _utf8(key: str) -> str:
+    return key.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+@contextmanager
+def progress(name: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Give a function to call with what is done: a bar on a terminal, lines elsewhere."""
+    terminal, done, shown, started = sys.stderr.isatty(), 0, 0, time.monotonic()
+    with Progress(console=Console(stderr=True), disable=not terminal) as bar:
+        task = bar.add_task(name, total=total)
+
+        def advance(count: int) -> None:
+            nonlocal done, shown
+            done += count
+            bar.update(task, completed=done)
+            tenth = 10 * done // max(1, total)
+            if not terminal and tenth > shown:
+                shown = tenth
+                logger.info("%s %3d %%, %.0f s", name, 10 * tenth, time.monotonic() - started)
+
+        yield advance
