@@ -29,9 +29,10 @@ DUMPING = (
 
 @dataclass(frozen=True)
 class Runs:
-    """Runs of all stages on two ranks, and of stage 2 on one rank after the same stage 1."""
+    """Runs on two ranks and on one: all stages; stage 1; stage 2 after the two ranks' stage 1."""
 
     two: Path
+    single: Path
     one: Path
     dumps: Path
 
@@ -50,6 +51,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         f"cache_dir={root / 'cache'}",
         *TINY,
         *DUMPING,
+        "moco.module.bn_groups=2",
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RANK_DUMPS", str(root / "dumps"))
@@ -57,7 +59,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         assert done.returncode == 0, done.stderr
         shutil.copytree(root / "two/photos/moco", root / "one/photos/moco")
         run_stages(make_job(*overrides, f"runs_dir={root / 'one'}", "stage=proto"))
-    return Runs(root / "two/photos", root / "one/photos", root / "dumps")
+        run_stages(make_job(*overrides, f"runs_dir={root / 'single'}", "stage=moco"))
+    return Runs(*(root / each for each in ("two/photos", "single/photos", "one/photos", "dumps")))
 
 
 @pytest.mark.parametrize("stage", ["moco", "proto", "fixmatch"])
@@ -100,6 +103,14 @@ def test_queue_holds_the_keys_of_both_ranks(runs: Runs) -> None:
     # 2 epochs of 3 batches of 30 keys pass through 60 places three times.
     assert int(runs.dump("moco", 2, 0)["queue.pointer"]) == 0
     assert len({tuple(key) for key in queue.T.tolist()}) == 60
+
+
+def test_stage_1_on_two_ranks_equals_one_rank_with_two_groups(runs: Runs) -> None:
+    two, one = runs.dump("moco", 2, 0), runs.dump("moco", 1, 0)
+    assert two.keys() == one.keys()
+    for key, value in one.items():
+        if value.is_floating_point() and "running_" not in key:  # these are local to ranks
+            torch.testing.assert_close(two[key], value, rtol=1e-3, atol=1e-4, msg=key)
 
 
 def test_stage_2_on_two_ranks_equals_one_rank(runs: Runs) -> None:

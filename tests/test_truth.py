@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from tests.conftest import CONF, NUM_CLASSES, NUM_IMAGES, Finished
+from tests.conftest import CONF, NUM_CLASSES, NUM_IMAGES, Finished, make_job
 from torch import Tensor
 
 from spice_pl import run
@@ -104,7 +104,7 @@ def test_false_labels_change_no_training_state(
 @pytest.mark.parametrize("stage", STAGES)
 def test_false_labels_change_scores_alone(true: Finished, false: Finished, stage: str) -> None:
     metrics = [dict(flat(each.folder(stage).metrics)) for each in (true, false)]
-    volatile = ("seconds", "peak_memory_mb", "runs_dir")
+    volatile = ("seconds", "peak_memory_mb", "runs_dir", "data_wait_fraction")
     assert metrics[0].keys() == metrics[1].keys()
     changed = {
         key.rpartition(".")[2]
@@ -158,3 +158,15 @@ def test_batches_of_a_run_have_no_labels(straight: Finished, tmp_path: Path) -> 
         patch.setattr(ViewsDataModule, "on_after_batch_transfer", on_after_batch_transfer)
         run_with(TRUE, straight, tmp_path / "runs", NUM_CLASSES)
     assert seen == {("index", "views")}
+
+
+def test_stage_1_is_watched_without_labels_and_beside_them(tiny: Sequence[str]) -> None:
+    job = make_job(*tiny, "stage=moco", "moco.watch_epochs=1")
+    run.run_stages(job)
+    logged = job.folder("moco").metrics["logged"]
+    assert -1 <= logged["val/kmeans_agreement"] <= 1
+    assert 1 / 20 <= logged["val/neighbor_agreement"] <= 1
+    assert logged["truth/knn_acc"] > 0.9  # three colours in three corners
+    assert 0 <= logged["train/alignment"] <= 4
+    assert -8 <= logged["train/uniformity"] <= 0
+    assert 0 < job.folder("moco").metrics["data_wait_fraction"] < 1

@@ -77,6 +77,7 @@ def write_results(
     logged: Mapping[str, float],
     *,
     seconds: float,
+    data_wait_fraction: float,
     devices: int,
     precision: str,
 ) -> None:
@@ -101,6 +102,7 @@ def write_results(
         "overrides": list(run.overrides),
         "seconds": seconds,
         "seconds_in_all": cost,
+        "data_wait_fraction": data_wait_fraction,
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "devices": devices,
         "precision": precision,

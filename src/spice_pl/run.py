@@ -173,9 +173,9 @@ def _run_stage(job: Job, name: str, images: ImageSet) -> None:
     if module.has_clusters:
         shapes["probs.npy"] = (len(images), int(cfg.dataset.num_clusters))
     callbacks: list[pl.Callback] = [PredictionWriter(folder, shapes)]
-    if module.has_clusters and images.labels is not None:
+    if images.labels is not None:
         callbacks.append(TruthMonitor(images.labels, int(cfg.dataset.num_clusters)))
-    trainer = _trainer(job, name, callbacks, watch=module.has_clusters)
+    trainer = _trainer(job, name, callbacks)
     resume = bool(cfg.resume) and folder.checkpoint.is_file()
     if trainer.is_global_zero:
         stamp(job, folder, keep=resume)
@@ -195,6 +195,7 @@ def _run_stage(job: Job, name: str, images: ImageSet) -> None:
             images,
             last_logged(folder),  # callback_metrics is empty when resumed after the last epoch
             seconds=time.monotonic() - started + _progress(trainer).seconds_before,
+            data_wait_fraction=_progress(trainer).data_wait_fraction,
             devices=trainer.world_size,
             precision=str(trainer.precision),
         )
@@ -280,7 +281,7 @@ def _images(cfg: DictConfig, **other: Any) -> ImageSet:
     return images
 
 
-def _trainer(job: Job, name: str, callbacks: list[pl.Callback], *, watch: bool) -> pl.Trainer:
+def _trainer(job: Job, name: str, callbacks: list[pl.Callback]) -> pl.Trainer:
     cfg, path = job.cfg, job.folder(name).path
     loggers = [
         build(
@@ -317,7 +318,6 @@ def _trainer(job: Job, name: str, callbacks: list[pl.Callback], *, watch: bool) 
         settings,
         max_epochs=int(cfg[name].epochs),
         check_val_every_n_epoch=int(cfg[name].watch_epochs),
-        limit_val_batches=None if watch else 0,
         callbacks=callbacks,
         logger=loggers,
         default_root_dir=str(path),

@@ -45,13 +45,14 @@ def test_imagenet_stem_is_torchvisions_resnet34() -> None:
     ("stem", "size", "side"),
     [
         ("conv3", 32, 4),
+        ("conv3_stride2", 32, 2),
         ("conv3_pool", 32, 3),
         ("conv3_pool", 64, 5),
         ("conv3_pool", 96, 7),
         ("conv7", 224, 7),
     ],
 )
-def test_last_map_has_the_authors_size(stem: Any, size: int, side: int) -> None:
+def test_last_map_has_the_size_of_its_stem(stem: Any, size: int, side: int) -> None:
     backbone = ResNet(blocks=(1, 1, 1, 1), widths=(2, 2, 2, 2), stem=stem)
     sides = []
     last = backbone.get_submodule("layer4")
@@ -79,7 +80,10 @@ def test_initialised_like_torchvision() -> None:
     [
         ({"blocks": (1, 1)}, r"blocks \[1, 1\] and widths \[64, .*describe 2 and 4 stages"),
         ({"blocks": (), "widths": ()}, "describe 0 and 0 stages"),
-        ({"stem": "conv5"}, "stem 'conv5' is unknown; choose one of conv3, conv3_pool, conv7"),
+        (
+            {"stem": "conv5"},
+            "stem 'conv5' is unknown; choose one of conv3, conv3_stride2, conv3_pool, conv7",
+        ),
     ],
 )
 def test_rejects_what_it_cannot_build(config: dict[str, Any], message: str) -> None:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from spice_pl.data.datamodule import Views
 from spice_pl.errors import UsageError
+from spice_pl.functional.contrastive import info_nce
 from spice_pl.stages.moco import MoCoModule
 
 Q, P, B = 40, 6, 15
@@ -121,6 +122,60 @@ def test_learning_rate_falls_by_a_cosine_per_epoch() -> None:
     fit(moco(lr=0.5), STREAMS, watch, epochs=4, limit_train_batches=2)
     expected = [0.5, 0.25 * (1 + math.sqrt(0.5)), 0.25, 0.25 * (1 - math.sqrt(0.5))]
     assert watch.lr == pytest.approx([rate for rate in expected for _ in range(2)])
+
+
+def test_groups_have_batch_statistics_of_their_own_and_keys_are_shuffled() -> None:
+    module, watch = moco(momentum=1.0, lr=0.0, temperature=0.5, bn_groups=3), Watch()
+    queue = module.queue.keys.T.clone()
+    branch = copy.deepcopy(torch.nn.Sequential(module.encoder, module.projection)).train()
+    fit(module, STREAMS, watch, epochs=1)
+    for step, batch in enumerate(watch.batches):
+        order = torch.randperm(B, generator=torch.Generator().manual_seed(step))
+        query, key = torch.empty(B, P), torch.empty(B, P)
+        with torch.no_grad():
+            for group in range(3):
+                query[group::3] = branch(batch.views["query"][group::3])
+                members = order[group::3]
+                key[members] = branch(batch.views["key"][members])
+        query, key = F.normalize(query), F.normalize(key)
+        loss = info_nce(query, key, queue[-Q:].T, temperature=0.5)
+        torch.testing.assert_close(watch.losses[step], loss, rtol=0, atol=1e-5)
+        queue = torch.cat([queue, key])
+    assert not torch.allclose(
+        F.normalize(branch(watch.batches[0].views["query"])), query, atol=1e-3
+    )
+
+
+def test_symmetric_loss_is_the_mean_of_both_directions() -> None:
+    module, watch = moco(momentum=1.0, lr=0.0, temperature=0.5, symmetric=True), Watch()
+    queue = module.queue.keys.clone()
+    branch = copy.deepcopy(torch.nn.Sequential(module.encoder, module.projection)).train()
+    fit(module, STREAMS, watch, epochs=1, limit_train_batches=1)
+    with torch.no_grad():
+        one, other = (F.normalize(branch(watch.batches[0].views[n])) for n in ("query", "key"))
+    losses = [info_nce(*pair, queue, temperature=0.5) for pair in ((one, other), (other, one))]
+    torch.testing.assert_close(watch.losses[0], sum(losses) / 2, rtol=0, atol=1e-5)
+    # Both sets of keys are in the queue: of the second view first.
+    torch.testing.assert_close(module.queue.keys[:, : 2 * B], torch.cat([other, one]).T)
+
+
+def test_collapse_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    module = moco(momentum=1.0, lr=0.0)
+    for branch in (module.projection, module.key_projection):
+        last = branch[2]
+        assert isinstance(last, torch.nn.Linear)
+        torch.nn.init.zeros_(last.weight)
+        torch.nn.init.ones_(last.bias)
+    with caplog.at_level("WARNING"):
+        fit(module, STREAMS, epochs=1)
+    assert "the embeddings have collapsed, their deviation is 0.0000" in caplog.text
+
+
+def test_groups_that_do_not_fit_the_batch_are_refused() -> None:
+    with pytest.raises(UsageError, match="batch_size 15 does not make 4 equal groups"):
+        moco(bn_groups=4).prepare(image_set(), None, STREAMS)
+    with pytest.raises(UsageError, match="15 equal groups of at least 2"):
+        moco(bn_groups=15).prepare(image_set(), None, STREAMS)
 
 
 def test_queue_longer_than_the_data_is_refused() -> None:

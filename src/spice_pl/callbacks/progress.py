@@ -30,6 +30,13 @@ class StageProgress(ProgressBar):
         self.name, self.enabled = name, True
         self.seconds_before = 0.0
         self.started = time.monotonic()
+        self._waited = self._stepped = 0.0
+        self._mark: float | None = None  # end of the last step
+
+    @property
+    def data_wait_fraction(self) -> float:
+        """Share of the training time in which a step waited for its views, in [0, 1]."""
+        return self._waited / max(self._waited + self._stepped, 1e-9)
 
     def state_dict(self) -> dict[str, float]:
         """Return the seconds of training so far, over all parts of the run."""
@@ -65,8 +72,23 @@ class StageProgress(ProgressBar):
                 self.name, total=self.total, completed=self.done, values=""
             )
 
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Count no time between epochs as waiting."""
+        self._mark = None
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        """End the wait for a batch; its views are made."""
+        now = time.monotonic()
+        if self._mark is not None:
+            self._waited += now - self._mark
+        self._mark = now
+
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         """Move on by a batch."""
+        now = time.monotonic()
+        if self._mark is not None:
+            self._stepped += now - self._mark
+        self._mark = now
         self.done += 1
         if self.bar is not None:
             self.bar.update(self.task, completed=self.done)

@@ -9,14 +9,19 @@ import pytorch_lightning as pl
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
 from spice_pl.functional.assignment import clustering_scores
+from spice_pl.functional.neighbors import nearest_neighbors
 from spice_pl.metrics import ClusteringScores
 from spice_pl.stages.base import Prediction
 
 
 class TruthMonitor(pl.Callback):
-    """Log `truth/acc`, `truth/nmi`, `truth/ari` of the watched images, and of reliable labels.
+    """Log how the watched images are clustered, and how right the reliable labels are.
+
+    `truth/acc`, `truth/nmi`, `truth/ari`; of a stage without clusters `truth/knn_acc`, the share of
+    images whose class is the most frequent one among their 20 nearest neighbours.
 
     Args:
         labels: (N,) truth, -1 where unknown.
@@ -31,12 +36,19 @@ class TruthMonitor(pl.Callback):
         """Start a new count."""
         self.scores.reset()
         self.scores.to(pl_module.device)
+        self.features: list[Tensor] = []
+        self.index: list[Tensor] = []
 
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any
     ) -> None:
-        """Count clusters against classes."""
-        if isinstance(outputs, Prediction) and outputs.probs is not None:
+        """Count clusters against classes, or keep features."""
+        if not isinstance(outputs, Prediction):
+            return
+        if outputs.probs is None:
+            self.features.append(outputs.features)
+            self.index.append(outputs.index)
+        else:
             labels = self.labels[outputs.index.cpu()].to(pl_module.device)
             self.scores.update(outputs.probs.argmax(dim=1), labels)
 
@@ -45,6 +57,14 @@ class TruthMonitor(pl.Callback):
         if int(self.scores.update_count):
             for name, value in self.scores.compute().items():
                 pl_module.log(f"truth/{name}", float(value), sync_dist=True)
+        if self.features:
+            features, index = (
+                pl_module.across_ranks(torch.cat(parts)).cpu()  # type: ignore[operator]
+                for parts in (self.features, self.index)
+            )
+            known = self.labels[index] >= 0
+            accuracy = knn_accuracy(features[known], self.labels[index[known]])
+            pl_module.log("truth/knn_acc", accuracy, sync_dist=True)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the accuracy of the reliable labels that stage 3 learns from."""
@@ -54,3 +74,29 @@ class TruthMonitor(pl.Callback):
             pseudo_labels: Tensor = pl_module.pseudo_labels  # type: ignore[assignment]
             scores = clustering_scores(pseudo_labels.cpu()[known], self.labels[known])
             pl_module.log("truth/reliable_acc", scores["acc"], sync_dist=True)
+
+
+def knn_accuracy(features: Tensor, labels: Tensor, num_neighbors: int = 20) -> float:
+    """Share of samples whose class wins the vote of their nearest neighbours, themselves left out.
+
+    Args:
+        features: (N, D); neighbours are by cosine.
+        labels: (N,), classes.
+        num_neighbors: k; at most N - 1.
+
+    Returns:
+        Accuracy in [0, 1]; the smaller class wins a tie. NaN without two samples.
+
+    Example:
+        >>> features = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]])
+        >>> knn_accuracy(features, torch.tensor([0, 0, 1, 1]), num_neighbors=1)
+        1.0
+    """
+    if len(features) < 2:
+        return float("nan")
+    k = min(num_neighbors, len(features) - 1)
+    _, index = nearest_neighbors(features, features, k + 1)  # (N, 1 + k)
+    others = index != torch.arange(len(features), device=index.device)[:, None]
+    others[others.all(dim=1), -1] = False  # duplicates may push the image itself off its list
+    votes = F.one_hot(labels[index[others].view(-1, k)]).sum(dim=1)  # (N, classes)
+    return float((votes.argmax(dim=1) == labels).float().mean())

@@ -1,4 +1,4 @@
-"""Contrastive loss of stage 1.
+"""Contrastive loss of stage 1, and what says without labels how well it goes.
 
 Shapes: B batch, D embedding width, Q queue length.
 """
@@ -41,3 +41,44 @@ def info_nce(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> T
     negative = query @ queue.detach()  # (B, Q)
     logits = torch.cat([positive, negative], dim=-1) / temperature  # (B, 1 + Q)
     return F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.long))
+
+
+def alignment(query: Tensor, key: Tensor) -> Tensor:
+    """Mean squared distance between two views of an image.
+
+    Wang and Isola 2020 ("Understanding contrastive representation learning through alignment and
+    uniformity"), Eq. 4 with alpha = 2. Smaller is better aligned.
+
+    Args:
+        query: (B, D), l2-normalised.
+        key: (B, D), l2-normalised.
+
+    Returns:
+        Scalar in [0, 4].
+
+    Example:
+        >>> alignment(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]))
+        tensor(2.)
+    """
+    return (query - key).square().sum(dim=-1).mean()
+
+
+def uniformity(embeddings: Tensor) -> Tensor:
+    """Log of the mean Gaussian potential over all pairs of different images.
+
+    Wang and Isola 2020, Eq. 5 with t = 2. Smaller is spread more evenly over the sphere.
+
+    Args:
+        embeddings: (B, D), l2-normalised, B >= 2.
+
+    Returns:
+        Scalar in [-8, 0]; 0 when all embeddings are one point.
+
+    Example:
+        >>> uniformity(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))  # one pair at distance 2
+        tensor(-8.)
+    """
+    # By hand: pdist has no bfloat16 kernel. |a - b|^2 = 2 - 2ab on the sphere.
+    pairs = torch.ones(len(embeddings), len(embeddings), device=embeddings.device).triu(1).bool()
+    distance = 2 - 2 * (embeddings @ embeddings.T)[pairs]  # (B (B - 1) / 2,)
+    return (-2 * distance).exp().mean().log()
