@@ -112,6 +112,11 @@ def test_sweep_over_seeds_makes_a_run_each(tiny: Sequence[str], tmp_path: Path) 
     assert done.returncode == 0, done.stderr
     runs = [RunFolder(path) for path in (tmp_path / "runs/photos/moco").iterdir()]
     assert sorted(run.metrics["seed"] for run in runs) == [0, 1]
+    # The sweep ends in one table, over both seeds.
+    (row,) = (line for line in done.stdout.splitlines() if "MoCo features" in line and "±" in line)
+    mean = sum(run.metrics["rows"][-1]["acc"] for run in runs) / 2
+    assert f"0 1  {mean:.3f} ±" in row
+    assert (tmp_path / "runs/sweeps/compare.md").is_file()
 
 
 @pytest.mark.slow

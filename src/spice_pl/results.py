@@ -91,6 +91,7 @@ def write_results(
     rows = [ResultRow(**row) for row in before.get("rows", [])]
     metrics: dict[str, Any] = {
         "stage": run.stage,
+        "title": run.title,
         "dataset": images.name,
         "fingerprint": images.fingerprint,
         "protocol": images.protocol,
@@ -100,6 +101,7 @@ def write_results(
         "seed": run.seed,
         "preset": run.preset,
         "overrides": list(run.overrides),
+        "settings": dict(run.settings),
         "seconds": seconds,
         "seconds_in_all": cost,
         "data_wait_fraction": data_wait_fraction,

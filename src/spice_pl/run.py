@@ -63,7 +63,11 @@ def main(cfg: DictConfig) -> float | None:
         preset=str(preset) if str(preset) in _options("preset") else "none",
         sweep=composed.mode == RunMode.MULTIRUN,
     )
-    return _with_clear_errors(job)
+    objective = _with_clear_errors(job)
+    if trials := os.environ.get("SPICE_PL_TRIALS"):  # of a sweep; see sweep.py
+        with Path(trials).open("a", encoding="utf-8") as file:
+            file.writelines(f"{job.folder(name).path.absolute()}\n" for name in job.stages)
+    return objective
 
 
 def run_stages(job: Job) -> float | None:

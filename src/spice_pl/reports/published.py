@@ -1,0 +1,54 @@
+"""Results that papers report, to stand beside ours; the numbers are in published.csv."""
+
+import csv
+from dataclasses import dataclass
+from importlib.resources import files
+
+
+@dataclass(frozen=True)
+class PublishedRow:
+    """One published result.
+
+    Attributes:
+        method: what was scored.
+        acc: accuracy in [0, 1].
+        nmi: in [0, 1], or None where only ACC is reported.
+        ari: in [-1, 1], or None likewise.
+        protocol: "whole", "split", or "" where the source does not say.
+        spread: standard deviation of ACC over runs, or None.
+        source: where the numbers stand.
+    """
+
+    method: str
+    acc: float
+    nmi: float | None
+    ari: float | None
+    protocol: str
+    spread: float | None
+    source: str
+
+
+def published_results(dataset: str) -> list[PublishedRow]:
+    """Return what was published for a data set, by its name in conf/dataset; often nothing.
+
+    >>> [row.acc for row in published_results("cifar10") if row.method == "SPICE"]
+    [0.926]
+    """
+    text = files("spice_pl.reports").joinpath("published.csv").read_text(encoding="utf-8")
+    return [
+        PublishedRow(
+            method=row["method"],
+            acc=float(row["acc"]),
+            nmi=_number(row["nmi"]),
+            ari=_number(row["ari"]),
+            protocol=row["protocol"],
+            spread=_number(row["spread"]),
+            source=row["source"],
+        )
+        for row in csv.DictReader(text.splitlines())
+        if row["dataset"] == dataset
+    ]
+
+
+def _number(text: str) -> float | None:
+    return float(text) if text else None
