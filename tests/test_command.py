@@ -90,6 +90,13 @@ def test_folders_of_a_sweep_carry_what_reaches_the_stage() -> None:
     ]
 
 
+def test_folders_of_an_ablation_share_stage_1() -> None:
+    assert folders("seed=3", "proto/ablation=ce", sweep=True)[:2] == [
+        "runs/digits/moco/seed3",
+        "runs/digits/proto/seed3,proto_ablation=ce",
+    ]
+
+
 def test_folders_of_a_sweep_do_not_depend_on_the_order_of_settings() -> None:
     one = folders("moco.epochs=3", "proto.epochs=4", sweep=True)
     other = folders("proto.epochs=4", "moco.epochs=3", sweep=True)

@@ -159,6 +159,38 @@ def test_every_plain_setting_is_read_somewhere() -> None:
         assert any(text in sources for text in (f"].{key}", f'"{key}"')), key
 
 
+ABLATIONS: dict[
+    str, dict[str, Any]
+] = {  # what each row of Tables VII and VIII changes, and nothing else
+    "spice": {},
+    "non_overlap": {"module.overlap": False},
+    "joint_sh": {"module.joint": "single_head", "epochs": 1},
+    "joint_mh": {"module.joint": "multi_head", "epochs": 1},
+    "entropy": {"module.entropy": 1.0},
+    "ce": {"module.loss": "ce"},
+    "tce": {"module.loss": "tce"},
+    "reference_bn": {"module.bn_mode": "reference"},
+    "weak_weak": {"strong": "weak"},
+    "strong_weak": {"weak": "strong", "strong": "weak"},
+    "strong_strong": {"weak": "strong"},
+}
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in CONF.glob("proto/ablation/*.yaml")))
+def test_a_row_of_the_ablation_tables_changes_what_it_says(name: str) -> None:
+    changed, plain = compose(f"proto/ablation={name}").proto, compose()
+    expected = OmegaConf.to_container(plain.proto, resolve=True)
+    assert isinstance(expected, dict)
+    for key, value in ABLATIONS[name].items():
+        if key in ("weak", "strong"):
+            views = expected["streams"]["images"]["views"]
+            views[key] = OmegaConf.to_container(plain.augment[value], resolve=True)
+        else:
+            place, _, last = key.rpartition(".")
+            (expected[place] if place else expected)[last] = value
+    assert OmegaConf.to_container(changed, resolve=True) == expected
+
+
 def test_shared_settings_reach_the_stage_that_reads_them() -> None:
     cfg = compose(
         *("reliable.agreement=0.5", "reliable.confidence=0.6", "reliable.balance=cap"),

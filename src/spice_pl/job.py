@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,7 @@ class Job:
         kept = []
         for override in self.overrides:
             text = override.lstrip("+~")
-            first = text.partition("=")[0].partition(".")[0].partition("@")[0]
+            first = re.split(r"[=.@/]", text, maxsplit=1)[0]
             swept = first not in NOT_IN_NAMES or text.startswith("dataset.num_clusters=")
             if swept and first not in others:
                 kept.append(text.replace("/", "_").replace(" ", ""))

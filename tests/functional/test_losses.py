@@ -11,7 +11,7 @@ from spice_pl.functional.losses import (
     double_softmax_cross_entropy_per_head,
     double_softmax_floor,
     mean_prediction_entropy,
-    tempered_cross_entropy,
+    tempered_cross_entropy_per_head,
 )
 
 
@@ -88,19 +88,19 @@ def test_appendix_a_gradients_and_their_ratio() -> None:
 
 
 def test_tempered_cross_entropy_is_that_of_divided_logits() -> None:
-    logits, label = random_logits(6, 4), random_label(6, num_clusters=4)
+    logits, label = random_logits(3, 6, 4), random_label(3, 6, num_clusters=4)
     for temperature in (0.2, 1.0, 2.0):
+        alone = [F.cross_entropy(z / temperature, y) for z, y in zip(logits, label, strict=True)]
         torch.testing.assert_close(
-            tempered_cross_entropy(logits.softmax(-1), label, temperature),
-            F.cross_entropy(logits / temperature, label),
+            tempered_cross_entropy_per_head(logits, label, temperature), torch.stack(alone)
         )
 
 
-def test_tempered_cross_entropy_stays_finite_at_a_probability_of_zero() -> None:
-    probs = torch.tensor([[1.0, 0.0]], requires_grad=True)
-    loss = tempered_cross_entropy(probs, torch.tensor([1]), 0.2)
-    assert loss.isfinite()
-    assert gradient(loss, probs).isfinite().all()
+def test_tempered_cross_entropy_teaches_a_head_that_is_certain_and_wrong() -> None:
+    logits = torch.tensor([[[500.0, -500.0]]], requires_grad=True)  # p is 1 and 0 in float32
+    loss = tempered_cross_entropy_per_head(logits, torch.tensor([1]), 0.2)
+    assert loss.tolist() == [5000]
+    assert gradient(loss.sum(), logits).tolist() == [[[5, -5]]]
 
 
 def test_entropy_of_the_mean_prediction() -> None:
@@ -155,4 +155,4 @@ def test_refuses_shapes_that_disagree() -> None:
 
 def test_refuses_a_temperature_that_is_not_positive() -> None:
     with pytest.raises(ValueError, match="temperature 0 is not positive; SPICE's TCE"):
-        tempered_cross_entropy(torch.rand(2, 3), torch.zeros(2, dtype=torch.long), 0)
+        tempered_cross_entropy_per_head(torch.rand(1, 2, 3), torch.zeros(2, dtype=torch.long), 0)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from spice_pl.functional.neighbors import unit_rows
+from spice_pl.functional import prototypes
+from spice_pl.functional.neighbors import similarities, unit_rows
 from spice_pl.functional.prototypes import (
     prototype_means,
     prototype_pseudo_labels,
@@ -68,6 +69,27 @@ def test_agrees_with_plain_loops(
     for head in range(3):
         expected = slow_pseudo_labels(embeddings, probs[head], confident, num, overlap)
         assert index[head].view(4, num).tolist() == expected
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("chunk", [1, 3 * 47, 300])
+def test_memory_is_bounded_by_chunks_that_change_nothing(
+    overlap: bool, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embeddings, probs = random_case()
+    expected, _ = prototype_pseudo_labels(embeddings, probs, overlap=overlap)
+    monkeypatch.setattr(prototypes, "SIMILARITIES_PER_CHUNK", chunk)
+    largest = 0
+
+    def watched(left: Tensor, right: Tensor) -> Tensor:
+        nonlocal largest
+        largest = max(largest, len(left) * len(right))
+        return similarities(left, right)
+
+    monkeypatch.setattr(prototypes, "similarities", watched)
+    found, _ = prototype_pseudo_labels(embeddings, probs, overlap=overlap)
+    assert torch.equal(found, expected)
+    assert largest <= max(chunk, 3 * 47)  # one cluster of three heads is the least
 
 
 def test_toy_on_a_circle_by_hand() -> None:

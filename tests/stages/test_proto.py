@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -122,9 +123,36 @@ def test_every_cycle_draws_a_fresh_buffer_without_repetition(tmp_path: Path) -> 
     assert not torch.equal(drawn[0], drawn[1])
 
 
-def test_maximisation_equals_a_slow_loop_over_separate_heads(tmp_path: Path) -> None:
+def cross_entropy(probs: Tensor, labels: Tensor) -> Tensor:
+    """Table VII, CE."""
+    return -torch.stack([p[y].log() for p, y in zip(probs, labels, strict=True)]).mean()
+
+
+def sharpened(probs: Tensor, labels: Tensor) -> Tensor:
+    """Table VII, TCE at temperature 0.5: softmax(z / 0.5) is p² over its sum."""
+    return cross_entropy(probs**2 / (probs**2).sum(dim=1, keepdim=True), labels)
+
+
+def entropy_of_mean(probs: Tensor) -> Tensor:
+    """Table VII, Entropy."""
+    return -torch.stack([m * m.log() for m in probs.mean(dim=0)]).sum()
+
+
+@pytest.mark.parametrize(
+    ("settings", "loss_of", "entropy"),
+    [
+        ({}, double_softmax, 0.0),
+        ({"loss": "ce"}, cross_entropy, 0.0),
+        ({"loss": "tce", "temperature": 0.5}, sharpened, 0.0),
+        ({"entropy": 0.3}, double_softmax, 0.3),
+    ],
+    ids=["double softmax", "ce", "tce", "entropy"],
+)
+def test_maximisation_equals_a_slow_loop_over_separate_heads(
+    tmp_path: Path, settings: dict[str, Any], loss_of: Any, entropy: float
+) -> None:
     lr, repeats = 0.01, 3
-    module, streams = proto(tmp_path, lr=lr, repeats=repeats)
+    module, streams = proto(tmp_path, lr=lr, repeats=repeats, **settings)
     heads = [plain_head(module, h) for h in range(H)]
     optimizers = [torch.optim.Adam(head.parameters(), lr=lr) for head in heads]
     watch = Watch()
@@ -154,9 +182,10 @@ def test_maximisation_equals_a_slow_loop_over_separate_heads(tmp_path: Path) -> 
             for order in orders:
                 for start in range(0, len(order) - B + 1, B):  # the incomplete batch is dropped
                     chosen = order[start : start + B]
-                    loss = double_softmax(head(strong[images[chosen]]), labels[chosen])
+                    probs = head(strong[images[chosen]])
+                    loss = loss_of(probs, labels[chosen])
                     optimizer.zero_grad()
-                    torch.autograd.backward(loss / H)
+                    torch.autograd.backward((loss - entropy * entropy_of_mean(probs)) / H)
                     optimizer.step()
                     losses[h].append(loss.item())
     for h, head in enumerate(heads):
@@ -226,3 +255,43 @@ def test_features_that_are_no_number_are_refused(tmp_path: Path) -> None:
     upstream = write_upstream(tmp_path, encoder)
     with pytest.raises(UsageError, match=r"features\.npy holds NaN"):
         ProtoHeadModule(backbone(), K).prepare(image_set(), upstream, STREAMS)
+
+
+def test_features_that_are_all_the_same_are_refused(tmp_path: Path) -> None:
+    encoder = backbone()
+    nn.init.zeros_(encoder.conv1.weight)
+    with pytest.raises(UsageError, match="the same feature for every image, so nothing tells"):
+        ProtoHeadModule(backbone(), K).prepare(
+            image_set(), write_upstream(tmp_path, encoder), STREAMS
+        )
+
+
+def test_heads_that_collapse_are_counted_and_lose_to_a_head_that_did_not(tmp_path: Path) -> None:
+    module, streams = proto(tmp_path, lr=0.0)
+    with torch.no_grad():
+        module.heads.output_weight[:2].zero_()
+        module.heads.output_bias[:2] = torch.tensor([50.0, 0.0, 0.0])
+    collapsed = {key: value[:1].expand_as(value) for key, value in state(module.heads).items()}
+    fit(module, streams, epochs=1)
+    assert int(module.best_head) == 2
+    module, streams = proto(tmp_path / "all", lr=0.0)
+    module.heads.load_state_dict(collapsed)
+    trainer = fit(module, streams, epochs=1)
+    assert float(trainer.callback_metrics["val/empty_clusters"]) == K - 1
+    assert math.isfinite(float(trainer.callback_metrics["train/loss"]))
+
+
+def test_copies_of_one_image_fill_a_cluster_without_a_nan(tmp_path: Path) -> None:
+    encoder = backbone(0)
+    upstream = write_upstream(tmp_path, encoder)
+    features = upstream.features.copy()
+    features[: N // 2] = features[0]
+    np.save(upstream.path / "features.npy", features)
+    module = ProtoHeadModule(backbone(1), K, head_batch_size=B, num_heads=H, repeats=2)
+    streams = module.prepare(image_set(), upstream, STREAMS)
+    fit(module, streams)
+    prediction = module.predict(Views(torch.arange(N), {}))
+    assert prediction.probs is not None
+    assert prediction.probs.isfinite().all()
+    assert len(torch.unique(prediction.probs[: N // 2], dim=0)) == 1  # they are clustered alike
+    assert math.isfinite(float(module.best_loss))

@@ -144,9 +144,24 @@ class ViewsDataModule(pl.LightningDataModule):
             return Views(batch.index, {"plain": self.plain(batch.images, no_uniforms)})
         return self._views(next(iter(self.streams)), batch)
 
-    def _views(self, stream: str, pixels: Pixels) -> Views:
+    def make(
+        self, index: Tensor, device: torch.device, views: Mapping[str, View], number: int = 0
+    ) -> Views:
+        """Make views of images outside of an epoch.
+
+        Args:
+            index: (B,) images.
+            device: where the views shall be.
+            views: name to view; one of a single stream's views is what it is in training.
+            number: of the round that the random numbers are for.
+        """
+        images = torch.from_numpy(self.images.images[index.numpy()]).to(device)
+        pixels = Pixels(index.to(device), torch.full_like(index, number, device=device), images)
+        return self._views(next(iter(self.streams)), pixels, views)
+
+    def _views(self, stream: str, pixels: Pixels, made: Mapping[str, View] | None = None) -> Views:
         views = {}
-        for name, view in self.streams[stream].views.items():
+        for name, view in (self.streams[stream].views if made is None else made).items():
             key = _key(self.stage, stream, name)
             # By round, not by epoch: an epoch may draw an image more than once.
             uniforms = keyed_uniform(

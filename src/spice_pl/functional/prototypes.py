@@ -8,11 +8,13 @@ Shapes: H heads (or none), M images in the buffer, K clusters, D embedding width
 C confident images per cluster, n pseudo-labels per cluster.
 """
 
+from collections.abc import Iterable, Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spice_pl.functional.neighbors import similarities, unit_rows
+from spice_pl.functional.neighbors import SIMILARITIES_PER_CHUNK, similarities, unit_rows
 
 
 def select_confident(probs: Tensor, num_confident: int) -> Tensor:
@@ -41,7 +43,7 @@ def select_confident(probs: Tensor, num_confident: int) -> Tensor:
             f"num_confident {num_confident} is not between 1 and the {probs.shape[-2]} images; "
             "choose one in there"
         )
-    return _pick(probs.mT, num_confident, overlap=True)
+    return _pick(_chunks(probs.mT, probs.shape[-2]), num_confident, overlap=True)
 
 
 def prototype_means(embeddings: Tensor, confident: Tensor) -> Tensor:
@@ -107,28 +109,39 @@ def prototype_pseudo_labels(
     _check_shapes(embeddings, probs)
     num_confident, num_labels = _slots(probs, confident_ratio, select_ratio, overlap)
     embeddings = unit_rows(embeddings)
-    confident = _pick(probs.mT, num_confident, overlap)  # (H, K, C)
+    num_images = len(embeddings)
+    confident = _pick(_chunks(probs.mT, num_images), num_confident, overlap)  # (H, K, C)
     prototypes = prototype_means(embeddings, confident)  # (H, K, D)
     # A prototype's length is the same for all images, so the dot product ranks as the cosine does.
-    nearness = similarities(prototypes.view(-1, prototypes.shape[-1]), embeddings)  # (H * K, M)
-    index = _pick(nearness.view_as(probs.mT), num_labels, overlap)  # (H, K, n)
+    nearness = (
+        similarities(part.flatten(end_dim=-2), embeddings).view(*part.shape[:-1], num_images)
+        for part in _chunks(prototypes, num_images)
+    )  # (H, k, M) each
+    index = _pick(nearness, num_labels, overlap)  # (H, K, n)
     label = torch.arange(probs.shape[-1], device=probs.device).repeat_interleave(num_labels)
     return index.flatten(-2), label  # (H, K * n), (K * n,)
 
 
-def _pick(scores: Tensor, num: int, overlap: bool) -> Tensor:
-    """Index (..., K, num) of the largest scores (..., K, M) of each cluster."""
-    return scores.topk(num, dim=-1).indices if overlap else _pick_once(scores, num)
+def _chunks(rows: Tensor, num_images: int) -> Iterator[Tensor]:
+    """Split (..., K, ·) into clusters whose scores of all images fit a bounded memory."""
+    heads = rows[..., 0, 0].numel()
+    size = max(1, SIMILARITIES_PER_CHUNK // (heads * num_images))
+    return iter(torch.split(rows, size, dim=-2))
 
 
-def _pick_once(scores: Tensor, num: int) -> Tensor:
-    taken = torch.zeros_like(scores[..., 0, :], dtype=torch.bool)  # (..., M)
-    picks = []
-    for score in scores.unbind(dim=-2):  # (..., M)
-        left, index = score.masked_fill(taken, -torch.inf).topk(num, dim=-1)  # (..., num)
-        taken.scatter_(-1, index, True)
-        picks.append(index.where(left > -torch.inf, -1))
-    return torch.stack(picks, dim=-2)  # (..., K, num)
+def _pick(scores: Iterable[Tensor], num: int, overlap: bool) -> Tensor:
+    """Index (..., K, num) of the largest scores of each cluster, which come as (..., k, M)."""
+    if overlap:
+        return torch.cat([part.topk(num, dim=-1).indices for part in scores], dim=-2)
+    taken, picks = None, []
+    for part in scores:
+        for score in part.unbind(dim=-2):  # (..., M)
+            if taken is None:
+                taken = torch.zeros_like(score, dtype=torch.bool)
+            left, index = score.masked_fill(taken, -torch.inf).topk(num, dim=-1)  # (..., num)
+            taken.scatter_(-1, index, True)
+            picks.append(index.where(left > -torch.inf, -1))
+    return torch.stack(picks, dim=-2)
 
 
 def _check_shapes(embeddings: Tensor, probs: Tensor) -> None:

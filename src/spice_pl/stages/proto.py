@@ -7,9 +7,10 @@ Shapes: N images, M images in an E-step buffer, B slots of a step, H heads, D fe
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -26,12 +27,19 @@ from spice_pl.functional.losses import (
     double_softmax_cross_entropy,
     double_softmax_cross_entropy_per_head,
     double_softmax_floor,
+    mean_prediction_entropy,
+    tempered_cross_entropy_per_head,
 )
 from spice_pl.functional.prototypes import prototype_pseudo_labels
 from spice_pl.nn.heads import ParallelHeads
 from spice_pl.stages.base import Prediction, Stage
+from spice_pl.stages.branches import BankedViews, FrozenViews, MovingEncoder
 
 logger = logging.getLogger(__name__)
+
+BN_MODES = ("frozen", "reference")
+JOINT = ("none", "single_head", "multi_head")
+HeadLosses = Callable[[Tensor, Tensor], Tensor]  # logits (H, B, K), label (B,) -> (H,)
 
 
 class ProtoHeadModule(Stage):
@@ -39,7 +47,8 @@ class ProtoHeadModule(Stage):
 
     The encoder is frozen: no gradient, BatchNorm in eval mode. So every view passes it once, and
     all heads and repeats read the same features. Ranks share the encoder's work; the heads, which
-    are small, take the same steps on every rank.
+    are small, take the same steps on every rank. The E-step reads the stream's view `weak`, the
+    M-step `strong`; what these names show is the stream's business (Table VIII).
 
     Args:
         backbone: (B, 3, S, S) -> (B, D), with `num_features`.
@@ -53,6 +62,14 @@ class ProtoHeadModule(Stage):
         confident_ratio: share of M/K whose mean is the prototype.
         select_ratio: share of M/K that gets the label.
         overlap: whether an image may carry several labels (Table VII).
+        loss: "double_softmax" (Eq. 5), "ce" or "tce", what the M-step minimises (Table VII). Head
+            and epoch are chosen by Eq. 5 whatever it is.
+        temperature: of "tce".
+        entropy: weight of the entropy of a batch's mean prediction, which is maximised (Table VII).
+        bn_mode: "frozen", or "reference" for BatchNorm in train mode as in the authors' code.
+        joint: "none"; "single_head" and "multi_head" train the encoder too (Table VII), at `lr`.
+        view_bank: n weak and n strong views an image, embedded once; None makes them anew each
+            cycle.
         seed: of the run; head h starts from 1000 · seed + h, so that runs share no head.
     """
 
@@ -74,14 +91,36 @@ class ProtoHeadModule(Stage):
         confident_ratio: float = 0.5,
         select_ratio: float = 1.0,
         overlap: bool = True,
+        loss: str = "double_softmax",
+        temperature: float = 0.2,
+        entropy: float = 0.0,
+        bn_mode: str = "frozen",
+        joint: str = "none",
+        view_bank: int | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
         if not 0 < select_ratio <= 1:  # above 1 the slots of Eq. 4 outnumber the images
             raise UsageError(f"proto.module.select_ratio {select_ratio} is not in (0, 1]")
+        losses = _losses(temperature)
+        _check_word("loss", loss, tuple(losses))
+        _check_word("bn_mode", bn_mode, BN_MODES)
+        _check_word("joint", joint, JOINT)
+        moves = joint != "none" or bn_mode == "reference"
+        if view_bank is not None and (view_bank < 1 or moves):
+            raise UsageError(
+                f"proto.module.view_bank {view_bank} needs 1 or more views of a frozen encoder; "
+                "use null for fresh views, or joint=none and bn_mode=frozen"
+            )
+        if entropy < 0:
+            raise UsageError(f"proto.module.entropy {entropy} would empty clusters; use 0 or more")
+        if joint == "single_head":
+            num_heads = 1
         self.automatic_optimization = False
         width = int(backbone.num_features)  # type: ignore[arg-type]
-        self.encoder = backbone.requires_grad_(False)
+        self.encoder = backbone.requires_grad_(joint != "none")
+        if moves:
+            self.kept_encoder = copy.deepcopy(backbone).requires_grad_(False)
         self.heads = ParallelHeads(width, hidden_dim or width, num_clusters, num_heads, 1000 * seed)
         self.selected = self.heads.head(0).requires_grad_(False)
         self.register_buffer("best_loss", torch.tensor(math.inf))
@@ -89,7 +128,9 @@ class ProtoHeadModule(Stage):
         self.register_buffer("best_epoch", torch.tensor(-1))
         self.num_clusters, self.lr, self.seed = num_clusters, lr, seed
         self.buffer_size, self.repeats, self.head_batch_size = buffer_size, repeats, head_batch_size
-        self.select_ratio = select_ratio
+        self.select_ratio, self.view_bank = select_ratio, view_bank
+        self.joint, self.moves, self.entropy = joint != "none", moves, entropy
+        self.head_losses, self.has_floor = losses[loss], loss == "double_softmax"
         self.pseudo_labels = partial(
             prototype_pseudo_labels,
             confident_ratio=confident_ratio,
@@ -100,15 +141,12 @@ class ProtoHeadModule(Stage):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the selected head's probabilities (B, K) of images (B, 3, S, S)."""
-        probs: Tensor = self.selected(self.encoder(images).float())
+        probs: Tensor = self.selected(self.weights()["encoder"](images).float())
         return probs
 
     def training_step(self, batch: Views, batch_idx: int) -> Tensor | None:
         """Embed views; when the buffer is full take an E-step and an M-step (Algorithm 1)."""
-        with torch.no_grad():
-            weak = self.encoder(batch.views["weak"]).float()  # (b, D)
-            strong = self.encoder(batch.views["strong"]).float()
-        self._views.append((batch.index, weak, strong))
+        self._views.append((batch.index, *self.branches.embed(batch)))
         if (batch_idx + 1) % self.batches_per_cycle:
             return None
         index, weak, strong = (
@@ -125,8 +163,9 @@ class ProtoHeadModule(Stage):
         return losses.mean()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam at a constant rate; one optimizer for all heads."""
-        return torch.optim.Adam(self.heads.parameters(), lr=self.lr, fused=True)
+        """Adam at a constant rate; one optimizer for all heads, and for a `joint` encoder."""
+        trained = [*self.heads.parameters(), *(self.encoder.parameters() if self.joint else ())]
+        return torch.optim.Adam(trained, lr=self.lr, fused=True)
 
     def check(self, images: ImageSet, streams: Mapping[str, Stream]) -> None:
         """Check that the E-step buffer is large enough."""
@@ -156,6 +195,12 @@ class ProtoHeadModule(Stage):
         self.features = as_tensor(upstream.features)  # (N, D), memory-mapped
         if not bool(self.features.isfinite().all()):
             raise UsageError(f"{upstream.path}/features.npy holds NaN; make it anew")
+        if bool((self.features == self.features[0]).all()):
+            raise UsageError(
+                f"{upstream.path}/features.npy holds the same feature for every image, so nothing "
+                f"tells them apart; train stage={upstream.path.parent.name} anew with another seed "
+                "or a lower lr"
+            )
         num_train = len(images.train_index)
         size = min(self.buffer_size, num_train)
         self.check(images, streams)
@@ -164,30 +209,41 @@ class ProtoHeadModule(Stage):
         stream = streams["images"]
         self.batches_per_cycle = math.ceil(size / stream.batch_size)
         self.train_index = torch.from_numpy(images.train_index)
+        self.branches = self._branches(upstream)
         complete = replace(
-            stream, num_samples=num_train // size * size, group_size=size, drop_last=False
+            self.branches.stream(stream),
+            num_samples=num_train // size * size,
+            group_size=size,
+            drop_last=False,
         )
         return {"images": complete}
 
     def weights(self) -> Mapping[str, nn.Module]:
-        """Return the frozen encoder and the selected head."""
-        return {"encoder": self.encoder, "head": self.selected}
+        """Return the selected head and its encoder: the frozen one, or a copy of that epoch's."""
+        return {"encoder": self.kept_encoder if self.moves else self.encoder, "head": self.selected}
 
     def predict(self, batch: Views) -> Prediction:
-        """Return the stored features and the selected head's probabilities; nothing is encoded."""
-        features = self.features[batch.index.cpu()].to(self.device)
+        """Return features, those stored if the encoder is frozen, and the kept head's probs."""
+        features = self.branches.predict(batch)
         return Prediction(batch.index, features, self.selected(features))
 
     def on_fit_start(self) -> None:
         """Put the embeddings of the untransformed images (N, D) where the heads are."""
         self.embeddings = F.normalize(self.features.to(self.device))
-        floor = double_softmax_floor(self.num_clusters)
-        logger.info("the double-softmax loss cannot fall below %.3f nats", floor)
+        self.branches.on_fit_start()
+        if self.has_floor:
+            floor = double_softmax_floor(self.num_clusters)
+            logger.info("the double-softmax loss cannot fall below %.3f nats", floor)
 
     def on_train_epoch_start(self) -> None:
-        """Keep the frozen encoder frozen: Lightning has just put every module in train mode."""
-        self.encoder.eval()
+        """Set the encoder's mode anew: Lightning has just put every module in train mode."""
+        self.branches.on_epoch_start()
         self._views.clear()
+
+    def on_train_end(self) -> None:
+        """End what the branches began."""
+        super().on_train_end()
+        self.branches.on_train_end()
 
     def across_buffer(self, parts: list[Tensor]) -> Tensor:
         """Join a cycle's batches of all ranks in the order in which they were drawn."""
@@ -197,16 +253,20 @@ class ProtoHeadModule(Stage):
         """M-step, Eq. 5: `repeats` passes over the slots, one order a pass shared by the heads."""
         optimizer = self.optimizers()
         generator = keyed_generator(self.seed, self.current_epoch, batch_idx)
-        total, steps = strong.new_zeros(len(slots)), 0
+        total, steps = torch.zeros(len(slots), device=slots.device), 0
         for _ in range(self.repeats):
             order = torch.randperm(len(label), generator=generator).to(slots.device)
             for chosen in torch.split(order, self.head_batch_size):
                 if len(chosen) < self.head_batch_size:
                     break  # the incomplete last batch is dropped
-                probs = self.heads(strong[slots[:, chosen]])  # (H, B, K)
-                losses = double_softmax_cross_entropy_per_head(probs, label[chosen])  # (H,), Eq. 5
+                logits = self.heads.logits(self.branches.read(strong, slots[:, chosen]))
+                losses = self.head_losses(logits, label[chosen])  # (H, B, K) -> (H,), Eq. 5
+                loss = losses.mean()
+                if self.entropy:
+                    spread = mean_prediction_entropy(logits.softmax(dim=-1))  # (H,)
+                    loss = loss - self.entropy * spread.mean()
                 optimizer.zero_grad()  # type: ignore[union-attr]
-                self.manual_backward(losses.mean())
+                self.manual_backward(loss)
                 optimizer.step()  # type: ignore[union-attr]
                 total, steps = total + losses.detach(), steps + 1
         losses = total / steps
@@ -219,18 +279,51 @@ class ProtoHeadModule(Stage):
     def _select(self) -> None:
         """Keep head and epoch of the lowest loss on all training images (Section III-B, Remark)."""
         train_index = self.train_index.to(self.device)
-        features = self.features[self.train_index].to(self.device)  # (N, D)
+        features = self.branches.plain(self.train_index)  # (N, D)
         embeddings = self.embeddings[train_index]
-        losses = []
+        losses, empty = [], []
         for head in range(self.heads.num_heads):  # one at a time: (N, K) and not (H, N, K)
             probs = self.heads.head(head)(features)
             slots, label = self.pseudo_labels(embeddings, probs)
             losses.append(double_softmax_cross_entropy(probs[slots], label))
+            sizes = torch.bincount(probs.argmax(dim=1), minlength=self.num_clusters)  # (K,)
+            empty.append((sizes == 0).sum())
         loss, head_index = torch.stack(losses).min(dim=0)
         self.record("val/selection_loss", loss)
+        self.record("val/empty_clusters", torch.stack(empty)[head_index].float())
         if loss < self.best_loss:
             self.best_loss.copy_(loss)
             self.best_head.copy_(head_index)
             self.best_epoch.fill_(self.current_epoch)
             self.selected.load_state_dict(self.heads.head(int(head_index)).state_dict())
+            self.branches.keep()
         self.record("val/best_selection_loss", self.best_loss)
+
+    def _branches(self, upstream: RunFolder) -> FrozenViews:
+        """Choose where features of views come from."""
+        if self.moves:
+            upstream.load_weights("encoder.safetensors", self.kept_encoder)
+            return MovingEncoder(self, self.features, self.kept_encoder, joint=self.joint)
+        if self.view_bank is not None:
+            return BankedViews(
+                self, self.features, self.train_index, self.view_bank, self.seed, upstream
+            )
+        return FrozenViews(self, self.features)
+
+
+def _losses(temperature: float) -> dict[str, HeadLosses]:
+    """Losses of the M-step by their word, each (H,) from logits (H, B, K) and label (B,)."""
+
+    def double_softmax(logits: Tensor, label: Tensor) -> Tensor:
+        return double_softmax_cross_entropy_per_head(logits.softmax(dim=-1), label)
+
+    return {
+        "double_softmax": double_softmax,
+        "ce": tempered_cross_entropy_per_head,
+        "tce": partial(tempered_cross_entropy_per_head, temperature=temperature),
+    }
+
+
+def _check_word(name: str, word: str, words: tuple[str, ...]) -> None:
+    if word not in words:
+        raise UsageError(f"proto.module.{name} {word!r} is none of {', '.join(words)}")
