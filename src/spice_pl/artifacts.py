@@ -48,6 +48,17 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 @dataclass(frozen=True)
+class ClusterTable:
+    """What clusters.csv holds; every array is (N,), in the order of the data set."""
+
+    keys: Sequence[str]
+    clusters: NDArray[np.int64]
+    confidence: NDArray[np.float32]
+    agreement: NDArray[np.float32]
+    reliable: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
 class RunFolder:
     """The artifacts of one stage's run."""
 
@@ -77,6 +88,14 @@ class RunFolder:
     def metrics(self) -> dict[str, Any]:
         """What metrics.json holds."""
         return dict(json.loads((self.path / "metrics.json").read_text()))
+
+    @property
+    def names(self) -> dict[int, str]:
+        """What a person called clusters, from names.json; empty where nobody did."""
+        file = self.path / "names.json"
+        if not file.is_file():
+            return {}
+        return {int(cluster): str(name) for cluster, name in json.loads(file.read_text()).items()}
 
     def create(self, name: str, shape: tuple[int, ...]) -> None:
         """Make an empty float32 array on disk for the ranks to fill; `publish` makes it whole."""
@@ -136,6 +155,21 @@ class RunFolder:
             for row in zip(keys, clusters, confidence, agreement, reliable, strict=True):
                 image, cluster, sure, agrees, kept = row
                 writer.writerow([image, int(cluster), f"{sure:.4f}", f"{agrees:.4f}", int(kept)])
+
+    def read_clusters(self) -> ClusterTable:
+        """Read what `write_clusters` wrote; confidence and agreement hold four decimals."""
+        file = self.path / "clusters.csv"
+        if not file.is_file():
+            raise UsageError(f"{file} is missing; run its stage again with overwrite=true")
+        with file.open(newline="", encoding="utf-8", errors="surrogateescape") as lines:
+            rows = list(csv.DictReader(lines))
+        return ClusterTable(
+            keys=[row["image"] for row in rows],
+            clusters=np.array([row["cluster"] for row in rows], dtype=np.int64),
+            confidence=np.array([row["confidence"] for row in rows], dtype=np.float32),
+            agreement=np.array([row["agreement"] for row in rows], dtype=np.float32),
+            reliable=np.array([row["reliable"] == "1" for row in rows], dtype=np.bool_),
+        )
 
     def digest(self) -> str:
         """Digest of what is handed on, 16 hexadecimal digits (BLAKE2b)."""

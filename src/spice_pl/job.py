@@ -19,7 +19,7 @@ from spice_pl.settings import flat
 # Settings that change where or how a run goes but not what it computes.
 NOT_IN_NAMES = {
     *("stage", "dataset", "run", "seed", "preset", "experiment", "resume", "overwrite", "hydra"),
-    *("runs_dir", "cache_dir", "trainer", "logger", "on_bad_image", "allow_targets"),
+    *("runs_dir", "cache_dir", "trainer", "logger", "on_bad_image", "allow_targets", "map"),
 }
 
 

@@ -11,6 +11,7 @@ import csv
 import logging
 import platform
 import resource
+import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -26,10 +27,12 @@ from spice_pl.artifacts import RunFolder
 from spice_pl.baselines import kmeans_clusters
 from spice_pl.data.images import ImageSet
 from spice_pl.data.keyed import keyed_generator
+from spice_pl.errors import UsageError
 from spice_pl.functional.assignment import clustering_scores
 from spice_pl.functional.reliability import Balance, local_consistency, select_reliable
+from spice_pl.reports.map import feature_map
 from spice_pl.reports.page import ReportData, write_report
-from spice_pl.reports.tables import ResultRow, results_markdown
+from spice_pl.reports.tables import ResultRow, duration_text, results_markdown
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +57,7 @@ class StageRun:
         agreement: at least, of a reliable image.
         confidence: more than, of a reliable image.
         balance: of reliable images over clusters.
+        map_method: how the page lays images out, "pca" or "tsne".
     """
 
     stage: str
@@ -69,6 +73,7 @@ class StageRun:
     agreement: float
     confidence: float
     balance: Balance
+    map_method: str = "pca"
 
 
 def write_results(
@@ -115,7 +120,7 @@ def write_results(
     if (run.folder.path / "probs.npy").is_file():
         clusters = run.folder.probs.argmax(axis=1).astype(np.int64)  # (N,)
         rows.append(_row(run, images, run.title, clusters, cost))
-        metrics |= _write_clusters(run, images, rows, clusters)
+        metrics |= _write_clusters(run, images, clusters)
     else:
         for what, data, spent in (
             ("pixels", images.images, 0.0),
@@ -126,6 +131,11 @@ def write_results(
             spent += time.monotonic() - begun
             rows.append(_row(run, images, f"k-means on {what}", clusters, spent))
     metrics |= {"digest": run.folder.digest(), "rows": [asdict(row) for row in rows]}
+    if "cluster_sizes" in metrics:
+        table = results_markdown(rows)
+        (run.folder.path / "table.md").write_text(table, encoding="utf-8")
+        shown = report_data(run.folder, run.upstream, images, metrics, run.map_method)
+        write_report(shown, run.folder.path / "report.html")
     run.folder.write_json("metrics.json", metrics)
 
 
@@ -152,10 +162,8 @@ def _row(
     return ResultRow(name, **scores, protocol=images.protocol, seed=run.seed, seconds=seconds)
 
 
-def _write_clusters(
-    run: StageRun, images: ImageSet, rows: Sequence[ResultRow], clusters: NDArray[np.int64]
-) -> dict[str, Any]:
-    """Write clusters.csv, table.md and report.html; return what they show in numbers."""
+def _write_clusters(run: StageRun, images: ImageSet, clusters: NDArray[np.int64]) -> dict[str, Any]:
+    """Write clusters.csv; return what it says in numbers."""
     ids, confidence = torch.from_numpy(clusters), np.array(run.folder.probs.max(axis=1))
     embeddings = F.normalize(torch.from_numpy(np.array(run.folder.features)))
     agreement = local_consistency(embeddings, ids, min(run.num_neighbors, len(images)))  # (N,)
@@ -173,42 +181,94 @@ def _write_clusters(
     if empty:
         logger.warning("clusters %s are empty", empty)
     run.folder.write_clusters(images.keys, clusters, confidence, agreement.numpy(), reliable)
-    (run.folder.path / "table.md").write_text(results_markdown(rows), encoding="utf-8")
-    write_report(
-        ReportData(
-            title=f"{images.name}: {len(images):,} images in {run.num_clusters} clusters",
-            dataset=images.name,
-            num_images=len(images),
-            num_clusters=run.num_clusters,
-            protocol=images.protocol,
-            seed=run.seed,
-            rows=rows[::-1],  # the page's headline is its first row
-            images=lambda index: images.images[index],
-            keys=images.keys,
-            clusters=clusters,
-            confidence=confidence,
-            agreement=agreement.numpy(),
-            reliable=reliable,
-            labels=images.labels,
-            class_names=images.class_names,
-            curves={
-                folder.path.parent.name: curve
-                for folder in [*reversed(run.upstream), run.folder]
-                if (curve := _loss_curve(folder))
-            },
-            skipped=images.skipped,
-            settings={"command line": " ".join(run.overrides), "preset": run.preset}
-            | dict(run.settings),
-            versions=versions(),
-        ),
-        run.folder.path / "report.html",
-    )
     return {
         "cluster_sizes": sizes.tolist(),
         "mean_confidence": float(confidence.mean()),
         "mean_agreement": float(agreement.mean()),
         "reliable_fraction": float(reliable.mean()),
     }
+
+
+def report_data(
+    folder: RunFolder,
+    upstream: Sequence[RunFolder],
+    images: ImageSet,
+    metrics: Mapping[str, Any],
+    map_method: str = "pca",
+) -> ReportData:
+    """What the page of a run shows, from its artifacts alone.
+
+    Args:
+        folder: holds clusters.csv, features and logs.
+        upstream: of the stages before it, the nearest first.
+        images: the data set.
+        metrics: what metrics.json holds or will hold.
+        map_method: "pca" or "tsne".
+
+    Raises:
+        UsageError: the map's package is missing.
+    """
+    table, num_clusters = folder.read_clusters(), int(metrics["num_clusters"])
+    rows = [ResultRow(**row) for row in metrics["rows"]]
+    try:
+        places = feature_map(folder.features, map_method, int(metrics["seed"]))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    overrides = " ".join(metrics["overrides"])
+    return ReportData(
+        title=f"{images.name}: {len(images):,} images in {num_clusters} clusters",
+        dataset=images.name,
+        num_images=len(images),
+        num_clusters=num_clusters,
+        protocol=images.protocol,
+        seed=int(metrics["seed"]),
+        rows=rows[::-1],  # the page's headline is its first row
+        images=lambda index: images.images[index],
+        keys=images.keys,
+        clusters=table.clusters,
+        confidence=table.confidence,
+        agreement=table.agreement,
+        reliable=table.reliable,
+        labels=images.labels,
+        class_names=images.class_names,
+        logs={
+            each.path.parent.name: curves
+            for each in [*reversed(upstream), folder]
+            if (curves := _curves(each))
+        },
+        map=places,
+        names=folder.names,
+        cost=_cost(metrics, upstream),
+        review={
+            "reviewed": f"{folder.path.parent.name}/{folder.path.name}",
+            "fingerprint": metrics["fingerprint"],
+            "digest": metrics["digest"],
+            "command": _review_command(metrics["overrides"]),
+        },
+        skipped=images.skipped,
+        settings={"command line": overrides, "preset": metrics["preset"]}
+        | dict(metrics.get("settings", {})),
+        versions=metrics["versions"],
+    )
+
+
+def _cost(metrics: Mapping[str, Any], upstream: Sequence[RunFolder]) -> dict[str, str]:
+    stages = [*(each.metrics for each in reversed(upstream)), metrics]
+    return {
+        **{f"time of {each['stage']}": duration_text(each["seconds"]) for each in stages},
+        "time in all": duration_text(metrics["seconds_in_all"]),
+        "largest memory": f"{metrics['peak_memory_mb']:,.0f} MB",
+        "devices": str(metrics["devices"]),
+        "precision": str(metrics["precision"]),
+    }
+
+
+def _review_command(overrides: Sequence[str]) -> str:
+    """The command that trains on from edits; the page fills in the braces."""
+    chosen = ("stage=", "edits=", "run=", "overwrite=", "resume=", "dataset.num_clusters=")
+    kept = [text for text in overrides if not text.startswith(chosen)]
+    command = shlex.join(["python", "train.py", "stage=fixmatch", *kept, "run=reviewed"])
+    return command + " edits={edits} dataset.num_clusters={num_clusters}"
 
 
 def last_logged(folder: RunFolder) -> dict[str, float]:
@@ -226,11 +286,11 @@ def _log_lines(folder: RunFolder) -> Iterator[dict[str, str]]:
             yield from csv.DictReader(file)
 
 
-def _loss_curve(folder: RunFolder) -> list[tuple[int, float]]:
-    """(epoch, loss) from a stage's CSV log."""
-    curve = {
-        int(line["epoch"]): float(line["train/loss"])
-        for line in _log_lines(folder)
-        if line.get("train/loss")
-    }
-    return sorted(curve.items())
+def _curves(folder: RunFolder) -> dict[str, list[tuple[int, float]]]:
+    """(epoch, value) of every logged metric, from a stage's CSV logs."""
+    curves: dict[str, dict[int, float]] = {}
+    for line in _log_lines(folder):
+        for name, text in line.items():
+            if text and name not in ("epoch", "step"):
+                curves.setdefault(name, {})[int(line["epoch"])] = float(text)
+    return {name: sorted(points.items()) for name, points in curves.items()}

@@ -261,6 +261,7 @@ def _stage_run(job: Job, name: str, upstream: Sequence[RunFolder]) -> StageRun:
         preset=job.preset,
         overrides=job.overrides,
         settings={key: str(value) for key, value in flat(chosen).items()},
+        map_method=str(cfg.map),
         **OmegaConf.to_container(cfg.reliable, resolve=True),  # type: ignore[arg-type]
     )
 

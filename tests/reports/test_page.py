@@ -1,4 +1,6 @@
+import base64
 import dataclasses
+import json
 import re
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -10,6 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from spice_pl.reports import page
+from spice_pl.reports.map import Map
 from spice_pl.reports.page import ReportData, render_report, write_report
 from spice_pl.reports.tables import NO_LABELS, ResultRow
 
@@ -99,7 +102,7 @@ def test_page_is_well_formed_with_headings_in_order(data: ReportData) -> None:
 
 
 def test_page_can_be_read_without_seeing_it() -> None:
-    parsed = Page(render_report(report(curves={"moco": [(0, 2.0), (10, 1.0)]})))
+    parsed = Page(render_report(report(logs={"moco": {"train/loss": [(0, 2.0), (10, 1.0)]}})))
     assert parsed.attributes("html") == [{"lang": "en"}]
     assert {"header", "nav", "main", "footer"} <= {tag for tag, _ in parsed.tags}
     assert all("scope" in attributes for attributes in parsed.attributes("th"))
@@ -110,19 +113,26 @@ def test_page_can_be_read_without_seeing_it() -> None:
     assert {a["aria-labelledby"] for _, a in parsed.tags if "aria-labelledby" in a} <= named
 
 
-def test_nothing_comes_from_outside_and_nothing_runs() -> None:
-    text = render_report(report(curves={"moco": [(0, 2.0), (10, 1.0)]}))
-    references = re.findall(r"""(?:src|href|srcset|action|data)=["']([^"']*)""", text)
-    references += re.findall(r"url\(([^)]*)\)", text)
+def test_nothing_comes_from_outside_and_only_our_script_runs() -> None:
+    text = render_report(report(logs={"moco": {"train/loss": [(0, 2.0), (10, 1.0)]}}))
+    scripts = re.findall(r"<script([^>]*)>(.*?)</script>", text, re.DOTALL)
+    assert [attributes for attributes, _ in scripts] == [' type="application/json" id="data"', ""]
+    page_alone = text.replace(scripts[0][1], "").replace(scripts[1][1], "")
+    references = re.findall(r"""(?:src|href|srcset|action|data)=["']([^"']*)""", page_alone)
+    references += re.findall(r"url\(([^)]*)\)", page_alone)
     assert len(references) > 10
     assert all(reference.startswith(("#", "data:image/")) for reference in references)
-    assert "//" not in re.sub(r"data:image/\w+;base64,[\w+/=]+", "", text)
+    assert "//" not in re.sub(r"data:image/\w+;base64,[\w+/=]+", "", page_alone)
     assert "@import" not in text
-    assert "<script" not in text
+    assert "http" not in scripts[1][1]
+    assert "innerHTML" not in scripts[1][1]
+    policy = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]*)"', text)
+    assert page.content_hash(scripts[1][1]) in policy[0]
+    assert "default-src 'none'" in policy[0]
 
 
 def test_untrusted_names_are_escaped_everywhere() -> None:
-    evil = '"><script>alert(1)</script>'
+    evil = '"></script><script>alert(1)</script>'
     text = render_report(
         report(
             title=evil,
@@ -131,16 +141,83 @@ def test_untrusted_names_are_escaped_everywhere() -> None:
             rows=[ResultRow(evil, 1, 1, 1, evil, 0, 1)],
             keys=[evil] * 60,
             class_names=[evil] * 4,
-            curves={evil: [(0, 1.0), (1, 0.5)]},
+            logs={evil: {"train/loss": [(0, 1.0), (1, 0.5)]}},
+            map=Map(np.arange(60), np.zeros((60, 2)), evil),
+            names={0: evil},
+            cost={evil: evil},
+            review={"command": evil, "reviewed": evil},
             skipped=[(evil, evil)],
             settings={evil: evil},
             versions={evil: evil},
             notes=[evil],
         )
     )
-    assert "<script" not in text
+    assert text.count("<script") == text.count("</script") == 2  # the data, and our own
     assert text.count("&lt;script&gt;") > 60
     assert Page(text).open == []
+
+
+def payload(text: str) -> dict[str, Any]:
+    found = re.findall(r'<script type="application/json" id="data">(.*?)</script>', text)
+    return dict(json.loads(found[0]))
+
+
+def test_script_reads_what_the_arrays_hold() -> None:
+    data = report(names={1: "cats"})
+    read = payload(render_report(data))
+    clusters = np.frombuffer(base64.b64decode(read["cluster"]), "<u2")
+    flags = np.frombuffer(base64.b64decode(read["flags"]), "<u1")
+    np.testing.assert_array_equal(clusters, data.clusters)
+    np.testing.assert_array_equal(flags & 1, data.reliable)
+    np.testing.assert_array_equal(flags >> 1, data.agreement < 0.5)
+    assert read["listed"] is None
+    assert read["keys"] == data.keys
+    assert read["names"] == {"1": "cats"}
+
+
+def test_list_of_files_ends_where_it_would_be_too_heavy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "LISTED_BYTES", 1_000)
+    drawn = np.arange(0, 3_000, 100)
+    read = payload(render_report(report(3_000, map=Map(drawn, np.zeros((30, 2)), "a plane"))))
+    listed = np.frombuffer(base64.b64decode(read["listed"]), "<u4")
+    rows = np.frombuffer(base64.b64decode(read["map"]["row"]), "<u4")
+    np.testing.assert_array_equal(listed[rows], drawn)
+    assert read["keys"] == [f"folder/{i}.png" for i in listed]
+    assert 30 < len(listed) < 200
+
+
+def test_published_results_stand_beside_ours() -> None:
+    text = render_report(report(dataset="cifar10"))
+    assert "Published on cifar10" in text
+    row = text.split('<th scope="row">SPICE</th>')[1].split("</tr>")[0]
+    assert re.findall(r">([^<]+)</td>", row)[:4] == ["0.926", "0.865", "0.852", "whole"]
+    assert "no published results on noise" in render_report(report())
+
+
+def test_reliable_images_stand_beside_all() -> None:
+    clusters, labels = np.array([0, 0, 1, 1]), np.array([1, 1, 0, 1])
+    reliable = np.array([True, True, True, False])
+    data = report(4, 2, clusters=clusters, labels=labels, reliable=reliable)
+    accuracies = {subset.name: (subset.size, subset.acc) for subset in page._subsets(data)}
+    assert accuracies == {
+        "all": (4, "0.750"),
+        "reliable": (3, "1.000"),
+        "not reliable": (1, "0.000"),
+    }
+
+
+def test_kept_head_is_the_one_of_the_lowest_loss() -> None:
+    logs = {
+        "proto": {
+            "val/selection_loss_head_0": [(0, 2.0), (1, 1.7)],
+            "val/selection_loss_head_1": [(0, 1.6), (1, 1.9)],
+        }
+    }
+    text = " ".join(render_report(report(logs=logs)).split())
+    assert (
+        '<th scope="row">1</th><td class="n">1.6000</td><td class="n">0</td><td>kept</td>' in text
+    )
+    assert '<th scope="row">0</th><td class="n">1.7000</td><td class="n">1</td><td></td>' in text
 
 
 def test_names_that_cannot_be_printed_are_spelled_out() -> None:
@@ -180,6 +257,7 @@ def test_labels_are_shown_as_truth() -> None:
 
 def test_without_labels_there_is_no_column_of_truth() -> None:
     text = render_report(unlabelled())
+    text = text.rpartition("<script>")[0]
     assert NO_LABELS in text
     for absent in ("ACC", "NMI", "ARI", "Truth", 'class="truth"', 'id="confusion"'):
         assert absent not in text
@@ -194,8 +272,9 @@ def test_no_result_and_no_image_is_a_page_too() -> None:
 
 def test_curves_leave_out_what_is_not_finite_and_keep_their_ends() -> None:
     points = [(step, 1 / (1 + step)) for step in range(10_000)]
-    text = render_report(report(curves={"moco": [*points, (10_000, float("nan"))], "none": []}))
-    lines = re.findall(r'<polyline class="curve" points="([^"]*)"', text)
+    logs = {"moco": {"train/loss": [*points, (10_000, float("nan"))]}, "none": {"train/loss": []}}
+    text = render_report(report(logs=logs))
+    lines = re.findall(r'<polyline class="curve l0" points="([^"]*)"', text)
     assert len(lines) == 1
     assert len(lines[0].split()) <= 302
     assert lines[0].startswith("0.0,0.0 ")
@@ -214,11 +293,12 @@ def test_long_lists_are_counted_not_listed() -> None:
     assert "4 clusters by 5901 classes are too many for a table" in many
 
 
-@pytest.mark.parametrize(("num_clusters", "side"), [(10, 32), (100, 8)])
+@pytest.mark.parametrize(("num_clusters", "side"), [(10, 32), (200, 8)])
 def test_sixty_thousand_images_fit_into_a_mail(
     num_clusters: int, side: int, tmp_path: Path
 ) -> None:
-    data = report(60_000, num_clusters, images=lambda index: noise(index, side))
+    places = Map(np.arange(5_000), np.random.default_rng(0).random((5_000, 2)), "a plane")
+    data = report(60_000, num_clusters, images=lambda index: noise(index, side), map=places)
     path = write_report(data, tmp_path / "report.html")
     assert path.stat().st_size < 15_000_000
 
@@ -241,7 +321,7 @@ def test_only_shown_pictures_are_read() -> None:
         return noise(index)
 
     render_report(report(6_000, 4, images=images))
-    assert len(seen) == 3 * 36 + 36  # three filled clusters and "not sure"
+    assert len(seen) == 3 * 4 * 12  # three filled clusters, four walls each
 
 
 def test_a_failed_write_leaves_the_old_page(

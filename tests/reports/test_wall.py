@@ -5,33 +5,33 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from spice_pl.reports.wall import choose_wall, sprite
+from spice_pl.reports.wall import atlas, choose_wall, sprite
 
 
 def test_choice_by_hand() -> None:
-    # Cluster 0 holds images 0-6, cluster 1 nothing, cluster 2 image 7.
-    confidence = np.array([0.1, 0.7, 0.3, 0.6, 0.5, 0.2, 0.4, 0.9])
-    agreement = np.array([0.2, 1.0, 0.49, 0.5, 1.0, 0.2, 1.0, 1.0])
-    wall = choose_wall(confidence, agreement, np.array([0] * 7 + [2]), 3, per_row=2)
+    # Cluster 0 holds images 0-8, cluster 1 nothing, cluster 2 image 9.
+    confidence = np.array([0.1, 0.7, 0.3, 0.6, 0.5, 0.2, 0.4, 0.9, 0.8, 0.9])
+    agreement = np.array([0.6, 1.0, 0.49, 0.5, 1.0, 0.6, 1.0, 0.2, 0.2, 1.0])
+    wall = choose_wall(confidence, agreement, np.array([0] * 9 + [2]), 3, per_row=2)
     first, empty, single = wall.clusters
-    assert first.size == 7
-    assert first.prototypes.tolist() == [1, 3]  # .7 .6
+    assert first.size == 9
+    assert first.prototypes.tolist() == [1, 3]  # .7 .6; 7 and 8 are surer but their neighbours not
     assert first.typical.tolist() == [4, 6]  # .5 and the median, .4
     assert first.borderline.tolist() == [0, 5]  # .1 .2
-    assert (empty.cluster, empty.size, len(empty.prototypes)) == (1, 0, 0)
-    assert single.prototypes.tolist() == [7]
-    assert len(single.typical) == len(single.borderline) == 0
-    assert wall.not_sure.tolist() == [0, 5, 2]  # by agreement, then confidence; .5 is sure enough
+    assert first.not_sure.tolist() == [8, 7]  # by agreement, then confidence; .5 is sure enough
+    assert first.num_not_sure == 3
+    assert (empty.cluster, empty.size, len(empty.shown)) == (1, 0, 0)
+    assert single.shown.tolist() == [9]
     assert wall.num_not_sure == 3
 
 
-@pytest.mark.parametrize("size", range(12))
+@pytest.mark.parametrize("size", range(14))
 def test_no_picture_twice_and_small_clusters_shown_whole(size: int) -> None:
-    confidence = np.linspace(0, 1, size)
-    wall = choose_wall(confidence, confidence, np.zeros(size, int), 1, per_row=3)
-    chosen = wall.clusters[0]
-    shown = [*chosen.prototypes, *chosen.typical, *chosen.borderline]
-    assert len(shown) == len(set(shown)) == min(size, 9)
+    values = np.linspace(0.3, 1, size)  # the first 28 % are not sure
+    wall = choose_wall(values, values, np.zeros(size, int), 1, per_row=3)
+    shown = wall.clusters[0].shown.tolist()
+    doubted = int((values < 0.5).sum())
+    assert len(shown) == len(set(shown)) == min(size - doubted, 9) + min(doubted, 3)
 
 
 def test_ties_keep_the_order_of_images() -> None:
@@ -44,7 +44,8 @@ def test_ties_keep_the_order_of_images() -> None:
 def test_not_sure_counts_more_than_it_shows() -> None:
     zeros = np.zeros(50)
     wall = choose_wall(zeros, zeros, np.zeros(50, int), 1, per_row=2, agreement_threshold=0.1)
-    assert (len(wall.not_sure), wall.num_not_sure) == (6, 50)
+    assert wall.clusters[0].shown.tolist() == [0, 1]
+    assert wall.clusters[0].num_not_sure == wall.num_not_sure == 50
 
 
 def test_errors_name_the_way_out() -> None:
@@ -81,3 +82,13 @@ def test_photographs_become_jpeg_of_the_wanted_side() -> None:
     uri = sprite(np.full((3, 3, 224, 224), 200, np.uint8), pixels=96)
     assert uri.startswith("data:image/jpeg;base64,")
     assert decoded(uri).size == (288, 96)
+
+
+def test_atlas_puts_picture_i_into_row_i_over_width() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (7, 3, 8, 8), dtype=np.uint8)
+    uri, per_row = atlas(images, 8)
+    assert per_row == 3
+    sheet = np.asarray(decoded(uri))
+    assert sheet.shape == (24, 24, 3)
+    np.testing.assert_array_equal(sheet[8:16, 16:24].transpose(2, 0, 1), images[5])
+    assert not sheet[16:, 8:].any()

@@ -1,6 +1,11 @@
-"""One clustering run as one HTML file that opens offline."""
+"""One clustering run as one HTML file that opens offline.
 
-import math
+Shapes: N images, K clusters, C classes.
+"""
+
+import base64
+import hashlib
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,22 +16,38 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
 
+from spice_pl.reports.curves import Logs, charts, head_losses
+from spice_pl.reports.map import Map
+from spice_pl.reports.published import published_results
 from spice_pl.reports.tables import NO_LABELS, ResultRow, duration_text, footnotes, score_text
-from spice_pl.reports.wall import PIXEL_ART, Index, Wall, choose_wall, resized, sprite
+from spice_pl.reports.wall import (
+    PIXEL_ART,
+    ClusterWall,
+    Index,
+    Wall,
+    atlas,
+    choose_wall,
+    resized,
+    sprite,
+)
 
 IntArray = NDArray[np.integer[Any]]
 FloatArray = NDArray[np.floating[Any]]
 
-SHEETS_BYTES = 11_000_000  # of pictures in the page; leaves 4 MB of a 15 MB mail for the text
+SHEETS_BYTES = 6_500_000  # of pictures in the walls; with map and list below 15 MB, a mail
+ATLAS_PIXELS = 40  # side of a picture of the map; 5,000 photographs are 3 to 4 MB
+LISTED_BYTES = 2_500_000  # of file names that the search knows; else only the shown images
 MAX_PICTURES = 2_400  # aimed at; every wall of every cluster still shows one
 MAX_SKIPPED = 200  # lines; the rest is counted
 MAX_CONFUSION_CELLS = 10_000  # 100 clusters by 100 classes; beyond it nobody reads a table
-CURVE_POINTS = 300  # one a CSS pixel
+BINS = 10  # of a cluster's confidence
 WALLS = {
     "Prototypes": "highest confidence",
     "Typical": "around the median",
     "Borderline": "lowest confidence",
+    "Not sure": "most neighbours are in other clusters",
 }
 
 
@@ -50,7 +71,12 @@ class ReportData:
         reliable: (N,), bool.
         labels: (N,), truth, or None; a negative label means that this image has none.
         class_names: name of each label, or None.
-        curves: loss by stage, each a sequence of (step, loss).
+        logs: by stage and metric, what was logged as (epoch, value).
+        map: where images lie on a plane, or None.
+        names: what a person called a cluster.
+        cost: what the run took, in words.
+        review: what editing needs besides: the command that goes on from edits; for a page that
+            is served, also where to save them and where whole images are.
         skipped: files left out and why, (file, reason).
         settings: what the run was told.
         versions: what the run was made with.
@@ -75,7 +101,11 @@ class ReportData:
     reliable: NDArray[np.bool_]
     labels: IntArray | None = None
     class_names: Sequence[str] | None = None
-    curves: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
+    logs: Logs = field(default_factory=dict)
+    map: Map | None = None
+    names: Mapping[int, str] = field(default_factory=dict)
+    cost: Mapping[str, str] = field(default_factory=dict)
+    review: Mapping[str, Any] = field(default_factory=dict)
     skipped: Sequence[tuple[str, str]] = ()
     settings: Mapping[str, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -95,6 +125,7 @@ class ReportData:
 class Picture:
     """One shown image: where it is in its sheet, and what is known about it."""
 
+    image: int
     sheet: int
     offset: float  # percent, as CSS background-position counts it
     key: str
@@ -108,7 +139,11 @@ class ClusterView:
     """One cluster as the page shows it; None where an empty cluster has nothing to say."""
 
     id: int
+    name: str
     size: int
+    num_not_sure: int
+    not_sure_percent: float  # of the largest cluster
+    bins: Sequence[int]  # height in percent of the fullest, by confidence from 0 to 1
     size_percent: float  # of the largest cluster
     reliable_percent: float  # of the largest cluster
     confidence: str | None
@@ -128,20 +163,6 @@ class Sheet:
 
 
 @dataclass(frozen=True)
-class Curve:
-    """A loss curve as a polyline in a box of 300 x 100, and its scale in words."""
-
-    stage: str
-    points: str
-    highest: str
-    lowest: str
-    last: str
-    first_step: int
-    last_step: int
-    num_not_finite: int
-
-
-@dataclass(frozen=True)
 class Confusion:
     """Clusters by classes; each cell a count and its share of the row. No rows: too large."""
 
@@ -151,22 +172,30 @@ class Confusion:
     num_classes: int
 
 
+@dataclass(frozen=True)
+class Subset:
+    """One line of the comparison of reliable with all images (SPICE, Figure 7)."""
+
+    name: str
+    size: int
+    confidence: str
+    agreement: str
+    acc: str | None
+
+
 def render_report(data: ReportData) -> str:
-    """Return the page as HTML: no script, nothing loaded from outside."""
-    per_row = max(1, min(12, MAX_PICTURES // (3 * data.num_clusters)))
+    """Return the page as HTML; nothing is loaded from outside and no other script can run."""
+    per_row = max(1, min(12, MAX_PICTURES // (4 * data.num_clusters)))
     wall = choose_wall(
         data.confidence, data.agreement, data.clusters, data.num_clusters, per_row=per_row
     )
-    groups = [
-        np.concatenate([chosen.prototypes, chosen.typical, chosen.borderline])
-        for chosen in wall.clusters
-    ]
-    sheets, side = _sheets(data.images, [*groups, wall.not_sure])
-    pictures = [
-        _pictures(data, index, sheet) for sheet, index in enumerate([*groups, wall.not_sure])
-    ]
+    groups = [chosen.shown for chosen in wall.clusters]
+    sheets, side = _sheets(data.images, groups)
+    pictures = [_pictures(data, index, sheet) for sheet, index in enumerate(groups)]
     headline = next((row for row in data.rows if not row.oracle), None)
-    return _template().render(
+    environment = template_environment()
+    script = environment.loader.get_source(environment, "report.js")[0]  # type: ignore[union-attr]
+    return environment.get_template("report.html.j2").render(
         data=data,
         headline=headline,
         facts=_facts(data, headline, wall.num_not_sure),
@@ -175,16 +204,22 @@ def render_report(data: ReportData) -> str:
         tile_pixels=84 // side * side if side < PIXEL_ART else 80,
         pixel_art=side < PIXEL_ART,
         explained=WALLS,
-        clusters=_cluster_views(data, wall, pictures[:-1]),
+        clusters=_cluster_views(data, wall, pictures),
         equal=_equal_share(data),
-        not_sure=pictures[-1],
         num_not_sure=wall.num_not_sure,
         threshold=f"{wall.agreement_threshold:.0%}",
         has_scores=any(row.has_scores for row in data.rows),
+        published=published_results(data.dataset),
         footnotes=footnotes(data.rows) if data.rows else [NO_LABELS] * (data.labels is None),
         confusion=_confusion(data),
-        curves=[_curve(stage, points) for stage, points in data.curves.items() if points],
+        charts=charts(data.logs),
+        heads=head_losses(data.logs),
+        subsets=_subsets(data),
         skipped=data.skipped[:MAX_SKIPPED],
+        served="save" in data.review,
+        script=Markup(script),  # noqa: S704 - our own file
+        script_hash=content_hash(script),
+        payload=Markup(_payload(data, wall)),  # noqa: S704 - JSON without <, > and &
     )
 
 
@@ -204,7 +239,8 @@ def write_report(data: ReportData, path: Path) -> Path:
     return path
 
 
-def _template() -> jinja2.Template:
+def template_environment() -> jinja2.Environment:
+    """Templates that escape everything and spell out what cannot be printed."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("spice_pl.reports"),
         autoescape=True,
@@ -214,14 +250,23 @@ def _template() -> jinja2.Template:
         lstrip_blocks=True,
     )
     environment.filters |= {"duration": duration_text, "score": score_text}
-    return environment.get_template("report.html.j2")
+    return environment
+
+
+def content_hash(script: str) -> str:
+    """What a content security policy calls the script that may run, and no other."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
+
+
+def visible(text: str) -> str:
+    """Spell out what cannot be printed: file names may hold lone surrogates or bidi overrides."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _visible(value: object) -> object:
-    """Spell out what cannot be printed: file names may hold lone surrogates or bidi overrides."""
-    if not isinstance(value, str) or isinstance(value, Markup) or value.isprintable():
-        return value
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in value)
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _sheets(
@@ -250,6 +295,7 @@ def _fitted(images: NDArray[np.uint8], limit: int) -> NDArray[np.uint8]:
 def _pictures(data: ReportData, index: Index, sheet: int) -> list[Picture]:
     return [
         Picture(
+            image=int(i),
             sheet=sheet,
             offset=round(100 * position / max(len(index) - 1, 1), 4),
             key=str(data.keys[i]),
@@ -266,6 +312,7 @@ def _cluster_views(
 ) -> list[ClusterView]:
     sizes = np.bincount(data.clusters, minlength=data.num_clusters)
     reliable = np.bincount(data.clusters[data.reliable], minlength=data.num_clusters)
+    largest = max(sizes.max(), 1)
     views = []
     for cluster, (chosen, shown) in enumerate(zip(wall.clusters, pictures, strict=True)):
         members = data.clusters == cluster
@@ -273,24 +320,34 @@ def _cluster_views(
         truth = truth[truth >= 0]
         majority = int(np.bincount(truth).argmax()) if len(truth) else None
         size = int(sizes[cluster])
-        middle = len(chosen.prototypes)
-        bottom = middle + len(chosen.typical)
+        bins = np.histogram(data.confidence[members], BINS, (0, 1))[0]
         views.append(
             ClusterView(
                 id=cluster,
+                name=data.names.get(cluster, ""),
                 size=size,
-                size_percent=round(100 * size / max(sizes.max(), 1), 2),
-                reliable_percent=round(100 * int(reliable[cluster]) / max(sizes.max(), 1), 2),
+                num_not_sure=chosen.num_not_sure,
+                not_sure_percent=round(100 * chosen.num_not_sure / largest, 2),
+                bins=(100 * bins / max(bins.max(), 1)).round().astype(int).tolist(),
+                size_percent=round(100 * size / largest, 2),
+                reliable_percent=round(100 * int(reliable[cluster]) / largest, 2),
                 confidence=f"{data.confidence[members].mean():.2f}" if size else None,
                 reliable=f"{reliable[cluster] / size:.0%}" if size else None,
                 truth=None if majority is None else _class_name(data, majority),
                 truth_share=None if majority is None else f"{(truth == majority).mean():.0%}",
-                walls=dict(
-                    zip(WALLS, (shown[:middle], shown[middle:bottom], shown[bottom:]), strict=True)
-                ),
+                walls=_by_wall(chosen, shown),
             )
         )
     return views
+
+
+def _by_wall(chosen: ClusterWall, shown: Sequence[Picture]) -> dict[str, Sequence[Picture]]:
+    groups = (chosen.prototypes, chosen.typical, chosen.borderline, chosen.not_sure)
+    ends = np.cumsum([len(group) for group in groups]).tolist()
+    return {
+        name: shown[end - len(group) : end]
+        for name, group, end in zip(WALLS, groups, ends, strict=True)
+    }
 
 
 def _class_name(data: ReportData, label: int) -> str | None:
@@ -365,26 +422,83 @@ def _confusion(data: ReportData) -> Confusion | None:
     )
 
 
-def _curve(stage: str, points: Sequence[tuple[int, float]]) -> Curve:
-    """Thin a curve to what a screen can show; its lowest point is told in words."""
-    finite = [(step, loss) for step, loss in points if math.isfinite(loss)]
-    shown = finite[:: -(-len(finite) // CURVE_POINTS) or 1]
-    if finite and shown[-1] != finite[-1]:
-        shown.append(finite[-1])
-    losses = [loss for _, loss in finite] or [math.nan]
-    low, high = min(losses), max(losses)
-    start, end = points[0][0], points[-1][0]
-    return Curve(
-        stage=stage,
-        points=" ".join(
-            f"{300 * (step - start) / max(end - start, 1):.1f},"
-            f"{100 * (high - loss) / ((high - low) or 1):.1f}"
-            for step, loss in shown
-        ),
-        highest=f"{high:.3g}",
-        lowest=f"{low:.3g}",
-        last=f"{losses[-1]:.3g}",
-        first_step=start,
-        last_step=end,
-        num_not_finite=len(points) - len(finite),
-    )
+def _subsets(data: ReportData) -> list[Subset]:
+    """All images, the reliable ones and the others; ACC by the match of all images."""
+    right = None
+    if data.labels is not None and (data.labels >= 0).any():
+        known = data.labels >= 0
+        counts = np.zeros((data.num_clusters, int(data.labels.max()) + 1), np.int64)
+        np.add.at(counts, (data.clusters[known], data.labels[known]), 1)
+        match = np.full(data.num_clusters, -2)
+        rows, columns = linear_sum_assignment(counts, maximize=True)
+        match[rows] = columns
+        right = match[data.clusters] == data.labels  # (N,)
+    subsets = []
+    for name, chosen in (
+        ("all", np.ones(data.num_images, bool)),
+        ("reliable", data.reliable),
+        ("not reliable", ~data.reliable),
+    ):
+        size, scored = int(chosen.sum()), chosen
+        if right is not None and data.labels is not None:
+            scored = chosen & (data.labels >= 0)
+        subsets.append(
+            Subset(
+                name=name,
+                size=size,
+                confidence=f"{data.confidence[chosen].mean():.2f}" if size else "–",
+                agreement=f"{data.agreement[chosen].mean():.2f}" if size else "–",
+                acc=None
+                if right is None
+                else (f"{right[scored].mean():.3f}" if scored.any() else "–"),
+            )
+        )
+    return subsets
+
+
+def _payload(data: ReportData, wall: Wall) -> str:
+    """What the script reads, as JSON that cannot end its own element."""
+    names = sum(len(str(key)) + 3 for key in data.keys)
+    everything = names <= LISTED_BYTES
+    if everything:
+        listed = np.arange(data.num_images)
+    else:
+        drawn = data.map.index if data.map is not None else np.empty(0, np.intp)
+        listed = np.unique(np.concatenate([drawn, *(chosen.shown for chosen in wall.clusters)]))
+    doubtful = data.agreement[listed] < wall.agreement_threshold
+    payload: dict[str, Any] = {
+        "numImages": data.num_images,
+        "numClusters": data.num_clusters,
+        "listed": None if everything else _packed(listed, "<u4"),
+        "keys": [str(data.keys[i]) for i in listed.tolist()],
+        "cluster": _packed(data.clusters[listed], "<u2"),
+        "confidence": _packed(255 * data.confidence[listed], "<u1"),
+        "agreement": _packed(255 * data.agreement[listed], "<u1"),
+        "flags": _packed(data.reliable[listed] + 2 * doubtful, "<u1"),
+        "names": {str(cluster): name for cluster, name in data.names.items()},
+        "review": dict(data.review),
+    }
+    if data.labels is not None and (data.labels >= 0).any():
+        highest = int(data.labels.max())
+        payload["label"] = _packed(data.labels[listed], "<i2")
+        payload["classes"] = [_class_name(data, label) for label in range(highest + 1)]
+    if data.map is not None and len(data.map.index):
+        shown = data.images(data.map.index)
+        tile = shown.shape[-1] if shown.shape[-1] < PIXEL_ART else ATLAS_PIXELS
+        uri, per_row = atlas(shown, tile)
+        payload["map"] = {
+            "row": _packed(np.searchsorted(listed, data.map.index), "<u4"),
+            "x": _packed(65535 * data.map.places[:, 0], "<u2"),
+            "y": _packed(65535 * data.map.places[:, 1], "<u2"),
+            "tile": tile,
+            "perRow": per_row,
+            "atlas": uri,
+        }
+    text = json.dumps(payload, separators=(",", ":"))  # pure ASCII: surrogates are escaped
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _packed(values: NDArray[Any], kind: str) -> str:
+    """Numbers as base64 of little-endian bytes, a quarter of their JSON."""
+    kept = np.rint(np.asarray(values, dtype=np.float64)).astype(kind)
+    return base64.b64encode(kept.tobytes()).decode("ascii")

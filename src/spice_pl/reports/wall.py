@@ -28,6 +28,8 @@ class ClusterWall:
         prototypes: highest confidence, best first.
         typical: around the median confidence, higher first.
         borderline: lowest confidence, lowest first.
+        not_sure: most of their neighbours lie in other clusters, worst first; in no other group.
+        num_not_sure: how many there are, shown or not.
     """
 
     cluster: int
@@ -35,6 +37,13 @@ class ClusterWall:
     prototypes: Index
     typical: Index
     borderline: Index
+    not_sure: Index
+    num_not_sure: int
+
+    @property
+    def shown(self) -> Index:
+        """All of them, in this order."""
+        return np.concatenate([self.prototypes, self.typical, self.borderline, self.not_sure])
 
 
 @dataclass(frozen=True)
@@ -43,13 +52,11 @@ class Wall:
 
     Attributes:
         clusters: one entry a cluster, in order of id, empty clusters included.
-        not_sure: images whose neighbours disagree most, worst first.
         num_not_sure: how many images are below the threshold, shown or not.
         agreement_threshold: an image is "not sure" below it.
     """
 
     clusters: tuple[ClusterWall, ...]
-    not_sure: Index
     num_not_sure: int
     agreement_threshold: float
 
@@ -65,15 +72,16 @@ def choose_wall(
 ) -> Wall:
     """Choose the pictures a person should see, by the model's own numbers alone.
 
-    A cluster with fewer than 3 * per_row images is divided into thirds. Ties keep the order of
-    the images, so the same run gives the same wall.
+    Images that are "not sure" stand apart. The others of a cluster, where they are fewer than
+    3 * per_row, are divided into thirds. Ties keep the order of the images, so the same run gives
+    the same wall.
 
     Args:
         confidence: (N,), in [0, 1].
         agreement: (N,), in [0, 1], share of an image's neighbours in the same cluster.
         clusters: (N,), in [0, num_clusters).
         num_clusters: K, > 0.
-        per_row: most pictures of each kind, > 0; "not sure" shows up to three times as many.
+        per_row: most pictures of each kind, > 0.
         agreement_threshold: in [0, 1]; strictly below it an image is "not sure". With 0.5, most
             of its neighbours are in other clusters.
 
@@ -94,21 +102,17 @@ def choose_wall(
         raise ValueError(f"per_row {per_row} shows no picture; use at least 1")
     order = np.lexsort((-confidence, clusters))  # by cluster, most confident first
     bounds = np.searchsorted(clusters[order], np.arange(1, num_clusters))
-    doubtful = np.flatnonzero(agreement < agreement_threshold)
-    worst = doubtful[np.lexsort((confidence[doubtful], agreement[doubtful]))]
-    return Wall(
-        clusters=tuple(
-            _thirds(cluster, members, per_row)
-            for cluster, members in enumerate(np.split(order, bounds))
-        ),
-        not_sure=worst[: 3 * per_row],
-        num_not_sure=len(doubtful),
-        agreement_threshold=agreement_threshold,
-    )
+    doubtful = agreement < agreement_threshold  # (N,)
+    walls = []
+    for cluster, members in enumerate(np.split(order, bounds)):
+        doubted = members[doubtful[members]]
+        worst = doubted[np.lexsort((doubted, confidence[doubted], agreement[doubted]))]
+        walls.append(_cluster_wall(cluster, members[~doubtful[members]], worst, per_row))
+    return Wall(tuple(walls), int(doubtful.sum()), agreement_threshold)
 
 
-def _thirds(cluster: int, members: Index, per_row: int) -> ClusterWall:
-    """Divide members, most confident first, into top, middle and bottom."""
+def _cluster_wall(cluster: int, members: Index, doubted: Index, per_row: int) -> ClusterWall:
+    """Divide members, most confident first, into top, middle and bottom; add the doubted."""
     size = len(members)
     top = min(per_row, -(-size // 3))
     bottom = min(per_row, -(-(size - top) // 2))
@@ -116,10 +120,12 @@ def _thirds(cluster: int, members: Index, per_row: int) -> ClusterWall:
     start = min(max((size - middle) // 2, top), size - bottom - middle)
     return ClusterWall(
         cluster=cluster,
-        size=size,
+        size=size + len(doubted),
         prototypes=members[:top],
         typical=members[start : start + middle],
         borderline=members[size - bottom :][::-1],
+        not_sure=doubted[:per_row],
+        num_not_sure=len(doubted),
     )
 
 
@@ -154,6 +160,37 @@ def sprite(images: NDArray[np.uint8], pixels: int | None = None) -> str:
     else:
         kind = "jpeg"
         sheet.save(buffer, "JPEG", quality=85, optimize=True)
+    return _data_uri(kind, buffer)
+
+
+def atlas(images: NDArray[np.uint8], pixels: int) -> tuple[str, int]:
+    """Put many small pictures into one image of equal rows.
+
+    Args:
+        images: uint8, (n, 3, S, S), n > 0.
+        pixels: side of each picture in the sheet.
+
+    Returns:
+        A data URI, and how many pictures stand in a row; picture i is in row i // that.
+    """
+    tiles = resized(images, pixels)
+    per_row = int(np.ceil(np.sqrt(len(tiles))))
+    rows = -(-len(tiles) // per_row)
+    sheet = np.zeros((rows * per_row, 3, pixels, pixels), np.uint8)
+    sheet[: len(tiles)] = tiles
+    sheet = sheet.reshape(rows, per_row, 3, pixels, pixels).transpose(0, 3, 1, 4, 2)
+    picture = Image.fromarray(np.ascontiguousarray(sheet).reshape(rows * pixels, -1, 3))
+    buffer = io.BytesIO()
+    kind = "png" if pixels < PIXEL_ART else "jpeg"
+    if kind == "png":
+        grey = bool((tiles == tiles[:, :1]).all())
+        (picture.convert("L") if grey else picture).save(buffer, "PNG", optimize=True)
+    else:
+        picture.save(buffer, "JPEG", quality=70, optimize=True)
+    return _data_uri(kind, buffer), per_row
+
+
+def _data_uri(kind: str, buffer: io.BytesIO) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 

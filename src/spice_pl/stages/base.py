@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from spice_pl.artifacts import RunFolder
 from spice_pl.data.datamodule import Stream, Views
 from spice_pl.data.images import ImageSet
+from spice_pl.functional.reliability import local_consistency
+
+WATCHED_NEIGHBORS = 10  # of some 2,000 watched images, the image itself counted
 
 
 @dataclass
@@ -43,6 +46,7 @@ class Stage(pl.LightningModule):
     has_clusters = True
     encoder: nn.Module
     _sizes: Tensor
+    _watched: list[tuple[Tensor, Tensor]]
 
     @property
     def feature_dim(self) -> int:
@@ -70,7 +74,7 @@ class Stage(pl.LightningModule):
         raise NotImplementedError
 
     def weights(self) -> Mapping[str, nn.Module]:
-        """Return the modules handed on, by the name of their file: encoder, head."""
+        """Return the modules handed on, by the name of their file: encoder, head, heads."""
         raise NotImplementedError
 
     def predict(self, batch: Views) -> Prediction:
@@ -86,10 +90,12 @@ class Stage(pl.LightningModule):
             sizes = torch.bincount(clusters, minlength=probs.shape[1])  # (K,)
             self.record("val/confidence", confidence.mean(), weight=len(clusters))
             self._sizes = self._sizes + sizes
+            self._watched.append((prediction.features, clusters))
         return prediction
 
     def on_validation_epoch_start(self) -> None:
         """Forget the cluster sizes of the last time."""
+        self._watched = []
         self._sizes = torch.zeros((), dtype=torch.long, device=self.device)
 
     def on_validation_epoch_end(self) -> None:
@@ -99,6 +105,15 @@ class Stage(pl.LightningModule):
             shares = sizes / sizes.sum()
             self.record("val/largest_cluster_fraction", shares.max())
             self.record("val/smallest_cluster_fraction", shares.min())
+        if self._watched:
+            features, clusters = (
+                self.across_ranks(torch.cat(parts))  # once: ranks may have unequal batches
+                for parts in zip(*self._watched, strict=True)
+            )
+            neighbors = min(WATCHED_NEIGHBORS, len(clusters))
+            agreement = local_consistency(features, clusters, neighbors)
+            self.record("val/agreement", agreement.mean())
+            self._watched = []
 
     def predict_step(self, batch: Views, batch_idx: int) -> Prediction:
         """Return the prediction of a batch; a callback writes it."""

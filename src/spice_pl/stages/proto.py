@@ -219,8 +219,13 @@ class ProtoHeadModule(Stage):
         return {"images": complete}
 
     def weights(self) -> Mapping[str, nn.Module]:
-        """Return the selected head and its encoder: the frozen one, or a copy of that epoch's."""
-        return {"encoder": self.kept_encoder if self.moves else self.encoder, "head": self.selected}
+        """Return the selected head and its encoder: the frozen one, or a copy of that epoch's.
+
+        On a frozen encoder all heads go with them, to judge the selected one by.
+        """
+        if self.moves:
+            return {"encoder": self.kept_encoder, "head": self.selected}
+        return {"encoder": self.encoder, "head": self.selected, "heads": self.heads}
 
     def predict(self, batch: Views) -> Prediction:
         """Return features, those stored if the encoder is frozen, and the kept head's probs."""
@@ -291,6 +296,8 @@ class ProtoHeadModule(Stage):
         loss, head_index = torch.stack(losses).min(dim=0)
         self.record("val/selection_loss", loss)
         self.record("val/empty_clusters", torch.stack(empty)[head_index].float())
+        for head, each in enumerate(losses):
+            self.record(f"val/selection_loss_head_{head}", each)
         if loss < self.best_loss:
             self.best_loss.copy_(loss)
             self.best_head.copy_(head_index)

@@ -1,0 +1,147 @@
+"""Curves of a run as polylines with their scale in words."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+CURVE_POINTS = 300  # one a CSS pixel
+
+Points = Sequence[tuple[int, float]]
+Logs = Mapping[str, Mapping[str, Points]]
+
+# One chart: its title, the logged names it shows, whether truth was needed.
+CHARTS: tuple[tuple[str, tuple[str, ...], bool], ...] = (
+    ("loss", ("train/loss", "train/loss_labelled", "train/loss_unlabelled"), False),
+    (
+        "agreement and confidence",
+        ("val/agreement", "val/confidence", "train/confident_fraction", "train/reliable_fraction"),
+        False,
+    ),
+    ("share of clusters", ("val/largest_cluster_fraction", "val/smallest_cluster_fraction"), False),
+    ("scores", ("truth/acc", "truth/nmi", "truth/ari", "truth/reliable_acc"), True),
+)
+HEAD_LOSS = "val/selection_loss_head_"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve in a box of 300 x 100."""
+
+    name: str
+    points: str
+    last: str
+    kept: bool = False
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Curves that share an axis."""
+
+    stage: str
+    title: str
+    lines: Sequence[Line]
+    highest: str
+    lowest: str
+    first_step: int
+    last_step: int
+    truth: bool
+    num_not_finite: int
+
+    @property
+    def words(self) -> str:
+        """What a person who cannot see the chart has to know."""
+        ends = "; ".join(f"{line.name} {line.last} at the end" for line in self.lines)
+        return (
+            f"{self.title} of {self.stage}, epochs {self.first_step} to {self.last_step}, "
+            f"between {self.lowest} and {self.highest}: {ends}"
+        )
+
+
+@dataclass(frozen=True)
+class HeadLoss:
+    """How one head fared: its lowest selection loss, in which epoch, and whether it was kept."""
+
+    head: int
+    lowest: float
+    epoch: int
+    kept: bool
+
+
+def charts(logs: Logs) -> list[Chart]:
+    """Charts of every stage, in order; those without a point are left out."""
+    found = []
+    for stage, metrics in logs.items():
+        for title, names, truth in CHARTS:
+            curves = {_short(name): metrics[name] for name in names if metrics.get(name)}
+            if curves:
+                found.append(chart(stage, title, curves, truth=truth))
+    return found
+
+
+def chart(
+    stage: str, title: str, curves: Mapping[str, Points], *, truth: bool = False, kept: str = ""
+) -> Chart:
+    """Draw curves on one axis; what is not finite is left out and counted."""
+    finite = {
+        name: [(step, value) for step, value in points if math.isfinite(value)]
+        for name, points in curves.items()
+    }
+    values = [value for points in finite.values() for _, value in points] or [math.nan]
+    steps = [step for points in curves.values() for step, _ in points]
+    low, high, start, end = min(values), max(values), min(steps), max(steps)
+
+    def line(name: str, points: list[tuple[int, float]]) -> Line:
+        shown = points[:: -(-len(points) // CURVE_POINTS) or 1]
+        if points and shown[-1] != points[-1]:
+            shown.append(points[-1])
+        return Line(
+            name=name,
+            points=" ".join(
+                f"{300 * (step - start) / max(end - start, 1):.1f},"
+                f"{100 * (high - value) / ((high - low) or 1):.1f}"
+                for step, value in shown
+            ),
+            last=f"{points[-1][1]:.3g}" if points else "–",
+            kept=name == kept,
+        )
+
+    return Chart(
+        stage=stage,
+        title=title,
+        lines=[line(name, points) for name, points in finite.items()],
+        highest=f"{high:.3g}",
+        lowest=f"{low:.3g}",
+        first_step=start,
+        last_step=end,
+        truth=truth,
+        num_not_finite=len(steps) - sum(map(len, finite.values())),
+    )
+
+
+def head_losses(logs: Logs) -> tuple[Chart, list[HeadLoss]] | None:
+    """The selection of a head (SPICE, Figure 6): the lowest loss of all heads and epochs is kept.
+
+    None where no stage logged the selection loss of its heads.
+    """
+    for stage, metrics in logs.items():
+        curves = {
+            int(name.removeprefix(HEAD_LOSS)): points
+            for name, points in metrics.items()
+            if name.startswith(HEAD_LOSS) and points
+        }
+        if not curves:
+            continue
+        lowest = {
+            head: min((value, epoch) for epoch, value in points)
+            for head, points in sorted(curves.items())
+        }
+        kept = min(lowest, key=lambda head: (lowest[head][0], lowest[head][1], head))
+        drawn = {f"head {head}": curves[head] for head in sorted(curves)}
+        return chart(stage, "selection loss of each head", drawn, kept=f"head {kept}"), [
+            HeadLoss(head, value, epoch, head == kept) for head, (value, epoch) in lowest.items()
+        ]
+    return None
+
+
+def _short(name: str) -> str:
+    return name.partition("/")[2].replace("_", " ")

@@ -1,0 +1,191 @@
+"""The page in a real browser: no console error, search, filter, map, keyboard, phone, edits."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.reports.test_page import noise, report
+
+from spice_pl.reports.map import Map
+from spice_pl.reports.page import ReportData, write_report
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright (extra dev)")
+FOUND = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(FOUND is None, reason=f"no browser: none of {', '.join(BROWSERS)}"),
+]
+EVIL = '"><img src=x onerror=console.error(1)>'
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as started:
+        sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []
+        opened = started.chromium.launch(executable_path=FOUND, args=sandbox)
+        yield opened
+        opened.close()
+
+
+def hostile(num_images: int = 60, num_clusters: int = 4) -> ReportData:
+    places = np.random.default_rng(0).random((num_images, 2))
+    return report(
+        num_images,
+        num_clusters,
+        images=lambda index: noise(index, 8),
+        keys=[f"{EVIL}/{i}.png" for i in range(num_images)],
+        class_names=[EVIL] * num_clusters,
+        names={0: EVIL},
+        map=Map(np.arange(num_images), places, "a plane"),
+        logs={"moco": {"train/loss": [(0, 2.0), (10, 1.0)]}},
+        review={"command": "train edits={edits} K={num_clusters}", "reviewed": "proto/seed0",
+                "fingerprint": "f", "digest": "d"},
+    )  # fmt: skip
+
+
+class Opened:
+    """A page of a report and everything its console said."""
+
+    def __init__(self, browser: Any, data: ReportData, folder: Path, **settings: Any) -> None:
+        self.said: list[str] = []
+        context = browser.new_context(**{"reduced_motion": "reduce", **settings})
+        self.page = context.new_page()
+        self.page.on("console", lambda message: self.said.append(message.text))
+        self.page.on("pageerror", lambda error: self.said.append(str(error)))
+        self.page.goto(write_report(data, folder / "report.html").as_uri())
+
+    def shown(self) -> list[str]:
+        """Ids of the clusters that can be seen."""
+        return [
+            each.get_attribute("id")
+            for each in self.page.query_selector_all(".cluster")
+            if each.is_visible()
+        ]
+
+
+@pytest.mark.parametrize("num_clusters", [1, 200])
+def test_hostile_names_do_nothing_and_search_and_filter_work(
+    browser: Any, tmp_path: Path, num_clusters: int
+) -> None:
+    opened = Opened(browser, hostile(250, num_clusters), tmp_path)
+    page = opened.page
+    assert page.locator("img").count() == 0
+    assert len(opened.shown()) == num_clusters
+    page.fill("#find", "/17.png")
+    page.wait_for_selector("#found li")
+    assert page.locator("#found li").count() == 1
+    assert EVIL + "/17.png" in page.inner_text("#found")
+    assert opened.shown() == [f"cluster-{17 % max(num_clusters - 1, 1)}"]
+    page.fill("#find", "no such file")
+    page.locator("#status", has_text="0 clusters, 0 files").wait_for()
+    assert opened.shown() == []
+    page.fill("#find", "")
+    page.select_option("#only", "unsure")
+    tiles = page.locator("#list .tile:visible")
+    assert 0 < tiles.count() < page.locator("#list .tile").count()
+    assert all("agreement 0." in str(tiles.nth(i).get_attribute("title")) for i in range(3))
+    assert opened.said == []
+
+
+def test_map_answers_to_pointer_and_keys(browser: Any, tmp_path: Path) -> None:
+    opened = Opened(browser, hostile(), tmp_path)
+    page = opened.page
+    page.focus("#canvas")
+    page.keyboard.press("ArrowRight")
+    first = page.inner_text("#point")
+    assert ".png" in first
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowDown")
+    assert page.inner_text("#point") != first
+    for colour in ("label", "confidence", "agreement", "reliable", "cluster"):
+        page.select_option("#colour", colour)
+        assert page.locator("#key li").count() >= 2
+    page.check("#thumbs")
+    page.click("#closer")
+    page.keyboard.press("Enter")
+    assert opened.said == []
+
+
+def test_tiles_are_reached_by_keyboard_and_open(browser: Any, tmp_path: Path) -> None:
+    page = Opened(browser, hostile(), tmp_path).page
+    wall = page.locator("#cluster-0 .wall").first
+    assert wall.locator('[tabindex="0"]').count() == 1
+    wall.locator('[tabindex="0"]').focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    assert page.locator("dialog[open]").count() == 1
+    assert ".png" in page.inner_text("#one-title")
+    page.keyboard.press("Escape")
+    assert page.locator("dialog[open]").count() == 0
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_page_fits_a_phone(browser: Any, tmp_path: Path, scheme: str) -> None:
+    opened = Opened(
+        browser,
+        hostile(),
+        tmp_path,
+        viewport={"width": 360, "height": 740},
+        has_touch=True,
+        color_scheme=scheme,
+    )
+    assert opened.page.evaluate("document.documentElement.scrollWidth") <= 360
+    colour = opened.page.evaluate("getComputedStyle(document.body).backgroundColor")
+    brightness = sum(int(part) for part in colour[4:-1].split(",")) / 3
+    assert (brightness > 128) == (scheme == "light")
+    assert opened.said == []
+
+
+def test_page_reads_without_a_script(browser: Any, tmp_path: Path) -> None:
+    opened = Opened(browser, hostile(), tmp_path, java_script_enabled=False)
+    assert len(opened.shown()) == 4
+    assert not opened.page.locator("#find").is_visible()
+    assert opened.page.locator(".tile").count() > 30
+
+
+def test_edits_are_saved_as_json_and_read_again(browser: Any, tmp_path: Path) -> None:
+    opened = Opened(browser, hostile(), tmp_path)
+    page = opened.page
+    page.click("#edit")
+    page.fill("#cluster-1 .edit input[type=text]", "owls")
+    page.keyboard.press("Enter")
+    page.select_option("#cluster-2 .edit select", "1")
+    page.fill("#cluster-0 .edit input[type=number]", "3")
+    page.locator("#cluster-0 .tile").first.click()
+    moved = page.locator("#cluster-0 .tile").first.get_attribute("data-i")
+    page.select_option("#target", "1")
+    page.click("#move")
+    assert "4 clusters become 5" in page.inner_text("#summary")
+    assert page.inner_text("#cluster-1-title") == "owls"
+    with page.expect_download() as download:
+        page.click("#save")
+    file = tmp_path / "edits.json"
+    download.value.save_as(file)
+    edits = json.loads(file.read_text())
+    assert edits == {
+        "format": "spice-pl edits 1",
+        "reviewed": "proto/seed0",
+        "fingerprint": "f",
+        "digest": "d",
+        "num_clusters": 4,
+        "names": {"0": EVIL, "1": "owls"},
+        "merge": [[1, 2]],
+        "split": {"0": 3},
+        "move": {f"{EVIL}/{moved}.png": 1},
+    }
+    assert page.inner_text("#command") == "train edits=edits.json K=5"
+    page.reload()
+    page.click("#edit")
+    page.set_input_files("#open", file)
+    page.locator("#summary", has_text="become 5").wait_for()
+    page.click("#undo")
+    assert "Nothing changed yet" in page.inner_text("#summary")
+    assert opened.said == []
