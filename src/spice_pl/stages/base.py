@@ -46,7 +46,7 @@ class Stage(pl.LightningModule):
     has_clusters = True
     encoder: nn.Module
     _sizes: Tensor
-    _watched: list[tuple[Tensor, Tensor]]
+    _seen: list[tuple[Tensor, Tensor]]
 
     @property
     def feature_dim(self) -> int:
@@ -90,12 +90,12 @@ class Stage(pl.LightningModule):
             sizes = torch.bincount(clusters, minlength=probs.shape[1])  # (K,)
             self.record("val/confidence", confidence.mean(), weight=len(clusters))
             self._sizes = self._sizes + sizes
-            self._watched.append((prediction.features, clusters))
+            self._seen.append((prediction.features, clusters))
         return prediction
 
     def on_validation_epoch_start(self) -> None:
         """Forget the cluster sizes of the last time."""
-        self._watched = []
+        self._seen = []
         self._sizes = torch.zeros((), dtype=torch.long, device=self.device)
 
     def on_validation_epoch_end(self) -> None:
@@ -105,15 +105,15 @@ class Stage(pl.LightningModule):
             shares = sizes / sizes.sum()
             self.record("val/largest_cluster_fraction", shares.max())
             self.record("val/smallest_cluster_fraction", shares.min())
-        if self._watched:
+        if self._seen:
             features, clusters = (
                 self.across_ranks(torch.cat(parts))  # once: ranks may have unequal batches
-                for parts in zip(*self._watched, strict=True)
+                for parts in zip(*self._seen, strict=True)
             )
             neighbors = min(WATCHED_NEIGHBORS, len(clusters))
             agreement = local_consistency(features, clusters, neighbors)
             self.record("val/agreement", agreement.mean())
-            self._watched = []
+            self._seen = []
 
     def predict_step(self, batch: Views, batch_idx: int) -> Prediction:
         """Return the prediction of a batch; a callback writes it."""
