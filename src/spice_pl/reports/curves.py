@@ -17,6 +17,7 @@ CHARTS: tuple[tuple[str, tuple[str, ...], bool], ...] = (
         ("val/agreement", "val/confidence", "train/confident_fraction", "train/reliable_fraction"),
         False,
     ),
+    ("agreement of features", ("val/kmeans_agreement", "val/neighbor_agreement"), False),
     ("share of clusters", ("val/largest_cluster_fraction", "val/smallest_cluster_fraction"), False),
     ("scores", ("truth/acc", "truth/nmi", "truth/ari", "truth/reliable_acc"), True),
 )
