@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spice_pl.data.datamodule import Views
 from spice_pl.stages.base import Stage
 from spice_pl.stages.fixmatch import ReliableFixMatchModule
 from spice_pl.stages.moco import MoCoModule
 from spice_pl.stages.proto import ProtoHeadModule
+from spice_pl.stages.simclr import SimCLRModule
 
 
 def dump(module: Stage, stage: str, **more: Tensor) -> None:
@@ -29,6 +30,21 @@ class DumpingMoCo(MoCoModule):
     def on_train_end(self) -> None:
         super().on_train_end()
         dump(self, "moco")
+
+
+class DumpingSimCLR(SimCLRModule):
+    """Stage 1 without BatchNorm, whose statistics belong to a rank."""
+
+    def __init__(self, backbone: nn.Module, **settings: Any) -> None:
+        super().__init__(backbone, **settings)
+        for parent in list(self.modules()):
+            for name, child in parent.named_children():
+                if isinstance(child, nn.modules.batchnorm._BatchNorm):
+                    setattr(parent, name, nn.Identity())
+
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        dump(self, "simclr")
 
 
 class DumpingProto(ProtoHeadModule):

@@ -162,7 +162,7 @@ def test_symmetric_loss_is_the_mean_of_both_directions() -> None:
 def test_collapse_is_said(caplog: pytest.LogCaptureFixture) -> None:
     module = moco(momentum=1.0, lr=0.0)
     for branch in (module.projection, module.key_projection):
-        last = branch[2]
+        last = branch.get_submodule("2")
         assert isinstance(last, torch.nn.Linear)
         torch.nn.init.zeros_(last.weight)
         torch.nn.init.ones_(last.bias)

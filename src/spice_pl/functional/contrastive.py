@@ -82,3 +82,38 @@ def uniformity(embeddings: Tensor) -> Tensor:
     pairs = torch.ones(len(embeddings), len(embeddings), device=embeddings.device).triu(1).bool()
     distance = 2 - 2 * (embeddings @ embeddings.T)[pairs]  # (B (B - 1) / 2,)
     return (-2 * distance).exp().mean().log()
+
+
+def nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
+    """Contrast both views of each image with the views of all other images of the batch.
+
+    Chen et al. 2020 (SimCLR), Eq. 1, as a mean over all 2B views.
+
+    Args:
+        first: (B, D), l2-normalised.
+        second: (B, D), l2-normalised views of the same images.
+        temperature: tau in Eq. 1, > 0.
+
+    Returns:
+        Mean loss in nats, scalar; both views receive a gradient.
+
+    Raises:
+        ValueError: temperature is not positive, or the shapes disagree.
+
+    Example:
+        >>> views = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        >>> nt_xent(views, views, temperature=1.0)  # log((e + 2) / e)
+        tensor(0.5514)
+    """
+    if temperature <= 0:
+        raise ValueError(f"temperature {temperature} is not positive; SimCLR uses 0.1 to 0.5")
+    if first.shape != second.shape or first.ndim != 2:
+        raise ValueError(
+            f"first {tuple(first.shape)} and second {tuple(second.shape)} are not (B, D) both; "
+            "row i of each is a view of image i"
+        )
+    views = torch.cat([first, second])  # (2B, D)
+    logits = views @ views.T / temperature  # (2B, 2B)
+    itself = torch.eye(len(views), dtype=torch.bool, device=views.device)
+    other_view = torch.arange(len(views), device=views.device).roll(len(first))
+    return F.cross_entropy(logits.masked_fill(itself, -torch.inf), other_view)

@@ -66,7 +66,7 @@ class ResNet(nn.Module):
         kernel = 7 if stem == "conv7" else 3
         stride = 2 if stem in ("conv3_stride2", "conv7") else 1
         in_width = widths[0]
-        self.conv1: nn.Module
+        self.conv1: nn.Conv2d | WhitenedPatches
         if stem == "whitened":
             self.conv1 = WhitenedPatches(in_channels)
             in_width = self.conv1.num_features

@@ -8,37 +8,23 @@ Shapes: B images, D features, Q queue, P projection.
 from __future__ import annotations
 
 import copy
-import logging
-import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spice_pl.artifacts import RunFolder
-from spice_pl.baselines import kmeans_clusters
 from spice_pl.data.datamodule import Stream, Views
 from spice_pl.data.images import ImageSet
-from spice_pl.data.keyed import keyed_uniform
 from spice_pl.errors import UsageError
-from spice_pl.functional.assignment import clustering_scores
-from spice_pl.functional.contrastive import alignment, info_nce, uniformity
+from spice_pl.functional.contrastive import info_nce
 from spice_pl.functional.momentum import ema_update_
-from spice_pl.functional.reliability import local_consistency
 from spice_pl.nn.queue import Queue
-from spice_pl.stages.base import Prediction, Stage
-
-logger = logging.getLogger(__name__)
-
-COLLAPSED = 0.1  # of an even spread
-NUM_NEIGHBORS = 20  # of the watched images
-NUM_STEM_IMAGES = 2000  # that a stem is fitted to
+from spice_pl.stages.features import FeatureStage, check_sizes
 
 
-class MoCoModule(Stage):
+class MoCoModule(FeatureStage):
     """Contrast two views of an image against a queue of earlier keys.
 
     Args:
@@ -51,13 +37,13 @@ class MoCoModule(Stage):
             costs twice as much.
         bn_groups: parts of the global batch that BatchNorm normalises by themselves, queries and
             shuffled keys alike, as that many processes would; at least the number of processes.
-        num_clusters: K, for watching; None watches nothing.
+        num_clusters: as in `FeatureStage`.
+        sizes: as in `FeatureStage`.
         lr: of SGD at the start; falls to 0 by a cosine per epoch.
+        warmup_epochs: as in `FeatureStage`.
         sgd_momentum: of SGD.
         weight_decay: of SGD, on all parameters.
     """
-
-    has_clusters = False
 
     def __init__(
         self,
@@ -70,33 +56,35 @@ class MoCoModule(Stage):
         symmetric: bool = False,
         bn_groups: int = 1,
         num_clusters: int | None = None,
+        sizes: Sequence[int] | None = None,
         lr: float = 0.015,
+        warmup_epochs: int = 0,
         sgd_momentum: float = 0.9,
         weight_decay: float = 1e-4,
     ) -> None:
-        super().__init__()
         if temperature <= 0:
             raise UsageError(f"moco.module.temperature {temperature} is not positive; MoCo v2: 0.2")
+        check_sizes("moco", sizes)
         width = int(backbone.num_features)  # type: ignore[arg-type]
-        self.encoder = backbone
-        self.projection = nn.Sequential(
-            nn.Linear(width, width), nn.ReLU(), nn.Linear(width, projection_dim)
+        super().__init__(
+            backbone,
+            nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, projection_dim)),
+            num_clusters=num_clusters,
+            sizes=sizes,
+            lr=lr,
+            warmup_epochs=warmup_epochs,
+            sgd_momentum=sgd_momentum,
+            weight_decay=weight_decay,
         )
         self.key_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
         self.key_projection = copy.deepcopy(self.projection).requires_grad_(False)
         self.queue = Queue(projection_dim, queue_size)
-        self.temperature, self.momentum, self.symmetric = temperature, momentum, symmetric
-        self.bn_groups, self.num_clusters = bn_groups, num_clusters
-        self.lr, self.sgd_momentum, self.weight_decay = lr, sgd_momentum, weight_decay
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return raw features (B, D) of the query encoder, without projection."""
-        features: Tensor = self.encoder(images)
-        return features
+        self.temperature, self.momentum = temperature, momentum
+        self.symmetric, self.bn_groups = symmetric, bn_groups
 
     def training_step(self, batch: Views, batch_idx: int) -> Tensor:
         """Return the loss of one batch; move the key branch and the queue."""
-        one, other = batch.views["query"], batch.views["key"]
+        one, other = self.pair(batch)
         ema_update_(self.key_encoder, self.encoder, self.momentum)
         ema_update_(self.key_projection, self.projection, self.momentum)
         losses, keys = [], []
@@ -108,65 +96,8 @@ class MoCoModule(Stage):
         for key in keys:
             self.queue.enqueue(self.across_ranks(key))
         loss = torch.stack(losses).mean()
-        self.record("train/loss", loss)
-        query = query.detach()
-        # 0 when collapsed, 1/sqrt(P) when spread evenly
-        self._spread = query.std(dim=0).mean()
-        self.record("train/embedding_std", self._spread)
-        self.record("train/alignment", alignment(query, key))
-        self.record("train/uniformity", uniformity(query))
+        self.record_step(loss, query, key)
         return loss
-
-    def on_train_epoch_end(self) -> None:
-        """Say so when all images have come to the same place."""
-        evenly = 1 / math.sqrt(self.queue.keys.shape[0])
-        if self._spread < COLLAPSED * evenly:
-            logger.warning(
-                "moco: the embeddings have collapsed, their deviation is %.4f where %.4f is even; "
-                "lower moco.module.lr or raise moco.module.temperature",
-                float(self._spread),
-                evenly,
-            )
-
-    def validation_step(self, batch: Views, batch_idx: int) -> Any:
-        """Keep the features of the watched images; returns them for callbacks."""
-        prediction = self.predict(batch)
-        self._watched.append(prediction.features)
-        return prediction
-
-    def on_validation_epoch_start(self) -> None:
-        """Forget the features of the last time."""
-        self._watched: list[Tensor] = []
-
-    def on_validation_epoch_end(self) -> None:
-        """Log how far two k-means agree, and how far neighbours share a cluster; no label read."""
-        features = self.across_ranks(torch.cat(self._watched)).cpu()  # (W, D)
-        if self.num_clusters is None or len(features) <= max(self.num_clusters, NUM_NEIGHBORS):
-            return
-        embeddings = F.normalize(features)
-        first, second = (
-            torch.from_numpy(kmeans_clusters(embeddings.numpy(), self.num_clusters, seed))
-            for seed in (0, 1)
-        )
-        self.record("val/kmeans_agreement", clustering_scores(first, second)["ari"])
-        self.record(
-            "val/neighbor_agreement", local_consistency(embeddings, first, NUM_NEIGHBORS).mean()
-        )
-
-    def configure_optimizers(self) -> Any:
-        """SGD with a cosine per epoch, no warm-up."""
-        optimizer = torch.optim.SGD(
-            [*self.encoder.parameters(), *self.projection.parameters()],
-            lr=self.lr,
-            momentum=self.sgd_momentum,
-            weight_decay=self.weight_decay,
-            foreach=True,
-        )
-        epochs = self.trainer.max_epochs or 1
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda epoch: 0.5 * (1 + math.cos(math.pi * epoch / epochs))
-        )
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def check(self, images: ImageSet, streams: Mapping[str, Stream]) -> None:
         """Check that queue, batch and groups fit the data set and each other."""
@@ -194,26 +125,10 @@ class MoCoModule(Stage):
     def prepare(
         self, images: ImageSet, upstream: RunFolder | None, streams: Mapping[str, Stream]
     ) -> Mapping[str, Stream]:
-        """Fit a stem that depends on the images; return the streams. Stage 1 has no upstream."""
-        self.check(images, streams)
-        fit_stem = getattr(self.encoder, "fit_stem", None)
-        if fit_stem is not None:
-            view = streams["images"].views["query"]
-            index = images.train_index[:: math.ceil(len(images.train_index) / NUM_STEM_IMAGES)]
-            pixels = torch.from_numpy(np.asarray(images.images[index]))  # (n, 3, S, S)
-            rows = torch.from_numpy(index)
-            uniforms = keyed_uniform(0, torch.zeros_like(rows), rows, 0, view.num_uniforms)
-            fit_stem(view(pixels, uniforms))
-            self.key_encoder.load_state_dict(self.encoder.state_dict())
+        """Fit a stem that depends on the images, in both branches."""
+        streams = super().prepare(images, upstream, streams)
+        self.key_encoder.load_state_dict(self.encoder.state_dict())
         return streams
-
-    def weights(self) -> Mapping[str, nn.Module]:
-        """Return the query encoder, which is what stage 2 reads."""
-        return {"encoder": self.encoder}
-
-    def predict(self, batch: Views) -> Prediction:
-        """Return raw features of the plain view."""
-        return Prediction(batch.index, self(batch.views["plain"]).float(), None)
 
     @torch.no_grad()
     def _keys(self, images: Tensor) -> Tensor:

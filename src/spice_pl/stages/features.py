@@ -1,0 +1,192 @@
+"""What every stage that learns features without clusters shares: how it is fitted and watched.
+
+Shapes: B images, W watched images, D features, K clusters, S pixels a side.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spice_pl.artifacts import RunFolder
+from spice_pl.baselines import kmeans_clusters
+from spice_pl.data.datamodule import Stream, Views
+from spice_pl.data.images import ImageSet
+from spice_pl.data.keyed import keyed_uniform
+from spice_pl.errors import UsageError
+from spice_pl.functional.assignment import clustering_scores
+from spice_pl.functional.contrastive import alignment, uniformity
+from spice_pl.functional.reliability import local_consistency
+from spice_pl.stages.base import Prediction, Stage
+
+logger = logging.getLogger(__name__)
+
+COLLAPSED = 0.1  # of an even spread
+NUM_NEIGHBORS = 20  # of the watched images
+NUM_STEM_IMAGES = 2000  # that a stem is fitted to
+
+
+class FeatureStage(Stage):
+    """Stage 1, whatever its loss: an encoder with a projection, trained by SGD.
+
+    Args:
+        backbone: (B, 3, S, S) -> (B, D), with `num_features`.
+        projection: (B, D) -> (B, P), dropped when training ends.
+        num_clusters: K, for watching; None watches nothing.
+        sizes: pixels a side that views are scaled to, each for an equal share of the epochs; None
+            leaves them as they are.
+        lr: of SGD; falls to 0 by a cosine per epoch.
+        warmup_epochs: epochs in which lr rises evenly before.
+        sgd_momentum: of SGD.
+        weight_decay: of SGD, on all parameters.
+    """
+
+    has_clusters = False
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        projection: nn.Module,
+        *,
+        num_clusters: int | None,
+        sizes: Sequence[int] | None,
+        lr: float,
+        warmup_epochs: int,
+        sgd_momentum: float,
+        weight_decay: float,
+    ) -> None:
+        super().__init__()
+        self.encoder, self.projection = backbone, projection
+        self.num_clusters, self.sizes = num_clusters, sizes
+        self.lr, self.warmup_epochs = lr, warmup_epochs
+        self.sgd_momentum, self.weight_decay = sgd_momentum, weight_decay
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return raw features (B, D) of the trained encoder, without projection."""
+        features: Tensor = self.encoder(images)
+        return features
+
+    def validation_step(self, batch: Views, batch_idx: int) -> Any:
+        """Keep the features of the watched images; returns them for callbacks."""
+        prediction = self.predict(batch)
+        self._watched.append(prediction.features)
+        return prediction
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the features of the last time."""
+        self._watched: list[Tensor] = []
+
+    def on_validation_epoch_end(self) -> None:
+        """Log how far two k-means agree, and how far neighbours share a cluster; no label read."""
+        features = self.across_ranks(torch.cat(self._watched)).cpu()  # (W, D)
+        if self.num_clusters is None or len(features) <= max(self.num_clusters, NUM_NEIGHBORS):
+            return
+        embeddings = F.normalize(features)
+        first, second = (
+            torch.from_numpy(kmeans_clusters(embeddings.numpy(), self.num_clusters, seed))
+            for seed in (0, 1)
+        )
+        self.record("val/kmeans_agreement", clustering_scores(first, second)["ari"])
+        self.record(
+            "val/neighbor_agreement", local_consistency(embeddings, first, NUM_NEIGHBORS).mean()
+        )
+
+    def configure_optimizers(self) -> Any:
+        """SGD with a cosine per epoch, after a warm-up if there is one."""
+        optimizer = torch.optim.SGD(
+            [*self.encoder.parameters(), *self.projection.parameters()],
+            lr=self.lr,
+            momentum=self.sgd_momentum,
+            weight_decay=self.weight_decay,
+            foreach=True,
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate),
+        }
+
+    def on_train_epoch_end(self) -> None:
+        """Say so when all images have come to the same place."""
+        if self._spread < COLLAPSED * self._evenly:
+            logger.warning(
+                "the embeddings have collapsed, their deviation is %.4f where %.4f is even; lower "
+                "the lr or raise the temperature of this stage",
+                self._spread,
+                self._evenly,
+            )
+
+    def prepare(
+        self, images: ImageSet, upstream: RunFolder | None, streams: Mapping[str, Stream]
+    ) -> Mapping[str, Stream]:
+        """Fit a stem that depends on the images; return the streams. Stage 1 has no upstream."""
+        self.check(images, streams)
+        fit_stem = getattr(self.encoder, "fit_stem", None)
+        if fit_stem is not None:
+            view = streams["images"].views["query"]
+            index = images.train_index[:: math.ceil(len(images.train_index) / NUM_STEM_IMAGES)]
+            pixels = torch.from_numpy(np.asarray(images.images[index]))  # (n, 3, S, S)
+            rows = torch.from_numpy(index)
+            uniforms = keyed_uniform(0, torch.zeros_like(rows), rows, 0, view.num_uniforms)
+            fit_stem(view(pixels, uniforms))
+        return streams
+
+    def weights(self) -> Mapping[str, nn.Module]:
+        """Return the trained encoder, which is what stage 2 reads."""
+        return {"encoder": self.encoder}
+
+    def predict(self, batch: Views) -> Prediction:
+        """Return raw features of the plain view."""
+        return Prediction(batch.index, self(batch.views["plain"]).float(), None)
+
+    def pair(self, batch: Views) -> tuple[Tensor, Tensor]:
+        """Return both views, (B, 3, s, s) each, at the size of this epoch."""
+        views = batch.views["query"], batch.views["key"]
+        if self.sizes is None:
+            return views
+        part = self.current_epoch * len(self.sizes) // (self.trainer.max_epochs or 1)
+        size = self.sizes[min(part, len(self.sizes) - 1)]
+        first, second = (_scaled(view, size) for view in views)
+        return first, second
+
+    def record_step(self, loss: Tensor, query: Tensor, key: Tensor) -> None:
+        """Log loss and geometry of a step's embeddings (B, P)."""
+        query, key = query.detach(), key.detach()
+        spread = query.std(dim=0).mean()
+        # 0 when collapsed, 1/sqrt(P) when spread evenly
+        self._spread, self._evenly = float(spread), 1 / math.sqrt(query.shape[1])
+        self.record("train/loss", loss)
+        self.record("train/embedding_std", spread)
+        self.record("train/alignment", alignment(query, key))
+        self.record("train/uniformity", uniformity(query))
+
+    def _rate(self, epoch: int) -> float:
+        if epoch < self.warmup_epochs:
+            return (epoch + 1) / (self.warmup_epochs + 1)
+        epochs = max(1, (self.trainer.max_epochs or 1) - self.warmup_epochs)
+        return 0.5 * (1 + math.cos(math.pi * (epoch - self.warmup_epochs) / epochs))
+
+
+def check_sizes(stage: str, sizes: Sequence[int] | None) -> None:
+    """Refuse sizes that no view can have.
+
+    Raises:
+        UsageError: a size is below 8 pixels, or there is none.
+    """
+    if sizes is not None and (not sizes or min(sizes) < 8):
+        raise UsageError(
+            f"{stage}.module.sizes {sizes} must be sides of at least 8 pixels, or null for views "
+            "as they are"
+        )
+
+
+def _scaled(images: Tensor, size: int) -> Tensor:
+    if images.shape[-1] == size:
+        return images
+    return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)

@@ -1,0 +1,98 @@
+"""Stage 1 by contrast within the batch, for budgets in which a queue of keys stays stale.
+
+Chen et al. 2020 (SimCLR). Not SPICE's: its features take the place of MoCo's.
+
+Shapes: B images, D features, P projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spice_pl.data.datamodule import Stream, Views
+from spice_pl.data.images import ImageSet
+from spice_pl.errors import UsageError
+from spice_pl.functional.contrastive import nt_xent
+from spice_pl.stages.features import FeatureStage, check_sizes
+
+
+class SimCLRModule(FeatureStage):
+    """Contrast two views of an image against the views of all other images of the batch.
+
+    Args:
+        backbone: (B, 3, S, S) -> (B, D), with `num_features`.
+        projection_dim: P.
+        hidden_dim: width of the projection's hidden layer, which has BatchNorm.
+        temperature: tau in Eq. 1.
+        num_clusters: as in `FeatureStage`.
+        sizes: as in `FeatureStage`.
+        lr: of SGD after the warm-up; falls to 0 by a cosine per epoch.
+        warmup_epochs: as in `FeatureStage`.
+        sgd_momentum: of SGD.
+        weight_decay: of SGD, on all parameters.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        projection_dim: int = 128,
+        hidden_dim: int = 512,
+        temperature: float = 0.2,
+        num_clusters: int | None = None,
+        sizes: Sequence[int] | None = None,
+        lr: float = 0.3,
+        warmup_epochs: int = 2,
+        sgd_momentum: float = 0.9,
+        weight_decay: float = 1e-4,
+    ) -> None:
+        if temperature <= 0:
+            raise UsageError(f"simclr.module.temperature {temperature} is not positive; ours: 0.2")
+        check_sizes("simclr", sizes)
+        width = int(backbone.num_features)  # type: ignore[arg-type]
+        super().__init__(
+            backbone,
+            nn.Sequential(
+                nn.Linear(width, hidden_dim, bias=False),
+                nn.BatchNorm1d(hidden_dim),
+                nn.ReLU(),
+                nn.Linear(hidden_dim, projection_dim),
+            ),
+            num_clusters=num_clusters,
+            sizes=sizes,
+            lr=lr,
+            warmup_epochs=warmup_epochs,
+            sgd_momentum=sgd_momentum,
+            weight_decay=weight_decay,
+        )
+        self.temperature = temperature
+
+    def training_step(self, batch: Views, batch_idx: int) -> Tensor:
+        """Return the loss of one batch; both views get a gradient."""
+        features = self.encoder(torch.cat(self.pair(batch)))  # (2b, D)
+        query, key = F.normalize(self.projection(features).float()).chunk(2)  # (b, P) each
+        everyone = (query, key)
+        if self.trainer.world_size > 1:  # every rank has the whole loss of all ranks' views
+            everyone = (self._everyone(query), self._everyone(key))
+        loss = nt_xent(*everyone, self.temperature)
+        self.record_step(loss, query, key)
+        return loss
+
+    def check(self, images: ImageSet, streams: Mapping[str, Stream]) -> None:
+        """Check that a batch has negatives."""
+        for stream in streams.values():
+            if stream.batch_size < 2:
+                raise UsageError(
+                    f"simclr.streams.images.batch_size {stream.batch_size} leaves an image no "
+                    "other to be told from; give at least 2"
+                )
+
+    def _everyone(self, rows: Tensor) -> Tensor:
+        """Gather (b, P) to (B, P); the gradient goes back to the rank that the rows are from."""
+        gathered = self.all_gather(rows, sync_grads=True)  # (R, b, P)
+        assert isinstance(gathered, Tensor)  # noqa: S101 - Lightning answers in kind
+        return gathered.flatten(0, 1)
