@@ -23,9 +23,15 @@ GROUPS = {
     for group in sorted(CONF.iterdir())
     if group.is_dir()
 }
-NEEDED = {"folder": ("dataset.root=/images", "dataset.num_clusters=7")}
+NEEDED = {
+    name: (f"dataset.{place}=/images", "dataset.num_clusters=7")
+    for name, place in (
+        *(("folder", "root"), ("shards", "root"), ("hugging_face", "root")),
+        ("array", "path"),
+    )
+}
 # Read by run.py, stages and views, and not by the function that makes the data set.
-DESCRIBED = {"num_clusters", "mean", "std"}
+DESCRIBED = {"num_clusters", "mean", "std", "classes", "imbalance", "limit"}
 
 
 def command_lines(*groups: str) -> list[Any]:
@@ -64,7 +70,11 @@ def test_preset_of_a_data_set_comes_with_it(name: str) -> None:
     numbers = dict(flat(yaml.safe_load((CONF / "preset" / f"{name}.yaml").read_text())))
     assert numbers
     for key, value in numbers.items():
-        if not key.startswith("defaults"):
+        if isinstance(value, str) and value.startswith("${"):
+            chosen = numbers["defaults"][0]["/backbone@joint_backbone"]
+            expected = yaml.safe_load((CONF / "backbone" / f"{chosen}.yaml").read_text())
+            assert OmegaConf.to_container(cfg.fixmatch.module.backbone) == expected
+        elif not key.startswith("defaults"):
             assert OmegaConf.select(cfg, key) == value, key
     # The command line still wins.
     assert compose(f"dataset={name}", *NEEDED.get(name, ()), "moco.epochs=7").moco.epochs == 7
@@ -203,6 +213,46 @@ def test_shared_settings_reach_the_stage_that_reads_them() -> None:
     assert module.hidden_dim == 33
     assert (cfg.proto.module.seed, cfg.proto.module.num_clusters) == (4, 6)
     assert cfg.run == "seed4"
+
+
+SPEC = {  # of the paper: queue, epochs, buffer, epochs of stage 2, agreement, cutout, stage 3
+    "stl10": (65536, 1000, 5000, 100, 0.90, 32, (37, 2)),
+    "cifar10": (12800, 1000, 5000, 30, 0.99, 16, (28, 2)),
+    "cifar20": (12800, 1000, 10000, 100, 0.99, 16, (28, 8)),
+    "imagenet10": (12800, 5000, 5000, 100, 0.90, 32, None),
+    "imagenet_dogs": (12800, 3000, 8000, 100, 0.90, 32, None),
+    "tiny_imagenet": (12800, 1000, 5000, 100, 0.90, 16, None),
+}
+
+
+@pytest.mark.parametrize("name", SPEC)
+def test_numbers_of_the_paper(name: str) -> None:
+    cfg = compose(f"dataset={name}")
+    joint = cfg.fixmatch.module.backbone
+    assert SPEC[name] == (
+        cfg.moco.module.queue_size,
+        cfg.moco.epochs,
+        cfg.proto.module.buffer_size,
+        cfg.proto.epochs,
+        cfg.fixmatch.module.agreement,
+        cfg.augment.strong.max_cutout,
+        (joint.depth, joint.widen_factor) if "depth" in joint else None,
+    )
+    assert cfg.fixmatch.module.init == ("scratch" if "depth" in joint else "joint")
+    assert cfg.dataset.protocol == "whole"
+    # 1 + the convolutions of the blocks: the paper's ResNet34
+    assert list(cfg.backbone.blocks) == [3, 4, 6, 3]
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar20", "stl10"])
+def test_split_protocol_has_one_network_for_all_stages(name: str) -> None:
+    more = ["backbone=resnet18_pool"] if name == "stl10" else []
+    cfg = compose("experiment=split", f"dataset={name}", *more)
+    assert cfg.dataset.protocol == "split"
+    assert list(cfg.backbone.blocks) == [2, 2, 2, 2]
+    assert cfg.backbone.stem == ("conv3_pool" if more else "conv3")
+    assert cfg.fixmatch.module.backbone == cfg.backbone
+    assert cfg.fixmatch.module.init == "joint"
 
 
 def test_folder_of_results_is_named_after_the_folder_of_images(tmp_path: Path) -> None:

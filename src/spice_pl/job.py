@@ -22,6 +22,10 @@ NOT_IN_NAMES = {
     *("runs_dir", "cache_dir", "trainer", "logger", "on_bad_image", "allow_targets", "map"),
 }
 
+SWEPT_OF_DATASET = tuple(
+    f"dataset.{key}=" for key in ("num_clusters", "protocol", "classes", "imbalance", "limit")
+)
+
 
 @dataclass(frozen=True)
 class Job:
@@ -66,7 +70,7 @@ class Job:
         for override in self.overrides:
             text = override.lstrip("+~")
             first = re.split(r"[=.@/]", text, maxsplit=1)[0]
-            swept = first not in NOT_IN_NAMES or text.startswith("dataset.num_clusters=")
+            swept = first not in NOT_IN_NAMES or text.startswith(SWEPT_OF_DATASET)
             if swept and first not in others:
                 kept.append(text.replace("/", "_").replace(" ", ""))
         return sorted(kept)

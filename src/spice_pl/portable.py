@@ -31,7 +31,8 @@ from torch.nn import functional as F
 
 from spice_pl.artifacts import atomic, load_strictly
 from spice_pl.data.augment import View
-from spice_pl.data.folder import decode, image_files, square
+from spice_pl.data.decode import decode, square
+from spice_pl.data.scan import image_files
 from spice_pl.errors import UsageError
 from spice_pl.functional.neighbors import similarities
 from spice_pl.nn.heads import ClusterHead, LinearHead

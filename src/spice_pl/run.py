@@ -33,6 +33,7 @@ from spice_pl.callbacks.progress import StageProgress
 from spice_pl.callbacks.truth import TruthMonitor
 from spice_pl.data.datamodule import Stream, ViewsDataModule
 from spice_pl.data.images import ImageSet
+from spice_pl.data.subset import subset
 from spice_pl.errors import UsageError
 from spice_pl.job import Job, check_chain, check_folders, check_upstream, stamp
 from spice_pl.portable import ClusterNetwork, PortableModel, choose_known, portable_settings
@@ -269,8 +270,12 @@ def _stage_run(job: Job, name: str, upstream: Sequence[RunFolder]) -> StageRun:
 def _images(cfg: DictConfig, **other: Any) -> ImageSet:
     """Open the data set, some of its settings replaced by others."""
     described = {"num_clusters", "mean", "std"}  # read by stages and views
-    settings = {key: value for key, value in cfg.dataset.items() if key not in described}
-    images: ImageSet = build(cfg, settings | other)
+    chosen = ("classes", "imbalance", "limit")
+    settings = {
+        key: value for key, value in cfg.dataset.items() if key not in {*described, *chosen}
+    }
+    source: ImageSet = build(cfg, settings | other)
+    images = subset(source, **build(cfg, {key: cfg.dataset[key] for key in chosen}))
     num_clusters, num_train = int(cfg.dataset.num_clusters or 0), len(images.train_index)
     if num_clusters and not 2 <= num_clusters <= num_train:
         raise UsageError(

@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
+import struct
+import time
+import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +19,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from spice_pl.data import folder as module
-from spice_pl.data.folder import decode, folder
+from spice_pl.data import scan, store
+from spice_pl.data.decode import Decoded, decode, read_image
+from spice_pl.data.folder import folder
 from spice_pl.data.images import ImageSet
 from spice_pl.errors import UsageError
 
@@ -197,10 +204,15 @@ def test_thin_images_are_images(tmp_path: Path, size: tuple[int, int]) -> None:
 
 
 def forbid_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
-    def decode(path: Path, image_size: int) -> str:
+    def read_image(path: Path, image_size: int) -> str:
         raise AssertionError(f"decoded {path}")
 
-    monkeypatch.setattr(module, "decode", decode)
+    monkeypatch.setattr(module, "read_image", read_image)
+
+
+def stores(tmp_path: Path) -> list[str]:
+    """What is in the cache, without the empty files that runs lock."""
+    return [path.name for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"]
 
 
 def test_second_opening_reads_the_store(
@@ -215,7 +227,7 @@ def test_second_opening_reads_the_store(
     assert levels(second) == levels(first) == [10]
     assert second.fingerprint == first.fingerprint
     assert list(second.skipped) == list(first.skipped)
-    with pytest.raises(UsageError, match=r"bad image .*2\.png: empty file"):
+    with pytest.raises(UsageError, match=r"bad image 2\.png of .*: empty file"):
         load(on_bad_image="raise")
 
 
@@ -242,41 +254,83 @@ def test_changed_files_make_a_new_store(
     assert after.fingerprint != before.fingerprint
 
 
-def test_interrupted_decoding_leaves_nothing_that_is_taken_for_whole(
+def test_interrupted_decoding_is_gone_on_with(
+    root: Path, tmp_path: Path, load: Callable[..., ImageSet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(9):
+        solid(root / f"{i}.png", 10 * i)
+    (root / "1.png").write_bytes(b"")
+    read: list[str] = []
+
+    def interrupted(path: Path, image_size: int) -> Decoded | str:
+        read.append(path.name)
+        if path.name == "7.png" and "0.png" in read:  # the first time
+            raise KeyboardInterrupt
+        return read_image(path, image_size)
+
+    monkeypatch.setattr(module, "read_image", interrupted)
+    monkeypatch.setattr(store, "STEP_IMAGES", (3, 3))
+    with pytest.raises(KeyboardInterrupt):
+        load()
+    (part,) = stores(tmp_path)
+    assert part.endswith(".part")
+    # What a killed process leaves behind: rows and a line of the journal without an end.
+    for name in ("images.u8", "files.part", "journal.jsonl"):
+        with (tmp_path / "cache" / part / name).open("ab") as file:
+            file.write(b'{"done": 9, "num_rows')
+    read.clear()
+    images = load()
+    assert sorted(read) == ["6.png", "7.png", "8.png"]
+    assert levels(images) == [0, *range(20, 90, 10)]
+    assert list(images.keys) == ["0.png", *(f"{i}.png" for i in range(2, 9))]
+    assert list(images.skipped) == [("1.png", "empty file")]
+    assert not [name for name in stores(tmp_path) if name.endswith(".part")]
+    monkeypatch.undo()
+    assert images.fingerprint == folder(str(root), S, str(tmp_path / "another")).fingerprint
+
+
+def test_one_process_writes_and_the_others_wait(
     root: Path, tmp_path: Path, load: Callable[..., ImageSet], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for i in range(5):
         solid(root / f"{i}.png", 10 * i)
+    read: list[str] = []
 
-    def interrupted(path: Path, image_size: int) -> NDArray[np.uint8] | str:
-        if path.name == "3.png":
-            raise KeyboardInterrupt
-        return decode(path, image_size)
+    def slow(path: Path, image_size: int) -> Decoded | str:
+        read.append(path.name)
+        time.sleep(0.02)
+        return read_image(path, image_size)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "decode", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            load()
-    assert list((tmp_path / "cache").iterdir()) == []
-    # A process that was killed cannot tidy up; what it leaves is no store either.
-    (tmp_path / "cache/.decoding-killed").mkdir()
-    (tmp_path / "cache/.decoding-killed/index.json").write_text("{}")
-    assert levels(load()) == [0, 10, 20, 30, 40]
+    monkeypatch.setattr(module, "read_image", slow)
+    with ThreadPoolExecutor(4) as pool:  # a lock is of the open file, so threads show it too
+        opened = [pool.submit(load) for _ in range(4)]
+    assert [levels(each.result()) for each in opened] == [[0, 10, 20, 30, 40]] * 4
+    assert len(read) == 5
 
 
-def test_store_of_another_run_that_was_first_is_used(
+def test_a_full_disk_is_said(
     root: Path, load: Callable[..., ImageSet], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     solid(root / "1.png", 10)
-    rename = os.rename
 
-    def late(source: str, target: Path) -> None:
-        monkeypatch.undo()
-        load()  # the other run
-        rename(source, target)
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "rename", late)
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_append", full)
+        with pytest.raises(UsageError, match="is full; make room and start again"):
+            load()
     assert levels(load()) == [10]
+
+
+def test_exact_copies_are_counted(
+    root: Path, load: Callable[..., ImageSet], caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, level in (("a", 1), ("b", 2), ("c", 1), ("d", 1)):
+        solid(root / f"{name}.png", level)
+    with caplog.at_level(logging.INFO):
+        load()
+    assert "2 of 4 images are exact copies of others" in caplog.text
 
 
 # Bad input
@@ -314,7 +368,7 @@ def test_bad_images_are_skipped_counted_and_named(
         assert reasons[name] in reason
         assert str(root) not in reason  # the name stands before it
         assert f"{name}: {reason}" in caplog.text
-    assert f"skipped 5 images below {root}" in caplog.text
+    assert f"skipped 5 images of dataset.root={root}" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["empty.png", "half.jpg", "link.png", "text.jpg", "truncated.png"])
@@ -324,15 +378,15 @@ def test_a_bad_image_stops_when_asked(
     for other in write_bad(root):
         if other != name:
             (root / other).unlink()
-    with pytest.raises(UsageError, match=rf"bad image .*{name}: .*on_bad_image=skip"):
+    with pytest.raises(UsageError, match=rf"bad image {name} of .*: .*on_bad_image=skip"):
         load(on_bad_image="raise")
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert stores(tmp_path) == []
 
 
 def test_only_bad_images_are_no_data_set(root: Path, load: Callable[..., ImageSet]) -> None:
     write_bad(root)
     (root / "good.png").unlink()
-    with pytest.raises(UsageError, match=r"none of the 5 image files .*first: empty\.png: empty"):
+    with pytest.raises(UsageError, match=r"none of the 5 images of .*first: empty\.png: empty"):
         load()
 
 
@@ -370,12 +424,14 @@ def test_disk_too_small(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=need - 1))
     with pytest.raises(UsageError, match=r"the images need .* GB in .* are free; make room"):
         load()
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert [name for name in stores(tmp_path) if not name.endswith(".part")] == []
 
 
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
+        ({"labels": "csv"}, r"dataset\.labels=csv reads .* of dataset\.table; give it"),
+        ({"scan": "never"}, r"dataset\.scan 'never' is none of"),
         ({"labels": "names"}, r"dataset\.labels 'names' is none of"),
         ({"on_bad_image": "ignore"}, "on_bad_image 'ignore' is none of"),
         ({"protocol": "split"}, "protocol=split needs test images"),
@@ -387,3 +443,266 @@ def test_settings_that_are_none(
     solid(root / "1.png", 0)
     with pytest.raises(UsageError, match=message):
         load(**setting)
+
+
+# A folder that is not at rest
+
+
+def test_a_file_that_changes_while_the_folder_is_read_is_left_out(
+    root: Path, load: Callable[..., ImageSet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(4):
+        solid(root / f"{i}.png", 10 * i)
+
+    def meanwhile(path: Path, image_size: int) -> Decoded | str:
+        if path.name == "1.png":
+            path.unlink()
+        if path.name == "2.png":
+            solid(path, 200)
+            os.utime(path, ns=(0, 0))
+        return read_image(path, image_size)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "read_image", meanwhile)
+        images = load()
+    assert list(zip(images.keys, levels(images), strict=True)) == [("0.png", 0), ("3.png", 30)]
+    assert list(images.skipped) == [
+        ("1.png", "vanished after the folder was listed"),
+        ("2.png", "changed after the folder was listed; run again when it is complete"),
+    ]
+    assert levels(load()) == [0, 200, 30]  # the next run sees the folder as it is then
+
+
+def test_a_file_that_must_not_be_read_is_left_out(
+    root: Path, load: Callable[..., ImageSet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    solid(root / "1.png", 10)
+    solid(root / "2.png", 20)
+    real = Image.open
+
+    def refused(file: Any, *more: Any) -> Any:
+        if str(file).endswith("1.png"):
+            raise PermissionError(13, "Permission denied", str(file))
+        return real(file, *more)
+
+    monkeypatch.setattr(Image, "open", refused)
+    images = load()
+    assert levels(images) == [20]
+    assert list(images.skipped) == [("1.png", "permission denied")]
+
+
+def test_a_pipe_is_no_image(root: Path, load: Callable[..., ImageSet]) -> None:
+    solid(root / "1.png", 10)
+    os.mkfifo(root / "2.png")
+    images = load()
+    assert levels(images) == [10]
+    assert list(images.skipped) == [("2.png", "not a file")]
+
+
+def test_links_to_folders_are_followed_once(root: Path, load: Callable[..., ImageSet]) -> None:
+    solid(root / "real/1.png", 10)
+    solid(root.parent / "elsewhere/2.png", 20)
+    (root / "a link").symlink_to(root / "real")
+    (root / "real/loop").symlink_to(root)
+    (root / "outside").symlink_to(root.parent / "elsewhere")
+    images = load()
+    assert list(images.keys) == ["outside/2.png", "real/1.png"]
+    assert list(images.skipped) == [
+        ("a link", "a link to a folder that is searched already"),
+        ("real/loop", "a link to a folder that is searched already"),
+    ]
+
+
+def test_names_that_are_no_text_survive(root: Path, load: Callable[..., ImageSet]) -> None:
+    name = os.fsdecode(b"caf\xe9\n.png")
+    solid(root / name, 10)
+    solid(root / "z.png", 20)
+    images = load()
+    assert list(images.keys) == [name, "z.png"]
+    assert images.keys[-1] == "z.png"
+    assert images.keys[:1] == [name]
+    with pytest.raises(IndexError):
+        images.keys[2]
+
+
+# Notes of earlier scans
+
+
+def age(root: Path) -> None:
+    for path in (root, *root.rglob("*")):
+        os.utime(path, (1e9, 1e9))
+
+
+@pytest.mark.parametrize("change", ["nothing", "added", "removed", "renamed", "sampled"])
+def test_a_folder_that_has_not_changed_is_trusted(
+    root: Path,
+    load: Callable[..., ImageSet],
+    monkeypatch: pytest.MonkeyPatch,
+    change: str,
+) -> None:
+    for i in range(4):
+        solid(root / f"deep/{i}.png", 10 * i)
+    age(root)
+    assert levels(load(scan="folders")) == [0, 10, 20, 30]
+    expected = [0, 10, 20, 30]
+    if change == "added":
+        solid(root / "deep/4.png", 40)
+        expected = [0, 10, 20, 30, 40]
+    elif change == "removed":
+        (root / "deep/1.png").unlink()
+        expected = [0, 20, 30]
+    elif change == "renamed":
+        (root / "deep/1.png").rename(root / "deep/5.png")
+        expected = [0, 20, 30, 10]
+    elif change == "sampled":
+        (root / "deep/1.png").write_bytes(solid(root.parent / "x.png", 99).read_bytes())
+        expected = [0, 99, 20, 30]
+    scans = []
+    real = scan.scan_files
+    monkeypatch.setattr(scan, "scan_files", lambda *a: scans.append(1) or real(*a))
+    assert levels(load(scan="folders")) == expected
+    assert len(scans) == (change != "nothing")
+
+
+def test_a_folder_that_changes_just_now_leaves_no_note(
+    root: Path, tmp_path: Path, load: Callable[..., ImageSet]
+) -> None:
+    solid(root / "1.png", 10)
+    load(scan="folders")
+    assert not list((tmp_path / "cache").glob("*.scan.json"))
+
+
+def test_few_files_are_looked_at_every_time(
+    root: Path, tmp_path: Path, load: Callable[..., ImageSet]
+) -> None:
+    solid(root / "1.png", 10)
+    age(root)
+    load()
+    assert not list((tmp_path / "cache").glob("*.scan.json"))
+
+
+# Tables
+
+
+def test_a_table_says_which_images_in_which_order(
+    root: Path, tmp_path: Path, load: Callable[..., ImageSet]
+) -> None:
+    for i in range(4):
+        solid(root / f"{i}.png", 10 * i)
+    (root / "1.png").write_bytes(b"")
+    outside = solid(tmp_path / "outside.png", 70)
+    lines = ["label,path", "10,3.png", "9,1.png", ",2.png", f"9,{outside}", "10,gone.png"]
+    (tmp_path / "t.csv").write_text("\ufeff" + "\n".join(lines))
+    images = load(table=str(tmp_path / "t.csv"), labels="csv")
+    assert list(images.keys) == ["3.png", "2.png", str(outside)]
+    assert levels(images) == [30, 20, 70]
+    assert images.labels is not None
+    assert images.labels.tolist() == [1, -1, 0]  # numbers sort as numbers
+    assert images.class_names == ["9", "10"]
+    assert list(images.skipped) == [("1.png", "empty file"), ("gone.png", "broken link")]
+    assert load(table=str(tmp_path / "t.csv")).labels is None
+
+
+def test_a_parquet_table_is_one_too(
+    root: Path, tmp_path: Path, load: Callable[..., ImageSet]
+) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    solid(root / "1.png", 10)
+    solid(root / "2.png", 20)
+    columns = {"path": ["2.png", "1.png"], "label": ["b", None]}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "t.parquet")
+    images = load(table=str(tmp_path / "t.parquet"), labels="csv")
+    assert levels(images) == [20, 10]
+    assert images.labels is not None
+    assert images.labels.tolist() == [0, -1]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("file,label\n1.png,a", r"has no column path; it has file, label"),
+        ("path\n1.png", r"has no column label; it has path"),
+        ("path,label", r"has no rows"),
+        ("path,label\n1.png,a\n1.png,b", r"row 2 of .* names 1\.png twice"),
+        ("path,label\n,a", r"row 1 of .* names no file"),
+    ],
+)
+def test_a_table_that_does_not_fit(
+    root: Path, tmp_path: Path, load: Callable[..., ImageSet], lines: str, message: str
+) -> None:
+    solid(root / "1.png", 10)
+    (tmp_path / "t.csv").write_text(lines)
+    with pytest.raises(UsageError, match=message):
+        load(table=str(tmp_path / "t.csv"), labels="csv")
+
+
+# Hostile files
+
+
+def test_bombs_are_left_out(root: Path, load: Callable[..., ImageSet]) -> None:
+    solid(root / "good.png", 10)
+    for name, side in (("bomb.png", 50_000), ("large.png", 10_000)):
+        # A header that promises side × side pixels in a few bytes.
+        header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+        chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"\0" * 100)), (b"IEND", b"")]
+        (root / name).write_bytes(
+            b"\x89PNG\r\n\x1a\n"
+            + b"".join(
+                struct.pack(">I", len(data))
+                + kind
+                + data
+                + struct.pack(">I", zlib.crc32(kind + data))
+                for kind, data in chunks
+            )
+        )
+    images = load()
+    assert levels(images) == [10]
+    assert [name for name, _ in images.skipped] == ["bomb.png", "large.png"]
+    assert all("decompression bomb" in reason for _, reason in images.skipped)
+
+
+def test_a_long_thin_image_is_an_image(tmp_path: Path) -> None:
+    Image.new("L", (50_000, 2), 9).save(tmp_path / "x.png")
+    assert (decoded(tmp_path / "x.png", 4) == 9).all()
+
+
+def test_an_extension_does_not_choose_the_decoder(tmp_path: Path) -> None:
+    Image.new("RGB", (S, S), (7, 7, 7)).save(tmp_path / "x", "PNG")
+    (tmp_path / "x").rename(tmp_path / "x.jpg")
+    assert (decoded(tmp_path / "x.jpg", S) == 7).all()
+    # PostScript is a program; Pillow would run it.
+    (tmp_path / "y.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    reason = decode(tmp_path / "y.png", S)
+    assert isinstance(reason, str)
+    assert "cannot identify image file" in reason
+
+
+def test_damaged_notes_beside_a_picture_do_not_matter(tmp_path: Path) -> None:
+    Image.new("RGB", (S, S), (7, 7, 7)).save(tmp_path / "x.png", exif=b"Exif\0\0MM\0*\xff\xff\xff")
+    assert (decoded(tmp_path / "x.png", S) == 7).all()
+
+
+def test_floating_levels(tmp_path: Path) -> None:
+    for name, levels_ in (("unit", [0.0, 0.5, 1.0]), ("byte", [0.0, 127.5, 255.0])):
+        row = np.array([levels_] * 3, dtype=np.float32)
+        Image.fromarray(row).save(tmp_path / f"{name}.tif")
+        assert decoded(tmp_path / f"{name}.tif", 3)[0, :, 0].tolist() == [0, 127, 255]
+
+
+def test_a_large_photograph_is_read_small(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 255, 512).astype(np.uint8)
+    Image.fromarray(np.tile(ramp, (512, 1))).save(tmp_path / "x.jpg", quality=95)
+    image = read_image(tmp_path / "x.jpg", 16)
+    assert isinstance(image, Decoded)
+    assert (image.format, image.width, image.height) == ("JPEG", 512, 512)
+    expected = ramp.reshape(16, 32).mean(axis=1)
+    assert np.abs(image.pixels[0, 8] - expected).max() < 4
+
+
+def test_heic_is_read_where_its_package_is(tmp_path: Path) -> None:
+    pytest.importorskip("pillow_heif")
+    read_image(b"", S)  # registers what is there
+    Image.new("RGB", (16, 16), (50, 100, 150)).save(tmp_path / "x.heic")
+    assert np.abs(decoded(tmp_path / "x.heic", S).astype(int) - (50, 100, 150)).max() < 8

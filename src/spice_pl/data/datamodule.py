@@ -59,6 +59,7 @@ class Stream:
         group_size: images that belong together (an E-step buffer); None is the epoch.
         drop_last: leave out a batch that is not full.
         subset: (n,) indices to draw from; None means the images that training may see.
+        extra: draw from the data set's extra images as well, where it has some (STL10).
     """
 
     views: Mapping[str, View]
@@ -67,6 +68,7 @@ class Stream:
     group_size: int | None = None
     drop_last: bool = True
     subset: Tensor | None = None
+    extra: bool = False
 
 
 class ViewsDataModule(pl.LightningDataModule):
@@ -101,11 +103,10 @@ class ViewsDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Pixels] | CombinedLoader:
         """Return the stream's loader, or all streams side by side."""
-        train_index = torch.from_numpy(self.images.train_index)
         loaders = {
             name: self._loader(
                 KeyedBatches(
-                    train_index if stream.subset is None else stream.subset,
+                    self._drawn(stream),
                     stream.batch_size,
                     self.seed,
                     _key(self.stage, name),
@@ -143,6 +144,11 @@ class ViewsDataModule(pl.LightningDataModule):
             no_uniforms = torch.empty(len(batch.index), 0, device=batch.index.device)
             return Views(batch.index, {"plain": self.plain(batch.images, no_uniforms)})
         return self._views(next(iter(self.streams)), batch)
+
+    def _drawn(self, stream: Stream) -> Tensor:
+        if stream.subset is not None:
+            return stream.subset
+        return torch.from_numpy(self.images.drawn_index(extra=stream.extra))
 
     def make(
         self, index: Tensor, device: torch.device, views: Mapping[str, View], number: int = 0
@@ -188,7 +194,7 @@ class PixelDataset(Dataset[Pixels]):
     """Whole batches of uint8 pixels: one copy out of the memory map."""
 
     def __init__(self, images: ImageSet) -> None:
-        self.images = images.images
+        self.images = images
 
     def __len__(self) -> int:
         return len(self.images)
@@ -196,7 +202,7 @@ class PixelDataset(Dataset[Pixels]):
     def __getitem__(self, batch: tuple[Tensor, Tensor]) -> Pixels:
         """Return the images of a drawn batch."""
         index, rounds = batch
-        return Pixels(index, rounds, torch.from_numpy(self.images[index.numpy()]))
+        return Pixels(index, rounds, torch.from_numpy(self.images.pixels(index.numpy())))
 
 
 def _whole(batch: Any) -> Any:

@@ -5,14 +5,18 @@ Shapes: N images, S side in pixels.
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from spice_pl.data.images import ImageSet, fingerprint
+from spice_pl.data.images import ImageSet, fingerprint, joint_fingerprint
 from spice_pl.errors import UsageError
 
 
@@ -55,36 +59,206 @@ def cifar10(
     """
     from torchvision.datasets import CIFAR10
 
-    if image_size != 32:
-        raise UsageError(f"dataset.image_size {image_size}: CIFAR-10 images have 32 pixels a side")
-    try:
-        parts = [CIFAR10(root, train=train, download=download) for train in (True, False)]
-    except (RuntimeError, OSError) as error:
-        raise UsageError(
-            f"CIFAR-10 was not found under dataset.root={Path(root).resolve()} and could not be "
-            f"downloaded ({error}); put cifar-10-batches-py there, or use dataset=folder"
-        ) from error
-    images = np.concatenate([part.data for part in parts]).transpose(0, 3, 1, 2)  # (N, 3, S, S)
-    images = np.ascontiguousarray(images)
+    parts = _cifar(CIFAR10, root, image_size, download)
+    labels = [np.asarray(part.targets, dtype=np.int64) for part in parts]
+    return _cifar_set(name, parts, labels, parts[0].classes, protocol)
+
+
+def cifar100(
+    root: str,
+    name: str = "cifar100",
+    image_size: int = 32,
+    protocol: str = "whole",
+    download: bool = True,
+    superclasses: bool = False,
+) -> ImageSet:
+    """Return CIFAR-100 (60,000 photographs, 32×32) through torchvision, train images first.
+
+    Args:
+        root: where torchvision's files are.
+        name: names the folder of results.
+        image_size: 32.
+        protocol: "whole" or "split".
+        download: whether to fetch what is not there.
+        superclasses: take the 20 superclasses as truth (CIFAR-20) and not the 100 classes.
+
+    Raises:
+        UsageError: the files are neither at `root` nor to be downloaded.
+    """
+    from torchvision.datasets import CIFAR100
+
+    parts = _cifar(CIFAR100, root, image_size, download)
+    labels = [np.asarray(part.targets, dtype=np.int64) for part in parts]
+    class_names = parts[0].classes
+    if superclasses:
+        # torchvision, which has just checked these files, hands out the fine labels only.
+        base = Path(root, CIFAR100.base_folder)
+        files = (CIFAR100.train_list[0][0], CIFAR100.test_list[0][0])
+        labels = [
+            np.asarray(_unpickled(base / file)["coarse_labels"], dtype=np.int64) for file in files
+        ]
+        class_names = _unpickled(base / CIFAR100.meta["filename"])["coarse_label_names"]
+    return _cifar_set(name, parts, labels, class_names, protocol)
+
+
+def stl10(
+    root: str,
+    name: str = "stl10",
+    image_size: int = 96,
+    protocol: str = "whole",
+    download: bool = True,
+) -> ImageSet:
+    """Return STL10 (13,000 photographs, 96×96) through torchvision, train images first.
+
+    Its 100,000 unlabelled images are `extra`: streams that ask for them train on them, in stage 1
+    and as unlabelled images of stage 3, and nothing is scored on them. All pixels are
+    memory-mapped from torchvision's files.
+
+    Raises:
+        UsageError: the files are neither at `root` nor to be downloaded.
+    """
+    from torchvision.datasets import STL10
+
+    _require_size(image_size, 96, "STL10")
+    found = _torchvision(STL10, root, download, split="train")  # checks all files
+    base = Path(root, STL10.base_folder)
+
+    def pixels(file: str) -> NDArray[np.uint8]:
+        columns = np.memmap(base / file, dtype=np.uint8, mode="r").reshape(-1, 3, 96, 96)
+        return columns.transpose(0, 1, 3, 2)  # the files hold columns, (N, 3, S, S) rows
+
+    train, test, extra = (pixels(file) for file in ("train_X.bin", "test_X.bin", "unlabeled_X.bin"))
+    labels = [
+        np.fromfile(base / file, dtype=np.uint8).astype(np.int64) - 1  # 1 to 10 in the files
+        for file in ("train_y.bin", "test_y.bin")
+    ]
+    images = np.ascontiguousarray(np.concatenate([train, test]))
     return ImageSet(
         name=name,
         images=images,
-        keys=[
-            f"{split}/{i}"
-            for split, part in zip(("train", "test"), parts, strict=True)
-            for i in range(len(part.data))
-        ],
+        keys=_train_test_keys(len(train), len(test)),
+        fingerprint=joint_fingerprint(fingerprint(images), fingerprint(extra)),
+        labels=np.concatenate(labels),
+        class_names=tuple(found.classes),
+        is_test=np.repeat([False, True], [len(train), len(test)]),
+        protocol=protocol,
+        extra=extra,
+    )
+
+
+def mnist(
+    root: str,
+    name: str = "mnist",
+    image_size: int = 28,
+    protocol: str = "whole",
+    download: bool = True,
+) -> ImageSet:
+    """Return MNIST (70,000 handwritten digits, 28×28 grey) through torchvision, train first.
+
+    Raises:
+        UsageError: the files are neither at `root` nor to be downloaded.
+    """
+    from torchvision.datasets import MNIST
+
+    return _mnist_set(MNIST, root, name, image_size, protocol, download)
+
+
+def fashion_mnist(
+    root: str,
+    name: str = "fashion_mnist",
+    image_size: int = 28,
+    protocol: str = "whole",
+    download: bool = True,
+) -> ImageSet:
+    """Return Fashion-MNIST (70,000 pieces of clothing, 28×28 grey) through torchvision.
+
+    Raises:
+        UsageError: the files are neither at `root` nor to be downloaded.
+    """
+    from torchvision.datasets import FashionMNIST
+
+    return _mnist_set(FashionMNIST, root, name, image_size, protocol, download)
+
+
+def _torchvision(dataset: Any, root: str, download: bool, **which: Any) -> Any:
+    """Let torchvision find, check and if asked download a data set.
+
+    Raises:
+        UsageError: the files are neither there nor to be downloaded.
+    """
+    try:
+        return dataset(root, download=download, **which)
+    except (RuntimeError, OSError) as error:
+        folder = getattr(dataset, "base_folder", f"{dataset.__name__}/raw")
+        raise UsageError(
+            f"{dataset.__name__} was not found under dataset.root={Path(root).resolve()} and could "
+            f"not be downloaded ({error}); put {folder} there, or use dataset=folder"
+        ) from error
+
+
+def _cifar(dataset: Any, root: str, image_size: int, download: bool) -> list[Any]:
+    _require_size(image_size, 32, dataset.__name__)
+    return [_torchvision(dataset, root, download, train=train) for train in (True, False)]
+
+
+def _cifar_set(
+    name: str,
+    parts: Sequence[Any],
+    labels: Sequence[NDArray[np.int64]],
+    class_names: Sequence[str],
+    protocol: str,
+) -> ImageSet:
+    images = np.concatenate([part.data for part in parts]).transpose(0, 3, 1, 2)  # (N, 3, S, S)
+    images = np.ascontiguousarray(images)
+    train, test = (len(part.data) for part in parts)
+    return ImageSet(
+        name=name,
+        images=images,
+        keys=_train_test_keys(train, test),
         fingerprint=fingerprint(images),
-        labels=np.concatenate([np.asarray(part.targets, dtype=np.int64) for part in parts]),
-        class_names=tuple(parts[0].classes),
-        is_test=np.repeat([False, True], [len(part.data) for part in parts]),
+        labels=np.concatenate(labels),
+        class_names=tuple(class_names),
+        is_test=np.repeat([False, True], [train, test]),
         protocol=protocol,
     )
 
 
+def _mnist_set(
+    dataset: Any, root: str, name: str, image_size: int, protocol: str, download: bool
+) -> ImageSet:
+    parts = [_torchvision(dataset, root, download, train=train) for train in (True, False)]
+    train, test = (len(part.data) for part in parts)
+    grey = np.concatenate([part.data.numpy() for part in parts])  # (N, 28, 28)
+    labels = np.concatenate([part.targets.numpy() for part in parts])
+    whole = _grey_set(name, grey, labels, image_size, "whole")
+    return replace(
+        whole,
+        keys=_train_test_keys(train, test),
+        class_names=tuple(parts[0].classes),
+        is_test=np.repeat([False, True], [train, test]),
+        protocol=protocol,
+    )
+
+
+def _train_test_keys(train: int, test: int) -> list[str]:
+    return [f"train/{i}" for i in range(train)] + [f"test/{i}" for i in range(test)]
+
+
+def _require_size(image_size: int, pixels: int, name: str) -> None:
+    if image_size != pixels:
+        raise UsageError(
+            f"dataset.image_size {image_size}: {name} images have {pixels} pixels a side"
+        )
+
+
+def _unpickled(file: Path) -> dict[str, Any]:
+    with file.open("rb") as opened:
+        return dict(pickle.load(opened, encoding="latin1"))  # noqa: S301 - checksummed before
+
+
 def _grey_set(
     name: str,
-    grey: NDArray[np.float64],
+    grey: NDArray[Any],
     labels: NDArray[np.int64],
     image_size: int,
     protocol: str,

@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,8 @@ from numpy.typing import NDArray
 from spice_pl.errors import UsageError
 
 PROTOCOLS = ("whole", "split")
+# What is known of the file that an image comes from; `source` is its place among all files.
+FILE_FACTS = np.dtype([("source", "i8"), ("format", "U8"), ("width", "u4"), ("height", "u4")])
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,10 @@ class ImageSet:
             test images.
         skipped: file and reason of everything that could not be used.
         root: the folder that the keys are paths below; None where an image is no file.
+        extra: (M, 3, S, S) uint8, images outside the data set proper, such as the unlabelled ones
+            of STL10. Streams that ask for them see them as images N to N + M - 1; nothing else
+            does: they are not clustered, not scored, not chosen by.
+        files: (N,) FILE_FACTS of the file each image comes from, for people.
     """
 
     name: str
@@ -46,6 +53,8 @@ class ImageSet:
     protocol: str = "whole"
     skipped: Sequence[tuple[str, str]] = field(default_factory=tuple)
     root: Path | None = None
+    extra: NDArray[np.uint8] | None = None
+    files: NDArray[Any] | None = None
 
     def __post_init__(self) -> None:
         if self.protocol not in PROTOCOLS:
@@ -64,6 +73,22 @@ class ImageSet:
         """(n,) images that training may see under the protocol."""
         return self._index(test=False)
 
+    def drawn_index(self, *, extra: bool) -> NDArray[np.int64]:
+        """(n,) images that a stream draws from: the training images, with `extra` those too."""
+        if not extra or self.extra is None:
+            return self.train_index
+        return np.concatenate([self.train_index, len(self) + np.arange(len(self.extra))])
+
+    def pixels(self, index: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Copy the images of an index (n,) that may name extra ones."""
+        if self.extra is None:
+            return self.images[index]
+        proper = index < len(self)
+        copied = np.empty((len(index), *self.images.shape[1:]), dtype=np.uint8)
+        copied[proper] = self.images[index[proper]]
+        copied[~proper] = self.extra[index[~proper] - len(self)]
+        return copied
+
     @property
     def score_index(self) -> NDArray[np.int64]:
         """(n,) images that reported scores are computed on under the protocol."""
@@ -81,3 +106,8 @@ def fingerprint(images: NDArray[np.uint8], chunk: int = 4096) -> str:
     for start in range(0, len(images), chunk):
         digest.update(np.ascontiguousarray(images[start : start + chunk]).data)
     return digest.hexdigest()
+
+
+def joint_fingerprint(*parts: str) -> str:
+    """Digest of several fingerprints, or of one and what was chosen by it, in this order."""
+    return hashlib.blake2b("/".join(parts).encode(), digest_size=8).hexdigest()

@@ -101,7 +101,8 @@ class MoCoModule(FeatureStage):
 
     def check(self, images: ImageSet, streams: Mapping[str, Stream]) -> None:
         """Check that queue, batch and groups fit the data set and each other."""
-        queue_size, num_train = self.queue.keys.shape[1], len(images.train_index)
+        extra = any(stream.extra for stream in streams.values())
+        queue_size, num_train = self.queue.keys.shape[1], len(images.drawn_index(extra=extra))
         if queue_size > num_train:
             raise UsageError(
                 f"moco.module.queue_size {queue_size} exceeds the {num_train} training images, so "

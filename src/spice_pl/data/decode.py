@@ -1,0 +1,144 @@
+"""One image file to (3, S, S) RGB, or the reason why not: the only place where files are decoded.
+
+Shapes: S side in pixels.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+# Only these are tried, whatever a file is called: other decoders of Pillow run programs (EPS).
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "HEIF")
+SUFFIXES = {
+    *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"),
+    *(".heic", ".heif"),
+}
+
+MAX_PIXELS = 89_478_485  # of one file, Pillow's own: a quarter of a gigabyte in RGB
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """An image that could be decoded.
+
+    Attributes:
+        pixels: (3, S, S) uint8.
+        format: of the file, as Pillow calls it; "array" for pixels that were no file.
+        width: of the file, in pixels.
+        height: of the file, in pixels.
+    """
+
+    pixels: NDArray[np.uint8]
+    format: str
+    width: int
+    height: int
+
+
+def decode(path: Path, image_size: int) -> NDArray[np.uint8] | str:
+    """Return one image as `square` does, or the reason why it cannot be decoded."""
+    image = read_image(path, image_size)
+    return image if isinstance(image, str) else image.pixels
+
+
+def read_image(file: Path | bytes, image_size: int) -> Decoded | str:
+    """Decode one file as `square` does, or tell the reason why not.
+
+    A JPEG of more than twice the size is read at 1/2, 1/4 or 1/8, which its format allows, and
+    scaled from there.
+    """
+    try:
+        opened = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, "r", _formats())
+        with opened:
+            width, height, kind = *opened.size, str(opened.format)
+            if width * height > MAX_PIXELS:
+                return f"{width} x {height} pixels, could be a decompression bomb"
+            opened.draft(None, (2 * image_size, 2 * image_size))
+            pixels = square(opened, image_size)
+        return Decoded(pixels, "JPEG" if kind == "MPO" else kind, width, height)
+    except FileNotFoundError:
+        return "vanished after the folder was listed"
+    except PermissionError:
+        return "permission denied"
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        return str(error)
+    except Exception as error:  # Pillow raises many types on damaged files
+        return _reason(file, error)
+
+
+def square(image: Image.Image, image_size: int) -> NDArray[np.uint8]:
+    """Return an image of any size and mode as (3, S, S) RGB.
+
+    EXIF rotation is applied, transparency is laid on white, the first frame is taken of several,
+    the shorter side is scaled to `image_size` and the middle square kept.
+    """
+    image = _upright(image)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    elif image.mode == "F" or image.mode.startswith("I"):  # Pillow's own conversion clips at 255
+        levels = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        top = _largest_level(levels, floating=image.mode == "F")
+        image = Image.fromarray((levels / top * 255).clip(0, 255).astype(np.uint8))
+    image = image.convert("RGB")
+    if image.size != (image_size, image_size):
+        image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
+    return np.asarray(image, dtype=np.uint8).transpose(2, 0, 1)
+
+
+@contextmanager
+def quiet_warnings() -> Iterator[None]:
+    """Keep what Pillow warns of in damaged files out of the log; a reason is given for each.
+
+    Filters belong to the whole process: enter it in the thread that starts the others.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    with suppress(ImportError):
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    image.load()
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # what is damaged is the note beside the picture
+        return image
+
+
+def _largest_level(levels: NDArray[np.float64], *, floating: bool) -> float:
+    """What white is: 1 or 255 for floats that stay within, else 65535 or the brightest level."""
+    brightest = float(levels.max(initial=0))
+    if floating and brightest <= 255:
+        return 1.0 if brightest <= 1 else 255.0
+    return max(65535.0, brightest)
+
+
+def _reason(file: Path | bytes, error: Exception) -> str:
+    if isinstance(file, bytes):
+        return "empty file" if not file else f"{type(error).__name__}: {error}"
+    with suppress(OSError):
+        if os.stat(file).st_size == 0:
+            return "empty file"
+    if file.suffix.lower() in (".heic", ".heif") and "HEIF" not in _formats():
+        return "HEIC needs one more package; pip install 'spice-pl[heic]'"
+    return f"{type(error).__name__}: {str(error).replace(str(file), file.name)}"
