@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from spice_pl.data.decode import Decoded, read_image, quiet_warnings
+from spice_pl.data.decode import Decoded, quiet_warnings, read_image
 from spice_pl.data.folder import folder
 
 S = 8

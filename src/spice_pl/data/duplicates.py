@@ -67,7 +67,8 @@ def near_copies(images: NDArray[np.uint8]) -> NDArray[np.int64]:
     pairs = np.unique(pairs, axis=0)
     difference = np.abs(small[pairs[:, 0]] - small[pairs[:, 1]]).mean(axis=1)
     equal = np.array([np.array_equal(images[i], images[j]) for i, j in pairs], dtype=bool)
-    return pairs[(difference < MAX_DIFFERENCE) & ~equal]
+    near: NDArray[np.int64] = pairs[(difference < MAX_DIFFERENCE) & ~equal]
+    return near
 
 
 def _small(
