@@ -131,10 +131,18 @@ class RunFolder:
         Raises:
             UsageError: the weights belong to another architecture; lists every key that differs.
         """
+        load_strictly(module, self.read_weights(name), str(self.path / name))
+
+    def read_weights(self, name: str) -> dict[str, Tensor]:
+        """Read weights that `write_weights` wrote.
+
+        Raises:
+            UsageError: the file is missing.
+        """
         file = self.path / name
         if not file.is_file():
             raise UsageError(f"{file} is missing; run its stage again with overwrite=true")
-        load_strictly(module, load_file(file), str(file))
+        return dict(load_file(file))
 
     def write_clusters(
         self,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,6 +133,13 @@ class ViewsDataModule(pl.LightningDataModule):
     def predict_dataloader(self) -> DataLoader[Pixels]:
         """Return every image once, in order, shared by the ranks without padding."""
         return self._plain_loader(torch.arange(len(self.images)))
+
+    def plain_batches(self, index: Tensor, device: torch.device) -> Iterator[Views]:
+        """Yield this rank's share of the plain views of some images: rows rank, rank + R, ..."""
+        for pixels in self._plain_loader(index):
+            where = pixels.index.to(device)
+            no_uniforms = torch.empty(len(where), 0, device=device)
+            yield Views(where, {"plain": self.plain(pixels.images.to(device), no_uniforms)})
 
     def on_after_batch_transfer(
         self, batch: Pixels | dict[str, Pixels], dataloader_idx: int

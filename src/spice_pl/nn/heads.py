@@ -4,6 +4,7 @@ Shapes: H heads, B images, D features, E hidden units, K clusters.
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -173,6 +174,15 @@ class LinearHead(nn.Linear):
         """Return logits (B, K) of raw features (B, D)."""
         with _float32(features):
             return F.linear(features.to(self.weight.dtype), self.weight, self.bias)
+
+
+def head_of(state: Mapping[str, Tensor]) -> ClusterHead | LinearHead:
+    """Return a head of the architecture that a state dict belongs to, not yet loaded."""
+    if "hidden.weight" in state:
+        hidden_dim, feature_dim = state["hidden.weight"].shape
+        return ClusterHead(feature_dim, hidden_dim, len(state["output.weight"]))
+    num_clusters, feature_dim = state["weight"].shape
+    return LinearHead(feature_dim, num_clusters)
 
 
 def _float32(features: Tensor) -> torch.autocast:

@@ -1,0 +1,229 @@
+"""Who is labelled: selectors of semi-supervised methods.
+
+Each maps what a clustering left, embeddings and probabilities of all training samples, to labels
+(N,), -1 for a sample that stays unlabelled. The oracle is apart: it alone reads true labels.
+
+Shapes: N samples, D embedding width, K clusters.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from spice_pl.functional.kmeans import cosine_kmeans
+from spice_pl.functional.reliability import Balance, reliable_mask
+
+
+def reliable_labels(
+    embeddings: Tensor | None,
+    probs: Tensor | None,
+    num_clusters: int,
+    generator: torch.Generator | None = None,
+    *,
+    num_neighbors: int = 100,
+    agreement: float = 0.95,
+    confidence: float = 0.99,
+    balance: Balance = "min",
+) -> Tensor:
+    """Label the samples whose neighbours and head agree: SPICE, Eqs. 6-7.
+
+    Args:
+        embeddings: (N, D).
+        probs: (N, K).
+        num_clusters: K.
+        generator: of the draw among reliable samples of large clusters.
+        num_neighbors: see `reliable_mask`; at most N are taken.
+        agreement: see `reliable_mask`.
+        confidence: see `reliable_mask`.
+        balance: see `reliable_mask`.
+
+    Returns:
+        Labels (N,), -1 where unreliable.
+
+    Raises:
+        ValueError: embeddings or probs are missing.
+    """
+    probs = _needed("probs", probs)
+    embeddings = _needed("embeddings", embeddings)
+    mask = reliable_mask(
+        embeddings,
+        probs,
+        num_neighbors=min(num_neighbors, len(embeddings)),
+        agreement=agreement,
+        confidence=confidence,
+        balance=balance,
+        generator=generator,
+    )
+    return torch.where(mask, probs.argmax(dim=1), -1)
+
+
+def clusmatch_labels(
+    embeddings: Tensor | None,
+    probs: Tensor | None,
+    num_clusters: int,
+    generator: torch.Generator | None = None,
+    *,
+    fraction: float = 0.1,
+    branch: Literal["auto", "head", "features"] = "auto",
+) -> Tensor:
+    """Label each cluster's surest samples: ClusMatch, both branches.
+
+    Args:
+        embeddings: (N, D), read by the feature branch.
+        probs: (N, K), read by the head branch.
+        num_clusters: K.
+        generator: of k-means in the feature branch.
+        fraction: p; a cluster labels at most ⌊⌊N/K⌋·p⌋ samples.
+        branch: "head" keeps the largest variance of the probabilities over clusters, in each
+            predicted cluster; "features" runs k-means and keeps the nearest to each centre;
+            "auto" is "head" where there are probabilities.
+
+    Returns:
+        Labels (N,), -1 elsewhere.
+
+    Raises:
+        ValueError: what the branch reads is missing, or the budget is 0 samples a cluster.
+
+    Example:
+        >>> probs = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.0, 1.0]])
+        >>> clusmatch_labels(None, probs, 2, fraction=0.5)
+        tensor([ 0, -1, -1,  1])
+    """
+    if branch not in ("auto", "head", "features"):
+        raise ValueError(f"branch {branch!r} is unknown; choose auto, head or features")
+    if branch == "head" or (branch == "auto" and probs is not None):
+        probs = _needed("probs", probs)
+        return best_of_each(probs.var(dim=1), probs.argmax(dim=1), num_clusters, fraction)
+    clusters, centres = cosine_kmeans(
+        _needed("embeddings", embeddings), num_clusters, generator=generator
+    )
+    near = torch.nn.functional.cosine_similarity(embeddings, centres[clusters], dim=1)
+    return best_of_each(near, clusters, num_clusters, fraction)
+
+
+def confident_labels(
+    embeddings: Tensor | None,
+    probs: Tensor | None,
+    num_clusters: int,
+    generator: torch.Generator | None = None,
+    *,
+    fraction: float = 0.1,
+) -> Tensor:
+    """Label the samples of largest probability in each predicted cluster.
+
+    Args:
+        embeddings: not read.
+        probs: (N, K).
+        num_clusters: K.
+        generator: not used.
+        fraction: a cluster labels at most ⌊⌊N/K⌋·fraction⌋ samples.
+
+    Returns:
+        Labels (N,), -1 elsewhere.
+
+    Raises:
+        ValueError: probs are missing, or the budget is 0 samples a cluster.
+    """
+    confidence, clusters = _needed("probs", probs).max(dim=1)
+    return best_of_each(confidence, clusters, num_clusters, fraction)
+
+
+def random_labels(
+    embeddings: Tensor | None,
+    probs: Tensor | None,
+    num_clusters: int,
+    generator: torch.Generator | None = None,
+    *,
+    fraction: float = 0.1,
+) -> Tensor:
+    """Label a random draw of each predicted cluster: what a selector is compared with.
+
+    Args:
+        embeddings: not read.
+        probs: (N, K).
+        num_clusters: K.
+        generator: of the draw.
+        fraction: a cluster labels at most ⌊⌊N/K⌋·fraction⌋ samples.
+
+    Returns:
+        Labels (N,), -1 elsewhere.
+
+    Raises:
+        ValueError: probs are missing, or the budget is 0 samples a cluster.
+    """
+    probs = _needed("probs", probs)
+    tickets = torch.rand(len(probs), generator=generator).to(probs.device)
+    return best_of_each(tickets, probs.argmax(dim=1), num_clusters, fraction)
+
+
+@dataclass(frozen=True)
+class OracleLabels:
+    """True labels: ordinary semi-supervised learning, or the supervised upper line.
+
+    No unsupervised method: whoever trains on it must say so.
+
+    Attributes:
+        num_labels: of all classes together, shared evenly; None labels every sample.
+    """
+
+    num_labels: int | None = None
+
+    def __call__(self, truth: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Return labels (N,) of a class-balanced random draw; truth (N,) is -1 where unknown."""
+        if self.num_labels is None:
+            return truth
+        known = truth >= 0
+        per_class = self.num_labels // len(truth[known].unique())
+        label = torch.full_like(truth, -1)
+        tickets = torch.rand(len(truth), generator=generator)
+        for each in truth[known].unique():
+            members = (truth == each).nonzero()[:, 0]
+            label[members[tickets[members].argsort()[:per_class]]] = each
+        return label
+
+
+def best_of_each(score: Tensor, clusters: Tensor, num_clusters: int, fraction: float) -> Tensor:
+    """Label the samples of largest score in each cluster, ⌊⌊N/K⌋·fraction⌋ of them.
+
+    Args:
+        score: (N,), larger is surer.
+        clusters: (N,), ids 0 to K - 1.
+        num_clusters: K.
+        fraction: p, in (0, 1].
+
+    Returns:
+        Labels (N,), the cluster where selected and -1 elsewhere; a cluster smaller than the budget
+        gives all it has, an empty one nothing.
+
+    Raises:
+        ValueError: the budget is 0 samples a cluster, or fraction is above 1.
+
+    Example:
+        >>> best_of_each(torch.tensor([1.0, 3.0, 2.0, 0.0]), torch.tensor([0, 0, 0, 1]), 2, 0.5)
+        tensor([-1,  0, -1,  1])
+    """
+    share = len(score) // num_clusters
+    budget = math.floor(share * fraction + 1e-9)  # 0.29 · 100 is 28.999... in binary
+    if budget < 1 or fraction > 1:
+        raise ValueError(
+            f"fraction {fraction} of {share} samples a cluster gives {budget} labels; choose a "
+            f"fraction from {1 / max(1, share):.3g} to 1"
+        )
+    label = torch.full_like(clusters, -1)
+    for cluster in range(num_clusters):
+        members = (clusters == cluster).nonzero()[:, 0]
+        first = score[members].argsort(descending=True, stable=True)[:budget]
+        label[members[first]] = cluster
+    return label
+
+
+def _needed(what: str, value: Tensor | None) -> Tensor:
+    if value is None:
+        raise ValueError(
+            f"this selector reads {what} and the upstream has none; take another upstream or "
+            "another selector"
+        )
+    return value
