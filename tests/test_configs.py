@@ -18,6 +18,7 @@ from spice_pl.settings import ALLOWED_TARGETS
 from spice_pl.stages.base import Stage
 
 STAGES = ("moco", "proto", "fixmatch")
+FAMILY = ("clusmatch", "freematch", "flexmatch", "softmatch", "supervised")
 GROUPS = {
     group.name: sorted(file.stem for file in group.glob("*.yaml"))
     for group in sorted(CONF.iterdir())
@@ -146,7 +147,7 @@ def test_every_view_is_built_and_keeps_the_size(augment: str) -> None:
 
 
 @pytest.mark.parametrize("dataset", ["digits", "mnist5k"])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [*STAGES, *FAMILY])
 def test_every_stage_is_built_with_its_streams(dataset: str, stage: str) -> None:
     cfg = compose(f"dataset={dataset}")
     module = instantiate(cfg[stage].module, _convert_="all")
@@ -258,3 +259,18 @@ def test_split_protocol_has_one_network_for_all_stages(name: str) -> None:
 def test_folder_of_results_is_named_after_the_folder_of_images(tmp_path: Path) -> None:
     cfg = compose("dataset=folder", f"dataset.root={tmp_path}/my photos/", "dataset.num_clusters=2")
     assert cfg.dataset.name == "my photos"
+
+
+def test_selector_of_the_family_is_one_word() -> None:
+    cfg = compose("clusmatch.selector=reliable", "freematch.selector=oracle")
+    assert cfg.clusmatch.module.selector == cfg.selectors.reliable
+    assert cfg.clusmatch.title == "ClusMatch on reliable labels"
+    assert cfg.freematch.title == "FreeMatch on oracle labels"  # marked wherever it is shown
+    assert cfg.supervised.title == "Supervised on oracle_all labels"
+    assert cfg.softmatch.module.selector == cfg.selectors.reliable
+
+
+def test_the_family_shares_one_budget() -> None:
+    cfg = compose("fixmatch.epochs=7", "fixmatch.module.steps_per_epoch=9")
+    for name in ("freematch", "flexmatch", "softmatch", "supervised"):
+        assert (cfg[name].epochs, cfg[name].module.steps_per_epoch) == (7, 9)

@@ -61,11 +61,13 @@ class Job:
         return RunFolder(Path(cfg.runs_dir, str(cfg.dataset.name), stage, name))
 
     def _reaching(self, stage: str) -> list[str]:
+        # A stage may read another's settings by interpolation, as freematch those of fixmatch.
+        read = set(re.findall(r"\$\{(\w+)", OmegaConf.to_yaml(self.cfg[stage])))
         others = {
             key
             for key, value in self.cfg.items()
-            if isinstance(value, DictConfig) and "upstream" in value
-        } - {stage, *self.upstream(stage)}
+            if isinstance(value, DictConfig) and ("upstream" in value or key == "selectors")
+        } - {stage, *self.upstream(stage), *read}
         kept = []
         for override in self.overrides:
             text = override.lstrip("+~")

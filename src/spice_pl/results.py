@@ -58,6 +58,7 @@ class StageRun:
         confidence: more than, of a reliable image.
         balance: of reliable images over clusters.
         map_method: how the page lays images out, "pca" or "tsne".
+        oracle: whether true labels were trained on.
     """
 
     stage: str
@@ -74,6 +75,7 @@ class StageRun:
     confidence: float
     balance: Balance
     map_method: str = "pca"
+    oracle: bool = False
 
 
 def write_results(
@@ -159,7 +161,18 @@ def _row(
         scores = clustering_scores(
             torch.from_numpy(clusters[index]), torch.from_numpy(images.labels[index])
         )
-    return ResultRow(name, **scores, protocol=images.protocol, seed=run.seed, seconds=seconds)
+    return ResultRow(
+        name,
+        **scores,
+        protocol=images.protocol,
+        seed=run.seed,
+        seconds=seconds,
+        oracle=run.oracle or any(_is_oracle(folder) for folder in run.upstream),
+    )
+
+
+def _is_oracle(folder: RunFolder) -> bool:
+    return any(row.get("oracle", False) for row in folder.metrics.get("rows", []))
 
 
 def _write_clusters(run: StageRun, images: ImageSet, clusters: NDArray[np.int64]) -> dict[str, Any]:

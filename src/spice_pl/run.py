@@ -196,7 +196,7 @@ def _run_stage(job: Job, name: str, images: ImageSet) -> None:
         if module.has_clusters:
             _write_portable(job, name, module, images)
         write_results(
-            _stage_run(job, name, upstream),
+            _stage_run(job, name, upstream, oracle=module.oracle),
             images,
             last_logged(folder),  # callback_metrics is empty when resumed after the last epoch
             seconds=time.monotonic() - started + _progress(trainer).seconds_before,
@@ -249,7 +249,7 @@ def _parts(cfg: DictConfig, name: str) -> tuple[Stage, dict[str, Stream]]:
     return build(cfg, cfg[name].module), streams
 
 
-def _stage_run(job: Job, name: str, upstream: Sequence[RunFolder]) -> StageRun:
+def _stage_run(job: Job, name: str, upstream: Sequence[RunFolder], *, oracle: bool) -> StageRun:
     cfg = job.cfg
     chosen = {key: cfg[key] for key in ("dataset", "backbone", name)}
     return StageRun(
@@ -263,6 +263,7 @@ def _stage_run(job: Job, name: str, upstream: Sequence[RunFolder]) -> StageRun:
         overrides=job.overrides,
         settings={key: str(value) for key, value in flat(chosen).items()},
         map_method=str(cfg.map),
+        oracle=oracle,
         **OmegaConf.to_container(cfg.reliable, resolve=True),  # type: ignore[arg-type]
     )
 

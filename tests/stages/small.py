@@ -77,6 +77,7 @@ def fit(
     streams: Mapping[str, Stream],
     *callbacks: pl.Callback,
     epochs: int = 2,
+    resume: Any = None,
     **settings: Any,
 ) -> pl.Trainer:
     """Train a stage that was prepared."""
@@ -93,7 +94,8 @@ def fit(
         use_distributed_sampler=False,
         **settings,
     )
-    trainer.fit(module, ViewsDataModule(image_set(), streams, PLAIN, seed=0, stage="test"))
+    data = ViewsDataModule(image_set(), streams, PLAIN, seed=0, stage="test")
+    trainer.fit(module, data, ckpt_path=resume, weights_only=True)
     return trainer
 
 

@@ -88,7 +88,9 @@ def _first_centres(
 
 
 def _assign(embeddings: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
-    found = [similarities(rows, centres).max(dim=1) for rows in embeddings.split(ROWS_PER_CHUNK)]
+    found = [
+        similarities(rows, centres).max(dim=1) for rows in torch.split(embeddings, ROWS_PER_CHUNK)
+    ]
     fit, clusters = zip(*found, strict=True)
     return torch.cat(fit), torch.cat(clusters)
 
@@ -102,7 +104,7 @@ def _centres(embeddings: Tensor, clusters: Tensor, fit: Tensor, num_clusters: in
         clusters[worst] = empty
     sums = embeddings.new_zeros(num_clusters, embeddings.shape[1])
     for rows, ids in zip(
-        embeddings.split(ROWS_PER_CHUNK), clusters.split(ROWS_PER_CHUNK), strict=True
+        torch.split(embeddings, ROWS_PER_CHUNK), torch.split(clusters, ROWS_PER_CHUNK), strict=True
     ):
         member = torch.nn.functional.one_hot(ids, num_clusters).to(rows.dtype)  # (n, K)
         sums += similarities(member.T, rows.T)

@@ -97,9 +97,8 @@ def clusmatch_labels(
     if branch == "head" or (branch == "auto" and probs is not None):
         probs = _needed("probs", probs)
         return best_of_each(probs.var(dim=1), probs.argmax(dim=1), num_clusters, fraction)
-    clusters, centres = cosine_kmeans(
-        _needed("embeddings", embeddings), num_clusters, generator=generator
-    )
+    embeddings = _needed("embeddings", embeddings)
+    clusters, centres = cosine_kmeans(embeddings, num_clusters, generator=generator)
     near = torch.nn.functional.cosine_similarity(embeddings, centres[clusters], dim=1)
     return best_of_each(near, clusters, num_clusters, fraction)
 
@@ -172,14 +171,23 @@ class OracleLabels:
     num_labels: int | None = None
 
     def __call__(self, truth: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Return labels (N,) of a class-balanced random draw; truth (N,) is -1 where unknown."""
+        """Return labels (N,) of a class-balanced random draw; truth (N,) is -1 where unknown.
+
+        Raises:
+            ValueError: there are fewer labels than classes.
+        """
         if self.num_labels is None:
             return truth
-        known = truth >= 0
-        per_class = self.num_labels // len(truth[known].unique())
+        classes = torch.bincount(truth[truth >= 0]).nonzero()[:, 0]
+        per_class = self.num_labels // max(1, len(classes))
+        if not per_class:
+            raise ValueError(
+                f"num_labels {self.num_labels} gives none for each of {len(classes)} classes; ask "
+                f"for at least {max(1, len(classes))}"
+            )
         label = torch.full_like(truth, -1)
         tickets = torch.rand(len(truth), generator=generator)
-        for each in truth[known].unique():
+        for each in classes:
             members = (truth == each).nonzero()[:, 0]
             label[members[tickets[members].argsort()[:per_class]]] = each
         return label

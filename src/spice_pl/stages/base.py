@@ -44,6 +44,7 @@ class Stage(pl.LightningModule):
     """
 
     has_clusters = True
+    oracle = False  # whether true labels are trained on, which every result must say
     encoder: nn.Module
     _sizes: Tensor
     _seen: list[tuple[Tensor, Tensor]]

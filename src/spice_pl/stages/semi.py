@@ -176,6 +176,7 @@ class SemiSupervisedModule(Stage):
         self.ema_encoder = copy.deepcopy(backbone).requires_grad_(False)
         self.ema_head = copy.deepcopy(head).requires_grad_(False)
         self.threshold, self.selector = threshold, selector
+        self.oracle = isinstance(selector, OracleLabels)
         self.init, self.steps_per_epoch, self.num_clusters = init, steps_per_epoch, num_clusters
         self.kmeans_steps = kmeans_steps
         self.unlabeled_weight, self.ema_decay = unlabeled_weight, ema_decay
@@ -396,14 +397,11 @@ class SemiSupervisedModule(Stage):
                     f"true labels reach {int(truth.max())} and dataset.num_clusters is "
                     f"{self.num_clusters}; give as many clusters as classes"
                 )
-            label = self.selector(truth, generator)
+            label = self._asked(self.selector, truth, generator)
         else:
             features, probs = self._evidence(images, upstream)
             embeddings = None if features is None else F.normalize(features)
-            try:
-                label = self.selector(embeddings, probs, self.num_clusters, generator)
-            except ValueError as error:
-                raise UsageError(f"{self.name}.selector: {error}") from error
+            label = self._asked(self.selector, embeddings, probs, self.num_clusters, generator)
         counts = torch.bincount(label[label >= 0], minlength=self.num_clusters)
         found = f"{int(counts.sum())} of {len(label)} images are labelled, per cluster"
         if not counts.any():
@@ -414,4 +412,11 @@ class SemiSupervisedModule(Stage):
         logger.info("%s %s", found, counts.tolist())
         if without := (counts == 0).nonzero()[:, 0].tolist():
             logger.warning("clusters %s have no labelled image and start without one", without)
+        return label
+
+    def _asked(self, selector: Selector | OracleLabels, *evidence: Any) -> Tensor:
+        try:
+            label: Tensor = selector(*evidence)
+        except ValueError as error:
+            raise UsageError(f"{self.name}.selector: {error}") from error
         return label
