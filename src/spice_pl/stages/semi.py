@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spice_pl.artifacts import RunFolder, as_tensor
-from spice_pl.data.evidence import check_features, check_probs, read_array
 from spice_pl.data.datamodule import Stream, Views
+from spice_pl.data.evidence import check_features, check_probs, read_array
 from spice_pl.data.images import ImageSet
 from spice_pl.data.keyed import keyed_generator
 from spice_pl.errors import UsageError
