@@ -3,12 +3,13 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from spice_pl.clusterer import SpiceClusterer
     from spice_pl.portable import load
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load"]
+__all__ = ["SpiceClusterer", "__version__", "load"]
 
-_HOMES = {"load": "portable"}
+_HOMES = {"SpiceClusterer": "clusterer", "load": "portable"}
 
 
 def __getattr__(name: str) -> Any:

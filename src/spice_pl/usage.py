@@ -23,6 +23,12 @@ Settings, key=value: moco.epochs=200, proto.module.num_heads=5, reliable.agreeme
 """
 
 
+def conf_folder() -> Path:
+    """Return where the settings are: inside the installed package, or beside src in a checkout."""
+    inside = Path(__file__).parent / "conf"
+    return inside if inside.is_dir() else Path(__file__).parents[2] / "conf"
+
+
 def usage(conf: Path) -> str:
     """Return the help text, with the options that the folder of settings holds."""
     lines = []

@@ -1,0 +1,145 @@
+"""SpiceClusterer: scikit-learn's own checks, and what they ask, asked with pictures."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn.base import clone
+from sklearn.datasets import load_digits
+from sklearn.exceptions import NotFittedError
+from sklearn.utils.estimator_checks import parametrize_with_checks
+from tests.conftest import NUM_CLASSES, NUM_IMAGES, TINY, photographs, write_folder
+
+from spice_pl import SpiceClusterer
+
+SETTINGS = [text for text in TINY if not text.startswith("dataset.")]
+TABLE = "fits tables of two to ten numbers a row, which are no pictures"
+# The behaviour that each of them asks for is tested below with pictures, where it has a meaning.
+NOT_FOR_PICTURES = dict.fromkeys(
+    (
+        "check_fit_score_takes_y",
+        "check_estimators_overwrite_params",
+        "check_dont_overwrite_parameters",
+        "check_estimators_fit_returns_self",
+        "check_readonly_memmap_input",
+        "check_positive_only_tag_during_fit",
+        "check_estimators_dtypes",
+        "check_dtype_object",
+        "check_pipeline_consistency",
+        "check_estimators_nan_inf",
+        "check_estimators_pickle",
+        "check_f_contiguous_array_estimator",
+        "check_clustering",
+        "check_methods_sample_order_invariance",
+        "check_methods_subset_invariance",
+        "check_dict_unchanged",
+        "check_fit_idempotent",
+        "check_fit_check_is_fitted",
+        "check_n_features_in",
+        "check_fit2d_predict1d",
+    ),
+    TABLE,
+) | {"check_n_features_in_after_fitting": "fits 15 rows, fewer than the queue of stage 1 holds"}
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.SkipTestWarning")
+@parametrize_with_checks(  # type: ignore[untyped-decorator]
+    [SpiceClusterer(n_clusters=3)], expected_failed_checks=lambda _: NOT_FOR_PICTURES
+)
+def test_checks_of_scikit_learn(estimator: Any, check: Callable[[Any], None]) -> None:
+    check(estimator)
+
+
+@pytest.fixture(scope="module")
+def images() -> Any:
+    """Read-only photographs (90, 8, 8, 3)."""
+    array = photographs()
+    array.flags.writeable = False
+    return array
+
+
+@pytest.fixture(scope="module")
+def fitted(images: Any, tmp_path_factory: pytest.TempPathFactory) -> SpiceClusterer:
+    runs = tmp_path_factory.mktemp("it's a run")
+    clusterer = SpiceClusterer(NUM_CLASSES, settings=SETTINGS, random_state=7, runs_dir=str(runs))
+    assert clusterer.fit(images) is clusterer
+    return clusterer
+
+
+def test_labels_are_what_predict_says(fitted: SpiceClusterer, images: Any) -> None:
+    assert fitted.labels_.shape == (NUM_IMAGES,)
+    assert fitted.labels_.dtype == np.int64
+    assert set(fitted.labels_) <= set(range(NUM_CLASSES))
+    np.testing.assert_array_equal(fitted.predict(images), fitted.labels_)
+    np.testing.assert_array_equal(fitted.predict(images.transpose(0, 3, 1, 2)), fitted.labels_)
+    order = np.random.default_rng(0).permutation(NUM_IMAGES)
+    np.testing.assert_array_equal(fitted.predict(images[order]), fitted.labels_[order])
+    np.testing.assert_array_equal(fitted.predict(images[:1]), fitted.labels_[:1])
+
+
+def test_fit_changes_no_parameter_and_keeps_the_run(fitted: SpiceClusterer) -> None:
+    assert fitted.get_params()["settings"] is SETTINGS
+    (report,) = Path(fitted.runs_dir or "").glob("images/fixmatch/seed7/report.html")
+    assert report.stat().st_size > 1000
+
+
+def test_it_predicts_folders_and_files(fitted: SpiceClusterer, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "photos", classes=False)
+    files = sorted(folder.iterdir())
+    np.testing.assert_array_equal(fitted.predict(folder), fitted.labels_)
+    np.testing.assert_array_equal(fitted.predict(files[:3]), fitted.labels_[:3])
+
+
+def test_it_can_be_pickled_and_cloned(fitted: SpiceClusterer, images: Any) -> None:
+    again = pickle.loads(pickle.dumps(fitted))  # noqa: S301
+    np.testing.assert_array_equal(again.predict(images), fitted.labels_)
+    unfitted = clone(fitted)
+    assert unfitted.get_params() == fitted.get_params()
+    with pytest.raises(NotFittedError):
+        unfitted.predict(images)
+
+
+@pytest.mark.slow
+def test_one_seed_gives_one_clustering(fitted: SpiceClusterer, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "photos", classes=False)
+    again = clone(fitted).set_params(runs_dir=None, image_size=8)
+    np.testing.assert_array_equal(again.fit_predict(folder), fitted.labels_)
+    assert again.keys_ == [f"{i:03}.png" for i in range(NUM_IMAGES)]
+
+
+@pytest.mark.slow
+def test_flattened_grey_images_of_any_numbers() -> None:
+    digits = load_digits().data[:NUM_IMAGES]  # (90, 64), floats 0 to 16
+    clusterer = SpiceClusterer(NUM_CLASSES, settings=SETTINGS)
+    labels = clusterer.fit_predict(digits)
+    assert clusterer.n_features_in_ == 64
+    np.testing.assert_array_equal(clusterer.predict(digits.reshape(-1, 8, 8)), labels)
+    with pytest.raises(ValueError, match="X has 49 features, but SpiceClusterer is expecting 64"):
+        clusterer.predict(digits[:, :49])
+    with pytest.raises(ValueError, match="contains NaN"):
+        clusterer.predict(np.full((2, 64), np.nan))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (np.zeros((5, 7)), "7 numbers are no square image; give images as"),
+        (np.zeros((5, 4, 4, 2)), r"X \(5, 4, 4, 2\) are no images"),
+        (np.zeros((5, 2, 4, 4, 3)), "are no images"),
+        (np.zeros((1, 4, 4)), "minimum of 2 is required"),
+        ("/not/there", r"dataset\.root=/not/there does not exist"),
+    ],
+)
+def test_what_is_no_set_of_images_is_refused(given: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SpiceClusterer(3).fit(given)
+
+
+def test_settings_that_do_not_fit_are_named(images: Any) -> None:
+    with pytest.raises(ValueError, match=r"dataset\.num_clusters 91 is not between 2 and the 90"):
+        SpiceClusterer(91, settings=SETTINGS).fit(images)
