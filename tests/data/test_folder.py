@@ -557,9 +557,14 @@ def test_a_folder_that_has_not_changed_is_trusted(
     elif change == "sampled":
         (root / "deep/1.png").write_bytes(solid(root.parent / "x.png", 99).read_bytes())
         expected = [0, 99, 20, 30]
-    scans = []
+    scans: list[Path] = []
     real = scan.scan_files
-    monkeypatch.setattr(scan, "scan_files", lambda *a: scans.append(1) or real(*a))
+
+    def counted(root: Path, *more: Any) -> scan.Found:
+        scans.append(root)
+        return real(root, *more)
+
+    monkeypatch.setattr(scan, "scan_files", counted)
     assert levels(load(scan="folders")) == expected
     assert len(scans) == (change != "nothing")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,10 @@ def seeds(kind: str) -> list[bytes]:
     """A few whole files of a format, in modes that it knows."""
     noise = np.random.default_rng(1).integers(0, 256, (12, 10, 3)).astype(np.uint8)
     modes = {"JPEG": ["RGB", "L", "CMYK"], "PNG": ["RGB", "RGBA", "P", "I;16"], "GIF": ["P"]}
-    options = {"TIFF": {"compression": "tiff_lzw"}, "WEBP": {"lossless": True}}
+    options: dict[str, dict[str, Any]] = {
+        "TIFF": {"compression": "tiff_lzw"},
+        "WEBP": {"lossless": True},
+    }
     files = []
     for mode in modes.get(kind, ["RGB", "L"]):
         image = Image.fromarray(noise)
@@ -87,7 +91,7 @@ def test_no_image_comes_under_the_name_of_another(tmp_path: Path) -> None:
     damaged: set[str] = set()
     for i in range(400):
         name = f"{i:03}.{suffixes[i % len(suffixes)]}"
-        options = {"lossless": True} if name.endswith("webp") else {}
+        options: dict[str, Any] = {"lossless": True} if name.endswith("webp") else {}
         Image.new("RGB", (S, S), colour(i)).save(root / name, **options)
         if generator.random() < 0.5:
             damaged.add(name)

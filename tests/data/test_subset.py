@@ -17,7 +17,10 @@ def image_set(**more: Any) -> ImageSet:
     """60 images that hold their own number, of classes a, b, c in turn."""
     pixels = np.zeros((N, 3, 4, 4), dtype=np.uint8)
     pixels[:] = np.arange(N)[:, None, None, None]
-    about = {"labels": np.arange(N, dtype=np.int64) % 3, "class_names": CLASSES} | more
+    about: dict[str, Any] = {
+        "labels": np.arange(N, dtype=np.int64) % 3,
+        "class_names": CLASSES,
+    } | more
     return ImageSet("numbers", pixels, [str(i) for i in range(N)], "f", **about)
 
 
@@ -69,10 +72,10 @@ def test_the_same_images_are_drawn_every_time() -> None:
 
 
 def test_every_subset_has_a_fingerprint_of_its_own() -> None:
-    prints = [
-        subset(image_set(), **settings).fingerprint  # type: ignore[arg-type]
-        for settings in ({}, {"limit": 30}, {"limit": 31}, {"imbalance": 4}, {"classes": ["a"]})
+    choices: list[dict[str, Any]] = [
+        *({}, {"limit": 30}, {"limit": 31}, {"imbalance": 4}, {"classes": ["a"]})
     ]
+    prints = [subset(image_set(), **settings).fingerprint for settings in choices]
     assert len(set(prints)) == 5
 
 

@@ -40,7 +40,8 @@ class Rows:
         """Copy rows."""
         if isinstance(rows, tuple):
             rest = rows[1:] if np.ndim(rows[0]) == 0 and not isinstance(rows[0], slice) else None
-            return self[rows[0]][rest if rest is not None else (slice(None), *rows[1:])]
+            part: NDArray[np.uint8] = self[rows[0]]
+            return part[rest if rest is not None else (slice(None), *rows[1:])]
         return self._array[self._index[rows]]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[np.uint8]:
@@ -95,15 +96,16 @@ def subset(
         gone = _draw(candidates, len(candidates) - limit)
         kept = np.setdiff1d(kept, gone)
     logger.info("%s: %d of %d images are kept", images.name, len(kept), len(images))
-    if labels is not None and images.class_names is not None:
-        labels, class_names = _renumbered(labels[kept], images.class_names)
-    else:
-        labels, class_names = None, images.class_names
+    class_names = images.class_names
+    if labels is not None:
+        labels = labels[kept]
+        if class_names is not None:
+            labels, class_names = _renumbered(labels, class_names)
     chosen = f"{kept.size}:{joint_fingerprint(kept.tobytes().hex())}"
     return replace(
         images,
         images=cast("NDArray[np.uint8]", Rows(images.images, kept)),
-        keys=[images.keys[i] for i in kept],
+        keys=[images.keys[i] for i in kept.tolist()],
         fingerprint=joint_fingerprint(images.fingerprint, chosen, str(limit is None)),
         labels=labels,
         class_names=class_names,

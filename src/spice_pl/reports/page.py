@@ -225,12 +225,16 @@ def render_report(data: ReportData) -> str:
 
 def write_report(data: ReportData, path: Path) -> Path:
     """Write the page to path; the old page stays until the new one is whole on disk."""
-    page = render_report(data).encode("utf-8")
+    return write_page(render_report(data), path)
+
+
+def write_page(page: str, path: Path) -> Path:
+    """Write HTML to path; the old file stays until the new one is whole on disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(page)
+            file.write(page.encode("utf-8"))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
