@@ -39,9 +39,10 @@ class Rows:
     def __getitem__(self, rows: Any) -> NDArray[np.uint8]:
         """Copy rows."""
         if isinstance(rows, tuple):
-            rest = rows[1:] if np.ndim(rows[0]) == 0 and not isinstance(rows[0], slice) else None
+            whole = isinstance(rows[0], slice) or np.ndim(rows[0]) > 0
             part: NDArray[np.uint8] = self[rows[0]]
-            return part[rest if rest is not None else (slice(None), *rows[1:])]
+            part = part[(slice(None), *rows[1:]) if whole else rows[1:]]
+            return part
         return self._array[self._index[rows]]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[np.uint8]:
