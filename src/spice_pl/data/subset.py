@@ -40,8 +40,8 @@ class Rows:
         """Copy rows."""
         if isinstance(rows, tuple):
             whole = isinstance(rows[0], slice) or np.ndim(rows[0]) > 0
-            part: NDArray[np.uint8] = self[rows[0]]
-            part = part[(slice(None), *rows[1:]) if whole else rows[1:]]
+            rest = (slice(None), *rows[1:]) if whole else rows[1:]
+            part: NDArray[np.uint8] = self[rows[0]][rest]
             return part
         return self._array[self._index[rows]]
 
