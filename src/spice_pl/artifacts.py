@@ -97,6 +97,11 @@ class RunFolder:
             return {}
         return {int(cluster): str(name) for cluster, name in json.loads(file.read_text()).items()}
 
+    def moved(self, num_images: int) -> NDArray[np.bool_]:
+        """(N,) images that a person put into their cluster; none in a run without edits."""
+        file = self.path / "moved.npy"
+        return np.load(file) if file.is_file() else np.zeros(num_images, dtype=np.bool_)
+
     def create(self, name: str, shape: tuple[int, ...]) -> None:
         """Make an empty float32 array on disk for the ranks to fill; `publish` makes it whole."""
         self.path.mkdir(parents=True, exist_ok=True)

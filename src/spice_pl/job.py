@@ -13,13 +13,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from spice_pl.artifacts import RunFolder
 from spice_pl.data.images import ImageSet
+from spice_pl.edits import read_edits
 from spice_pl.errors import UsageError
+from spice_pl.review import reviewed_run, write_edited
 from spice_pl.settings import flat
 
 # Settings that change where or how a run goes but not what it computes.
 NOT_IN_NAMES = {
     *("stage", "dataset", "run", "seed", "preset", "experiment", "resume", "overwrite", "hydra"),
-    *("runs_dir", "cache_dir", "trainer", "logger", "on_bad_image", "allow_targets", "map"),
+    *("runs_dir", "cache_dir", "trainer", "logger", "on_bad_image", "allow_targets", "map", "like"),
 }
 
 SWEPT_OF_DATASET = tuple(
@@ -45,6 +47,16 @@ class Job:
         """Return the stages that a stage builds on, the nearest first."""
         name = self.cfg[stage].upstream
         return [] if name is None else [str(name), *self.upstream(str(name))]
+
+    def upstream_folders(self, stage: str) -> list[RunFolder]:
+        """Return where these lie; with edits, the edited run and what it was made from."""
+        if not self.cfg.edits or "task" in self.cfg[stage] or not self.upstream(stage):
+            return [self.folder(each) for each in self.upstream(stage)]
+        runs = Path(self.cfg.runs_dir, str(self.cfg.dataset.name))
+        reviewed = reviewed_run(read_edits(self.cfg.edits), runs)
+        before, run = reviewed.path.parent.name, reviewed.path.name
+        earlier = self.upstream(before) if before in self.cfg else []
+        return [self.folder("edits"), reviewed, *(RunFolder(runs / each / run) for each in earlier)]
 
     def folder(self, stage: str) -> RunFolder:
         """Return where a stage's artifacts live: runs/<dataset>/<stage>/<run>.
@@ -132,9 +144,29 @@ def check_folders(job: Job) -> None:
 
 def check_chain(job: Job, name: str) -> None:
     """Refuse to reuse a run whose upstream was made anew since."""
-    upstream = job.upstream(name)
-    if upstream and job.folder(upstream[0]).finished:
-        job.folder(name).check_upstream(job.folder(upstream[0]))
+    upstream = job.upstream_folders(name)
+    if upstream and upstream[0].finished:
+        job.folder(name).check_upstream(upstream[0])
+
+
+def take_edits(job: Job) -> None:
+    """Make the edited run that the stages of a job train on from, if there are edits.
+
+    Raises:
+        UsageError: the edits do not fit, or would be trained into the very run they are of.
+    """
+    if not job.cfg.edits:
+        return
+    if len(job.stages) != 1 or not job.upstream(job.stages[0]):
+        raise UsageError(f"edits are taken by one stage that trains on, such as stage=fixmatch, "
+                         f"and stages are {job.stages}")  # fmt: skip
+    edited, reviewed, *_ = job.upstream_folders(job.stages[0])
+    if job.folder(job.stages[0]).path.resolve() == reviewed.path.resolve():
+        raise UsageError(
+            f"the edits are of {reviewed.path}, which this job would make anew; give another "
+            "run=NAME, such as run=reviewed"
+        )
+    write_edited(read_edits(job.cfg.edits), reviewed, edited, int(job.cfg.dataset.num_clusters))
 
 
 def _changed(saved: Any, cfg: DictConfig, name: str) -> list[str]:

@@ -222,6 +222,7 @@ def report_data(
         UsageError: the map's package is missing.
     """
     table, num_clusters = folder.read_clusters(), int(metrics["num_clusters"])
+    upstream = [each for each in upstream if each.finished]
     rows = [ResultRow(**row) for row in metrics["rows"]]
     try:
         places = feature_map(folder.features, map_method, int(metrics["seed"]))

@@ -35,10 +35,11 @@ from spice_pl.data.datamodule import Stream, ViewsDataModule
 from spice_pl.data.images import ImageSet
 from spice_pl.data.subset import subset
 from spice_pl.errors import UsageError
-from spice_pl.job import Job, check_chain, check_folders, check_upstream, stamp
+from spice_pl.job import Job, check_chain, check_folders, check_upstream, stamp, take_edits
 from spice_pl.portable import ClusterNetwork, PortableModel, choose_known, portable_settings
 from spice_pl.reports.tables import ResultRow, results_rich
 from spice_pl.results import StageRun, last_logged, versions, write_results
+from spice_pl.review import inherited_names, order_like, renumber_
 from spice_pl.settings import build, flat, missing
 from spice_pl.stages.base import Stage
 from spice_pl.tasks.base import Context
@@ -85,6 +86,7 @@ def run_stages(job: Job) -> float | None:
     if launch.in_rank():
         metrics = _run_here(job)
     else:
+        take_edits(job)
         check_folders(job)
         todo = [name for name in job.stages if not job.reused(name)]
         if num_ranks > 1 and todo:
@@ -137,7 +139,7 @@ def _is_task(job: Job, name: str) -> bool:
 def _run_task(job: Job, name: str, load_images: Callable[..., ImageSet]) -> None:
     """Do what a stage without training does."""
     cfg, folder, started = job.cfg, job.folder(name), time.monotonic()
-    upstream = [job.folder(each) for each in job.upstream(name)]
+    upstream = job.upstream_folders(name)
     if upstream:
         check_upstream(job, name, upstream[0], load_images())
     pl.seed_everything(int(cfg.seed), verbose=False)
@@ -165,7 +167,7 @@ def _run_task(job: Job, name: str, load_images: Callable[..., ImageSet]) -> None
 def _run_stage(job: Job, name: str, images: ImageSet) -> None:
     """Fit one stage, predict every image, write the results."""
     cfg, folder, started = job.cfg, job.folder(name), time.monotonic()
-    upstream = [job.folder(each) for each in job.upstream(name)]
+    upstream = job.upstream_folders(name)
     if upstream:
         check_upstream(job, name, upstream[0], images)
     pl.seed_everything(int(cfg.seed), verbose=False)
@@ -191,6 +193,8 @@ def _run_stage(job: Job, name: str, images: ImageSet) -> None:
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     trainer.predict(module, data, return_predictions=False)
     if trainer.is_global_zero:
+        if module.has_clusters:
+            _keep_numbers(job, name, module, images, upstream)
         for part, weights in module.weights().items():
             folder.write_weights(f"{part}.safetensors", weights)
         if module.has_clusters:
@@ -211,6 +215,29 @@ def _run_stage(job: Job, name: str, images: ImageSet) -> None:
             finish()
 
 
+def _keep_numbers(
+    job: Job, name: str, module: Stage, images: ImageSet, upstream: Sequence[RunFolder]
+) -> None:
+    """Number and name clusters as in an earlier run: `like`, or the one that had names here.
+
+    A run that lay here without names is no one's reference, and a new one keeps its own numbers.
+    """
+    folder, earlier = job.folder(name), None
+    if job.cfg.like:
+        earlier = RunFolder(Path(job.cfg.like))
+    elif folder.names and (folder.path / "clusters.csv").is_file():
+        earlier = folder
+    num_clusters = int(job.cfg.dataset.num_clusters)
+    if earlier is not None:
+        clusters = torch.from_numpy(folder.probs.argmax(axis=1))
+        order = order_like(earlier, clusters, images.keys, num_clusters)
+        renumber_(folder, module.weights()["head"], order)
+    names = inherited_names(upstream[0] if upstream else None, earlier)
+    if names:
+        kept = {str(k): text for k, text in names.items() if k < num_clusters}
+        folder.write_json("names.json", kept)
+
+
 def _write_portable(job: Job, name: str, module: Stage, images: ImageSet) -> None:
     """Write model.spice, which clusters new images without this run's folder."""
     cfg, folder = job.cfg, job.folder(name)
@@ -227,7 +254,7 @@ def _write_portable(job: Job, name: str, module: Stage, images: ImageSet) -> Non
         network=ClusterNetwork(build(cfg, cfg.augment.plain), parts["encoder"], parts["head"]),
         settings=settings,
         image_size=int(images.images.shape[-1]),
-        names=[f"cluster {k}" for k in range(int(cfg.dataset.num_clusters))],
+        names=[folder.names.get(k, f"cluster {k}") for k in range(int(cfg.dataset.num_clusters))],
         threshold=float(cfg.reliable.confidence),
         about={
             "dataset": images.name,

@@ -255,6 +255,11 @@ class SemiSupervisedModule(Stage):
             average.load_state_dict(model.state_dict())
         self.train_index = torch.from_numpy(images.train_index)
         label = self._select(images, upstream)  # (n,)
+        if upstream is not None:  # what a person put into a cluster goes before any selection
+            moved = torch.from_numpy(upstream.moved(len(images)))[self.train_index]
+            if moved.any():
+                by_hand = as_tensor(upstream.probs)[self.train_index[moved]].argmax(dim=1)
+                label[moved] = by_hand
         self.reliable_index = self.train_index[label >= 0]
         self.pseudo_labels = torch.full((len(images),), -1)  # (N,), -1 where unlabelled
         self.pseudo_labels[self.reliable_index] = label[label >= 0]

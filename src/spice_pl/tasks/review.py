@@ -1,0 +1,244 @@
+"""The report page, served on this machine alone, with a place to save what a person changes.
+
+Only loopback is bound and answered, every request carries a secret, and nothing outside the run's
+own folder is read: pictures are asked for by number.
+"""
+
+from __future__ import annotations
+
+import io
+import ipaddress
+import json
+import logging
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from http.cookies import SimpleCookie
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import numpy as np
+from PIL import Image
+
+from spice_pl.artifacts import RunFolder
+from spice_pl.data.images import ImageSet
+from spice_pl.edits import check_reviewed, parse_edits, read_edits
+from spice_pl.errors import UsageError
+from spice_pl.reports.page import render_report
+from spice_pl.results import report_data
+from spice_pl.tasks.base import Context
+
+logger = logging.getLogger(__name__)
+
+MAX_BODY = 16_000_000  # bytes of edits; 100,000 moved images of long names
+KINDS = {".csv": "text/csv", ".json": "application/json", ".md": "text/plain"}
+
+
+class Review:
+    """Serve the report of the upstream run until the person ends it (Ctrl-C).
+
+    Args:
+        host: an address of this machine that no other can reach.
+        port: 0 takes a free one.
+    """
+
+    def __init__(self, host: str = "127.0.0.1", port: int = 0) -> None:
+        if not is_loopback(host):
+            raise UsageError(
+                f"review.host={host} can be reached from outside; use 127.0.0.1, and an SSH tunnel "
+                "from another machine"
+            )
+        self.host, self.port = host, port
+
+    def __call__(self, context: Context) -> None:
+        """Serve; what is saved goes to edits.json and names.json of the reviewed run."""
+        images = context.images()
+        server, token = make_server(context.upstream[0], context.upstream[1:], images, self)
+        address = f"http://{self.host}:{server.server_address[1]}/?token={token}"
+        logger.info("open %s (Ctrl-C ends it)", address)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            logger.info("the review has ended")
+        finally:
+            server.server_close()
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is this machine's own, which names of hosts cannot promise."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def make_server(
+    folder: RunFolder, upstream: Sequence[RunFolder], images: ImageSet, settings: Review
+) -> tuple[ThreadingHTTPServer, str]:
+    """Bind the server of a run; return it with the secret that every request must carry."""
+    token = secrets.token_urlsafe(24)
+    answers = Answers(folder, upstream, images)
+
+    class Handler(_Handler):
+        secret = token
+        site = answers
+
+    try:
+        server = ThreadingHTTPServer((settings.host, settings.port), Handler)
+    except OSError as error:
+        raise UsageError(
+            f"review.port={settings.port} cannot be used ({error}); 0 takes a free one"
+        ) from error
+    server.daemon_threads = True
+    return server, token
+
+
+class Answers:
+    """What may be asked of a run: its page, its pictures, its own files; and edits to keep."""
+
+    def __init__(self, folder: RunFolder, upstream: Sequence[RunFolder], images: ImageSet) -> None:
+        self.folder, self.images = folder, images
+        self.upstream, self.metrics = upstream, folder.metrics
+
+    def page(self) -> tuple[str, bytes]:
+        """Return the report, with the edits that were saved last."""
+        data = report_data(self.folder, self.upstream, self.images, self.metrics)
+        more: dict[str, Any] = {"save": "/edits", "image": "/image/"}
+        saved = self.folder.path / "edits.json"
+        if saved.is_file():
+            edits = read_edits(saved)
+            if edits.digest == self.metrics["digest"]:
+                more["edits"] = edits.as_json()
+        data = replace(data, review={**data.review, **more})
+        return "text/html; charset=utf-8", render_report(data).encode("utf-8")
+
+    def image(self, name: str) -> tuple[str, bytes] | None:
+        """Return a picture by its number."""
+        if not (name.isascii() and name.isdigit() and len(name) < 10):
+            return None
+        if int(name) >= len(self.images):
+            return None
+        pixels = np.ascontiguousarray(self.images.images[int(name)].transpose(1, 2, 0))
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "PNG")
+        return "image/png", buffer.getvalue()
+
+    def file(self, name: str) -> tuple[str, bytes] | None:
+        """Return one of the run's own tables; nothing outside its folder, by whatever way."""
+        root = self.folder.path.resolve()
+        path = (root / name).resolve()
+        if path.parent != root or path.suffix not in KINDS or not path.is_file():
+            return None
+        return KINDS[path.suffix], path.read_bytes()
+
+    def save(self, body: bytes) -> str:
+        """Check edits and write them; return where.
+
+        Raises:
+            UsageError: they do not fit this run.
+        """
+        try:
+            content = json.loads(body)
+        except ValueError as error:
+            raise UsageError(f"the edits are no JSON: {error}") from error
+        edits = parse_edits(content, "the edits")
+        check_reviewed(
+            edits,
+            self.metrics["fingerprint"],
+            self.metrics["digest"],
+            self.metrics["num_clusters"],
+            self.images.keys,
+        )
+        self.folder.write_json("edits.json", edits.as_json())
+        self.folder.write_json("names.json", {str(c): name for c, name in edits.names.items()})
+        logger.info("edits saved in %s", self.folder.path / "edits.json")
+        return str(self.folder.path / "edits.json")
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """Who may ask, and what for."""
+
+    secret: str
+    site: Answers
+    server_version, sys_version = "spice-pl", ""
+    timeout = 30  # seconds that a silent client holds a thread
+
+    def do_GET(self) -> None:
+        """Answer /, /image/<number> and /run/<file>."""
+        url = urlsplit(self.path)
+        if not self._admitted(parse_qs(url.query).get("token", [""])[0]):
+            return
+        path = unquote(url.path)
+        answer: tuple[str, bytes] | None = None
+        if path == "/":
+            answer = self.site.page()
+        elif path.startswith("/image/"):
+            answer = self.site.image(path.removeprefix("/image/"))
+        elif path.startswith("/run/"):
+            answer = self.site.file(path.removeprefix("/run/"))
+        if answer is None:
+            self._say(404, "there is no such thing here")
+        else:
+            self._send(200, *answer)
+
+    def do_POST(self) -> None:
+        """Answer /edits."""
+        if not self._admitted(""):
+            return None
+        if urlsplit(self.path).path != "/edits":
+            return self._say(404, "there is no such thing here")
+        if self.headers.get("Content-Type") != "application/json":
+            return self._say(415, "edits are application/json")
+        length = self.headers.get("Content-Length", "")
+        if not (length.isascii() and length.isdigit() and 0 < int(length) <= MAX_BODY):
+            return self._say(413, f"edits have 1 to {MAX_BODY} bytes")
+        try:
+            where = self.site.save(self.rfile.read(int(length)))
+        except UsageError as error:
+            return self._say(400, str(error))
+        return self._say(200, where)
+
+    def _admitted(self, token: str) -> bool:
+        """Loopback, by its own name (no DNS rebinding), from our own page, with the secret."""
+        cookies = SimpleCookie(self.headers.get("Cookie", ""))
+        own = f"review{self.server.server_address[1]}"  # cookies do not tell ports apart
+        given = token or (cookies[own].value if own in cookies else "")
+        host = self.headers.get("Host", "")
+        origin = self.headers.get("Origin")
+        reasons: list[tuple[Callable[[], bool], str]] = [
+            (lambda: is_loopback(str(self.client_address[0])), "this machine only"),
+            (lambda: _is_own_name(host), f"host {host!r} is not this machine"),
+            (lambda: origin in (None, f"http://{host}"), "another page asked"),
+            (lambda: secrets.compare_digest(given.encode(), self.secret.encode()), "wrong token"),
+        ]
+        refused = next((reason for holds, reason in reasons if not holds()), None)
+        if refused is not None:
+            self.close_connection = True
+            self._say(403, f"refused: {refused}")
+        return refused is None
+
+    def _say(self, code: int, text: str) -> None:
+        self._send(code, "text/plain; charset=utf-8", text.encode("utf-8", "backslashreplace"))
+
+    def _send(self, code: int, kind: str, body: bytes) -> None:
+        self.send_response(code)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.send_header("Referrer-Policy", "no-referrer")  # the token stays out of other places
+        self.send_header("Cache-Control", "no-store")
+        if code == 200:
+            port = self.server.server_address[1]
+            cookie = f"review{port}={self.secret}; HttpOnly; SameSite=Strict; Path=/"
+            self.send_header("Set-Cookie", cookie)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
+        """Say nothing: request lines hold the token."""
+
+
+def _is_own_name(host: str) -> bool:
+    name = host.rpartition(":")[0] or host
+    return name == "localhost" or is_loopback(name.strip("[]"))

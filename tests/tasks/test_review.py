@@ -1,0 +1,176 @@
+"""The review server: who may ask, what for, and what is kept."""
+
+from __future__ import annotations
+
+import http.client
+import io
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from tests.conftest import Finished
+from tests.stages.small import image_set
+
+from spice_pl.artifacts import RunFolder
+from spice_pl.data.images import ImageSet
+from spice_pl.edits import FORMAT
+from spice_pl.errors import UsageError
+from spice_pl.tasks.review import Answers, Review, is_loopback, make_server
+
+
+@dataclass
+class Served:
+    """A server of a run in a thread of its own."""
+
+    server: ThreadingHTTPServer
+    token: str
+    folder: RunFolder
+    images: ImageSet
+
+    @property
+    def host(self) -> str:
+        return f"127.0.0.1:{self.server.server_address[1]}"
+
+    def ask(
+        self, path: str, body: bytes | None = None, **headers: str
+    ) -> tuple[int, bytes, dict[str, str]]:
+        """Ask with the secret as a cookie, unless the headers say otherwise."""
+        connection = http.client.HTTPConnection(self.host, timeout=20)
+        own = f"review{self.server.server_address[1]}"
+        kinds = {"Content-Type": "application/json"} if body is not None else {}
+        given = {"Cookie": f"{own}={self.token}", **kinds}
+        given |= {key.replace("_", "-"): value for key, value in headers.items()}
+        connection.request("GET" if body is None else "POST", path, body, given)
+        answer = connection.getresponse()
+        read = answer.status, answer.read(), dict(answer.headers)
+        connection.close()
+        return read
+
+
+@pytest.fixture(scope="module")
+def served(straight: Finished, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    runs = straight.copy(tmp_path_factory.mktemp("served"))
+    folder = runs.folder("fixmatch")
+    small = image_set()
+    keys = [f"{i:03}.png" for i in range(len(small))]
+    images = ImageSet(small.name, small.images, keys, folder.metrics["fingerprint"])
+    upstream = [runs.folder("proto"), runs.folder("moco")]
+    server, token = make_server(folder, upstream, images, Review())
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield Served(server, token, folder, images)
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def body(served: Served, **changes: Any) -> bytes:
+    metrics = served.folder.metrics
+    edits = {
+        "format": FORMAT,
+        "reviewed": "fixmatch/seed0",
+        "fingerprint": metrics["fingerprint"],
+        "digest": metrics["digest"],
+        "num_clusters": metrics["num_clusters"],
+        "names": {"1": "<b>cats</b>"},
+        "merge": [],
+        "split": {},
+        "move": {"003.png": 1},
+    }
+    return json.dumps(edits | changes).encode()
+
+
+def test_page_comes_with_the_token_once_and_the_cookie_then(served: Served) -> None:
+    code, page, headers = served.ask(f"/?token={served.token}", Cookie="")
+    assert code == 200
+    assert "HttpOnly; SameSite=Strict" in headers["Set-Cookie"]
+    assert headers["Cache-Control"] == "no-store"
+    assert b'"save":"/edits"' in page
+    assert served.ask("/")[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("headers", "reason"),
+    [
+        ({"Cookie": ""}, b"wrong token"),
+        ({"Cookie": "review=0"}, b"wrong token"),
+        ({"Host": "evil.example"}, b"is not this machine"),
+        ({"Host": "127.0.0.1.evil.example:80"}, b"is not this machine"),
+        ({"Origin": "http://evil.example"}, b"another page asked"),
+    ],
+)
+def test_strangers_are_refused(served: Served, headers: dict[str, str], reason: bytes) -> None:
+    for path, sent in (("/", None), ("/image/0", None), ("/edits", body(served))):
+        code, said, _ = served.ask(path, sent, **headers)
+        assert code == 403
+        assert reason in said
+    assert served.ask("/?token=wrong", Cookie="")[0] == 403
+    assert not (served.folder.path / "edits.json").is_file()
+
+
+def test_only_loopback_is_bound() -> None:
+    for host in ("0.0.0.0", "192.168.0.7", "example.org", "localhost.evil.example", "::"):  # noqa: S104
+        with pytest.raises(UsageError, match="can be reached from outside"):
+            Review(host=host)
+    assert is_loopback("127.0.0.5")
+    assert is_loopback("::1")
+
+
+def test_pictures_come_by_number(served: Served) -> None:
+    code, picture, headers = served.ask("/image/7")
+    assert (code, headers["Content-Type"]) == (200, "image/png")
+    pixels = np.asarray(Image.open(io.BytesIO(picture)))
+    np.testing.assert_array_equal(pixels.transpose(2, 0, 1), served.images.images[7])
+    for name in ("90", "-1", "1e1", "%C2%B2", "../../x", "99999999999999999999"):
+        assert served.ask(f"/image/{name}")[0] == 404
+
+
+def test_nothing_outside_the_run_is_read(served: Served, tmp_path: Path) -> None:
+    assert served.ask("/run/clusters.csv")[1] == (served.folder.path / "clusters.csv").read_bytes()
+    outside = tmp_path / "secret.json"
+    outside.write_text("{}")
+    (served.folder.path / "link.json").symlink_to(outside)
+    for name in (
+        "../../proto/seed0/clusters.csv",
+        "%2e%2e/%2e%2e/proto/seed0/clusters.csv",
+        "/etc/passwd",
+        str(outside),
+        "link.json",
+        "last.ckpt",
+        ".hydra/config.yaml",
+        "",
+    ):
+        assert served.ask(f"/run/{name}")[0] == 404, name
+    (served.folder.path / "link.json").unlink()
+    assert served.ask("/etc/passwd")[0] == 404
+
+
+def test_edits_are_checked_then_kept(served: Served) -> None:
+    for sent, message in (
+        (b"no json", b"no JSON"),
+        (body(served, digest="0"), b"another clustering"),
+        (body(served, num_clusters=4), b"of 4 clusters"),
+        (body(served, move={"other.png": 1}), b"not among the images"),
+        (body(served, merge=[[0, 7]]), b"cluster 7"),
+    ):
+        code, said, _ = served.ask("/edits", sent)
+        assert code == 400
+        assert message in said
+    assert served.ask("/edits", body(served), Content_Type="text/plain")[0] == 415
+    assert served.ask("/edits", b"")[0] == 413
+    assert served.ask("/elsewhere", body(served))[0] == 404
+    assert not (served.folder.path / "edits.json").exists()
+    code, where, _ = served.ask("/edits", body(served))
+    assert (code, where.decode()) == (200, str(served.folder.path / "edits.json"))
+    assert served.folder.names == {1: "<b>cats</b>"}
+    page = Answers(served.folder, [], served.images).page()[1]
+    assert b"&lt;b&gt;cats&lt;/b&gt;" in page
+    assert b"<b>cats</b>" not in page
+    assert b'"003.png":1' in page  # edits that were saved are there again
