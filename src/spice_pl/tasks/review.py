@@ -55,7 +55,7 @@ class Review:
         """Serve; what is saved goes to edits.json and names.json of the reviewed run."""
         images = context.images()
         server, token = make_server(context.upstream[0], context.upstream[1:], images, self)
-        address = f"http://{self.host}:{server.server_address[1]}/?token={token}"
+        address = f"http://{self.host}:{server.server_port}/?token={token}"
         logger.info("open %s (Ctrl-C ends it)", address)
         try:
             server.serve_forever()
@@ -161,6 +161,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     secret: str
     site: Answers
+    server: ThreadingHTTPServer
     server_version, sys_version = "spice-pl", ""
     timeout = 30  # seconds that a silent client holds a thread
 
@@ -202,7 +203,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _admitted(self, token: str) -> bool:
         """Loopback, by its own name (no DNS rebinding), from our own page, with the secret."""
         cookies = SimpleCookie(self.headers.get("Cookie", ""))
-        own = f"review{self.server.server_address[1]}"  # cookies do not tell ports apart
+        own = f"review{self.server.server_port}"  # cookies do not tell ports apart
         given = token or (cookies[own].value if own in cookies else "")
         host = self.headers.get("Host", "")
         origin = self.headers.get("Origin")
@@ -229,7 +230,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Referrer-Policy", "no-referrer")  # the token stays out of other places
         self.send_header("Cache-Control", "no-store")
         if code == 200:
-            port = self.server.server_address[1]
+            port = self.server.server_port
             cookie = f"review{port}={self.secret}; HttpOnly; SameSite=Strict; Path=/"
             self.send_header("Set-Cookie", cookie)
         self.end_headers()

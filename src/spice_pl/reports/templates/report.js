@@ -306,7 +306,7 @@ function panel(article) {
   if (data.review.image && Number(article.dataset.size)) {
     const more = make("button", "Show all images", {type: "button"});
     more.addEventListener("click", () => showAll(article, id, more));
-    box.append(more);
+    box.insertBefore(more, becomes);
   }
   article.querySelector("header").after(box);
   panels.set(id, {box, name, merge, split, becomes});

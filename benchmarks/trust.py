@@ -1,0 +1,72 @@
+"""How well do label-free measures track true ACC? Writes src/spice_pl/reports/trust_record.csv.
+
+For each finished run of stage 2 or 3 on a data set with labels: the measures of `stage=trust` and
+the ACC that its metrics.json holds.
+
+    python benchmarks/trust.py runs/digits/*/* runs/mnist5k/*/*
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from scipy.stats import spearmanr
+
+from spice_pl.artifacts import RunFolder
+from spice_pl.job import Job
+from spice_pl.reports.trust import NAMES
+from spice_pl.run import run_stages
+
+ROOT = Path(__file__).resolve().parents[1]
+RECORD = ROOT / "src/spice_pl/reports/trust_record.csv"
+FIELDS = ("dataset", "stage", "run", *NAMES, "acc")
+KEPT = ("dataset=", "dataset.", "backbone", "experiment=", "proto.", "fixmatch.", "reliable.")
+
+
+def measured(path: Path) -> dict[str, str] | None:
+    """Run `stage=trust` on a run and return its line of the record."""
+    folder = RunFolder(path)
+    if not folder.finished or not (path / "probs.npy").is_file():
+        return None
+    metrics = folder.metrics
+    acc = metrics["rows"][-1]["acc"]
+    if acc is None:
+        return None
+    runs_dir, stage = path.parents[2], path.parent.name
+    overrides = [
+        *(text for text in metrics["overrides"] if text.startswith(KEPT)),
+        *("stage=trust", f"trust.upstream={stage}", f"run={path.name}", f"runs_dir={runs_dir}"),
+        f"cache_dir={runs_dir}/cache",
+        "overwrite=true",
+    ]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        run_stages(Job(compose("config", overrides), tuple(overrides), "none", sweep=False))
+    found = RunFolder(runs_dir / path.parents[1].name / "trust" / path.name).metrics["measures"]
+    values = {name: "" if found[name] is None else f"{found[name]:.4f}" for name in NAMES}
+    about = {"dataset": path.parents[1].name, "stage": stage, "run": path.name}
+    return {**about, **values, "acc": f"{acc:.4f}"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("runs", nargs="+", type=Path)
+    lines = [line for path in sorted(parser.parse_args().runs) if (line := measured(path))]
+    with RECORD.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+    for name in NAMES:
+        pairs = [(float(line[name]), float(line["acc"])) for line in lines if line[name]]
+        if len(pairs) > 2:
+            rho = float(spearmanr(*zip(*pairs, strict=True)).statistic)
+            print(json.dumps({"measure": name, "rho": round(rho, 3), "runs": len(pairs)}))
+    print(f"{len(lines)} runs in {RECORD}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

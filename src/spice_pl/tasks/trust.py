@@ -1,0 +1,230 @@
+"""How far to believe a clustering of images without labels: one page of checks that read none.
+
+Shapes: N images, n of them sampled, H heads, K clusters, D features, d principal components.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+from sklearn.cluster import KMeans
+from sklearn.metrics import silhouette_score
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spice_pl.artifacts import RunFolder, load_strictly
+from spice_pl.data.augment import View
+from spice_pl.data.images import ImageSet
+from spice_pl.data.keyed import keyed_uniform
+from spice_pl.errors import UsageError
+from spice_pl.functional.assignment import clustering_scores
+from spice_pl.nn.heads import ClusterHead, LinearHead, ParallelHeads
+from spice_pl.reports.trust import Check, NullCheck, TrustData, record, write_trust
+from spice_pl.tasks.base import Context
+
+logger = logging.getLogger(__name__)
+
+NOT_SURE = 0.5  # agreement below it, as in the report
+COMPONENTS = 32  # d, at most
+
+
+class Trust:
+    """Write trust.html and metrics.json about the upstream run.
+
+    Args:
+        backbone: of the run, to look at views; (B, 3, S, S) -> (B, D).
+        weak: the view under which clusters should stay.
+        runs: folders of the same stage under other seeds, or none.
+        num_samples: n, images that the slower checks look at.
+        num_nulls: shuffles of the features.
+        batch_size: images that pass the encoder at once.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        weak: View,
+        runs: Sequence[str] = (),
+        num_samples: int = 2000,
+        num_nulls: int = 9,
+        batch_size: int = 250,
+    ) -> None:
+        if num_nulls < 2:
+            raise UsageError(f"trust.task.num_nulls {num_nulls} has no spread; use at least 2")
+        self.backbone, self.weak, self.runs = backbone, weak, runs
+        self.num_samples, self.num_nulls = num_samples, num_nulls
+        self.batch_size = batch_size
+
+    def __call__(self, context: Context) -> Mapping[str, Any]:
+        """Measure, write the page, return the numbers."""
+        folder, images = context.upstream[0], context.images()
+        table, seed = folder.read_clusters(), context.seed
+        chosen = sample(len(images), self.num_samples, seed)
+        clusters = torch.from_numpy(table.clusters)
+        values: dict[str, float | None] = {
+            "heads": self._heads(context.upstream, clusters),
+            "seeds": seeds_agreement([folder, *map(RunFolder, map(Path, self.runs))]),
+            "consistency": float(table.agreement.mean()),
+            "views": self._views(folder, images, chosen, context.plain, clusters, seed),
+            "separation": separation(folder.features[chosen], table.clusters[chosen]),
+            "sure": float((table.agreement >= NOT_SURE).mean()),
+        }
+        null = null_check(folder.features[chosen], context.num_clusters, self.num_nulls, seed)
+        checks = [Check(name, value) for name, value in values.items()]
+        data = TrustData(
+            title=f"{images.name}: how far to believe these clusters",
+            run=f"{folder.path.parent.name}/{folder.path.name}",
+            num_images=len(images),
+            num_sampled=len(chosen),
+            num_clusters=context.num_clusters,
+            checks=checks,
+            null=null,
+            record=record(),
+        )
+        write_trust(data, context.folder.path / "trust.html")
+        logger.info("%s", data.verdict)
+        return {
+            "reviewed": data.run,
+            "verdict": data.verdict,
+            "measures": values,
+            "null": {"real": null.real, "nulls": list(null.nulls), "clear": null.clear},
+        }
+
+    def _heads(self, upstream: Sequence[RunFolder], clusters: Tensor) -> float | None:
+        """Mean agreement of every head of stage 2 with each other."""
+        run = next((each for each in upstream if (each.path / "heads.safetensors").is_file()), None)
+        if run is None:
+            return None
+        state = load_file(run.path / "heads.safetensors")
+        num_heads, hidden_dim, feature_dim = state["hidden_weight"].shape
+        heads = ParallelHeads(feature_dim, hidden_dim, state["output_bias"].shape[1], num_heads)
+        load_strictly(heads, state, str(run.path / "heads.safetensors"))
+        if num_heads < 2:
+            return None
+        features = torch.from_numpy(np.array(run.features))
+        with torch.no_grad():
+            found = [heads.head(h)(features).argmax(dim=1) for h in range(num_heads)]
+        return matched_agreement(found)
+
+    @torch.no_grad()
+    def _views(
+        self,
+        folder: RunFolder,
+        images: ImageSet,
+        chosen: NDArray[np.intp],
+        plain: View,
+        clusters: Tensor,
+        seed: int,
+    ) -> float | None:
+        """Share of images whose cluster a weak view leaves as it is."""
+        head = read_head(folder)
+        if head is None:
+            return None
+        folder.load_weights("encoder.safetensors", self.backbone)
+        network = nn.Sequential(self.backbone, head).eval()
+        same = 0
+        for index in torch.split(torch.from_numpy(chosen), self.batch_size):
+            pixels = torch.from_numpy(images.images[index.numpy()])
+            uniforms = keyed_uniform(seed, 0, index, 0, self.weak.num_uniforms)
+            weak = network(self.weak(pixels, uniforms)).argmax(dim=1)
+            same += int((weak == clusters[index]).sum())
+        return same / len(chosen)
+
+
+def sample(num_images: int, limit: int, seed: int) -> NDArray[np.intp]:
+    """At most `limit` of the images, in their order."""
+    if num_images <= limit:
+        return np.arange(num_images)
+    return np.sort(np.random.default_rng(seed).choice(num_images, limit, replace=False))
+
+
+def read_head(folder: RunFolder) -> nn.Module | None:
+    """The head of a run, by the names of its weights; None if it is one of another kind."""
+    file = folder.path / "head.safetensors"
+    state = load_file(file) if file.is_file() else {}
+    if set(state) == {"hidden.weight", "hidden.bias", "output.weight", "output.bias"}:
+        hidden_dim, feature_dim = state["hidden.weight"].shape
+        head: nn.Module = ClusterHead(feature_dim, hidden_dim, len(state["output.bias"]))
+    elif set(state) == {"weight", "bias"}:
+        head = LinearHead(state["weight"].shape[1], len(state["bias"]))
+    else:
+        return None
+    load_strictly(head, state, str(file))
+    return head
+
+
+def matched_agreement(found: Sequence[Tensor]) -> float:
+    """Mean share of images on which two clusterings agree, clusters matched one to one."""
+    pairs = [clustering_scores(one, other)["acc"] for one, other in combinations(found, 2)]
+    return float(np.mean(pairs))
+
+
+def seeds_agreement(runs: Sequence[RunFolder]) -> float | None:
+    """`matched_agreement` of several runs on the same images; None for a single one.
+
+    Raises:
+        UsageError: the runs are not of the same images.
+    """
+    if len(runs) < 2:
+        return None
+    tables = [run.read_clusters() for run in runs]
+    for run, table in zip(runs, tables, strict=True):
+        if table.keys != tables[0].keys:
+            raise UsageError(f"trust.runs: {run.path} is of other images than {runs[0].path}")
+    return matched_agreement([torch.from_numpy(table.clusters) for table in tables])
+
+
+def separation(features: NDArray[np.float32], clusters: NDArray[np.int64]) -> float | None:
+    """Mean silhouette by cosine (Rousseeuw 1987), in [-1, 1]; None where one cluster holds all."""
+    if not 2 <= len(np.unique(clusters)) < len(clusters):
+        return None
+    return float(silhouette_score(features, clusters, metric="cosine"))
+
+
+def null_check(
+    features: NDArray[np.float32], num_clusters: int, num_nulls: int, seed: int
+) -> NullCheck:
+    """Does k-means part these features better than features that have no clusters?
+
+    Like the gap statistic (Tibshirani et al. 2001, its reference b) in the axes of the principal
+    components: half of the clouds shuffle each component over the images, which keeps its values
+    and breaks what they have in common; half draw it anew as a Gaussian of its variance, which
+    keeps the shape of the cloud and has no groups at all.
+
+    Args:
+        features: (n, D).
+        num_clusters: K.
+        num_nulls: clouds without groups.
+        seed: of clouds and k-means.
+    """
+    rows = F.normalize(torch.from_numpy(np.array(features, dtype=np.float64))).numpy()
+    rows = rows - rows.mean(axis=0)
+    _, scale, axes = np.linalg.svd(rows, full_matrices=False)
+    kept = min(COMPONENTS, int((scale > 1e-9 * max(scale[0], 1e-300)).sum()))
+    scores = rows @ axes[:kept].T  # (n, d)
+    generator = np.random.default_rng(seed)
+
+    def score(points: NDArray[np.float64]) -> float:
+        if len(np.unique(points, axis=0)) <= num_clusters:
+            return 0.0
+        found = KMeans(num_clusters, n_init=3, random_state=seed).fit_predict(points)
+        return float(silhouette_score(points, found))
+
+    spread = scores.std(axis=0)
+    nulls = [
+        score(
+            generator.permuted(scores, axis=0)
+            if cloud % 2
+            else generator.normal(size=scores.shape) * spread
+        )
+        for cloud in range(num_nulls)
+    ]
+    return NullCheck(score(scores) if kept else 0.0, tuple(nulls))

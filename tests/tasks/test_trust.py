@@ -1,0 +1,130 @@
+"""Trust: every measure by a case whose answer is known, and one page of a real run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tests.conftest import Finished
+
+from spice_pl.artifacts import RunFolder
+from spice_pl.errors import UsageError
+from spice_pl.reports.trust import Check, NullCheck, TrustData, record, render_trust, track
+from spice_pl.run import run_stages
+from spice_pl.tasks.trust import (
+    Trust,
+    matched_agreement,
+    null_check,
+    read_head,
+    seeds_agreement,
+    separation,
+)
+
+
+def cloud(centres: float, num_images: int = 300, num_features: int = 6) -> np.ndarray:
+    """Three groups whose centres lie `centres` away from zero, each of deviation one."""
+    generator = np.random.default_rng(0)
+    middle = centres * np.eye(num_features)[np.arange(num_images) % 3]
+    return (middle + generator.normal(size=(num_images, num_features))).astype(np.float32)
+
+
+@pytest.mark.parametrize("shape", ["round", "long", "flat"])
+def test_one_cloud_has_no_clusters(shape: str) -> None:
+    points = np.random.default_rng(1).normal(size=(400, 6))
+    points *= {"round": np.ones(6), "long": [9, 1, 1, 1, 1, 1], "flat": [5, 5, 1, 1, 1, 1]}[shape]
+    # Far from the origin, so that scaling to length one does not fold the cloud around it.
+    found = null_check((points + 60).astype(np.float32), 3, 4, seed=0)
+    assert not found.clear, found
+
+
+def test_three_groups_are_clusters() -> None:
+    assert null_check(cloud(12), 3, 4, seed=0).clear
+
+
+def test_constant_features_have_no_clusters() -> None:
+    assert not null_check(np.ones((50, 4), np.float32), 3, 2, seed=0).clear
+
+
+def test_agreement_does_not_depend_on_numbers() -> None:
+    one = torch.tensor([0, 0, 1, 1, 2, 2])
+    assert matched_agreement([one, (one + 1) % 3]) == 1.0
+    assert matched_agreement([one, torch.tensor([0, 0, 1, 1, 2, 0])]) == pytest.approx(5 / 6)
+
+
+def test_separation_of_far_groups_is_near_one_and_of_random_ones_near_zero() -> None:
+    features, groups = cloud(60), np.arange(300) % 3
+    assert separation(features, groups) == pytest.approx(1, abs=0.05)
+    shuffled = np.random.default_rng(0).permutation(groups)
+    assert separation(features, shuffled) == pytest.approx(0, abs=0.05)
+    assert separation(features, np.zeros(300, np.int64)) is None
+
+
+def test_track_says_how_ranks_agree() -> None:
+    assert track([0.1, 0.2, 0.9], [0.3, 0.5, 0.6]).rho == pytest.approx(1)
+    assert track([0.9, 0.2, 0.1], [0.3, 0.5, 0.6]).rho == pytest.approx(-1)
+    assert track([0.5, 0.5], [0.3, 0.5]).rho is None
+    assert track([], []).num_runs == 0
+
+
+def test_record_holds_pairs() -> None:
+    for values, accuracies in record().values():
+        assert len(values) == len(accuracies)
+        assert all(0 <= acc <= 1 for acc in accuracies)
+
+
+def page(null: NullCheck) -> str:
+    checks = [Check("consistency", 0.75), Check("heads", None)]
+    tracks = {"consistency": ([0.5, 0.75, 0.9], [0.3, 0.6, 0.9])}
+    return render_trust(TrustData("<b>run</b>", "proto/seed0", 9, 9, 3, checks, null, tracks))
+
+
+def test_page_gives_the_verdict_and_escapes() -> None:
+    text = page(NullCheck(0.30, (0.29, 0.25)))
+    assert "No real clusters here" in text
+    assert "<script" not in text
+    assert "&lt;b&gt;run&lt;/b&gt;" in text
+    assert "ρ = 1.00, n = 3" in text
+    assert "Needs the heads of stage 2" in text
+    assert "No real clusters here" not in page(NullCheck(0.60, (0.29, 0.25)))
+
+
+def test_head_is_read_as_it_was_written(straight: Finished) -> None:
+    proto = straight.folder("proto")
+    head = read_head(proto)
+    assert head is not None
+    with torch.no_grad():
+        probs = head(torch.from_numpy(np.array(proto.features)))
+    np.testing.assert_allclose(probs.numpy(), proto.probs, atol=1e-5)
+    assert read_head(straight.folder("moco")) is None
+
+
+def test_seeds_are_compared_on_the_same_images_only(straight: Finished, tmp_path: Path) -> None:
+    proto = straight.folder("proto")
+    assert seeds_agreement([proto]) is None
+    assert seeds_agreement([proto, proto]) == 1.0
+    other = RunFolder(tmp_path)
+    empty = np.zeros(1, np.float32)
+    other.write_clusters(["other"], np.zeros(1, np.int64), empty, empty, np.zeros(1, bool))
+    with pytest.raises(UsageError, match="of other images"):
+        seeds_agreement([proto, other])
+
+
+def test_nulls_need_a_spread() -> None:
+    with pytest.raises(UsageError, match="num_nulls 1"):
+        Trust(torch.nn.Identity(), None, num_nulls=1)  # type: ignore[arg-type]
+
+
+def test_trust_of_a_run(finished: Finished) -> None:
+    run_stages(finished.job("stage=trust", "trust.task.num_nulls=2"))
+    folder = RunFolder(finished.runs / "my photos" / "trust" / "seed0")
+    measures = folder.metrics["measures"]
+    table = finished.folder("fixmatch").read_clusters()
+    assert measures["consistency"] == pytest.approx(float(table.agreement.mean()))
+    assert measures["seeds"] is None
+    for name in ("heads", "views", "sure"):
+        assert 0 <= measures[name] <= 1
+    text = (folder.path / "trust.html").read_text(encoding="utf-8")
+    assert folder.metrics["verdict"] in text
+    assert "truth" not in folder.metrics
