@@ -182,3 +182,17 @@ def test_renumbered_head_gives_the_renumbered_probabilities(
     with torch.no_grad():
         probs = head(torch.from_numpy(np.array(proto.features)))
     np.testing.assert_allclose(probs.numpy(), proto.probs, atol=1e-5)
+
+
+def test_moved_image_is_labelled_whatever_its_neighbours_say(tmp_path: Path) -> None:
+    from tests.stages.test_fixmatch import fixmatch
+    from tests.stages.test_fixmatch import upstream as write_proto
+
+    folder = write_proto(tmp_path)
+    assert fixmatch(folder)[0].pseudo_labels[70] == -1  # of probability .4: not reliable
+    moved = np.zeros(90, dtype=np.bool_)
+    moved[70] = True
+    np.save(folder.path / "moved.npy", moved)
+    labels = fixmatch(folder)[0].pseudo_labels
+    assert labels[70] == 0
+    assert labels[71] == -1

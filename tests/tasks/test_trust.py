@@ -33,7 +33,8 @@ def cloud(centres: float, num_images: int = 300, num_features: int = 6) -> np.nd
 @pytest.mark.parametrize("shape", ["round", "long", "flat"])
 def test_one_cloud_has_no_clusters(shape: str) -> None:
     points = np.random.default_rng(1).normal(size=(400, 6))
-    points *= {"round": np.ones(6), "long": [9, 1, 1, 1, 1, 1], "flat": [5, 5, 1, 1, 1, 1]}[shape]
+    scales = {"round": [1] * 6, "long": [9, 1, 1, 1, 1, 1], "flat": [5, 5, 1, 1, 1, 1]}
+    points *= np.array(scales[shape])
     # Far from the origin, so that scaling to length one does not fold the cloud around it.
     found = null_check((points + 60).astype(np.float32), 3, 4, seed=0)
     assert not found.clear, found
