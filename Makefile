@@ -1,4 +1,4 @@
-# make run | test | check. Needs make and Python 3.11 or newer; everything else goes into .venv.
+# make run | test | check | docs. Needs make and Python 3.11 or newer; everything else goes into .venv.
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,7 +10,7 @@ ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check
+.PHONY: help run test check docs
 
 help:
 	@echo 'make run                   set up, then cluster the digits inside scikit-learn'
@@ -19,6 +19,7 @@ help:
 	@echo '                             ARGS="--help"'
 	@echo 'make test [ARGS="..."]     set up, then all tests; ARGS go to pytest'
 	@echo 'make check                 set up, then lint, format, types, layers'
+	@echo 'make docs                  set up, then the pages of docs/ as a site in site/'
 	@echo 'PYTHON=python3.12 make ... use this interpreter for .venv'
 
 run: $(READY)
@@ -43,6 +44,13 @@ check: $(READY)
 	@echo '==> lint-imports'
 	@$(BIN)/lint-imports
 	@echo '==> check: everything is in order'
+
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(READY)
+	@echo '==> mkdocs'
+	@$(BIN)/python -m pip install -qq --editable '.[docs]'
+	@$(BIN)/python -m mkdocs build --strict --quiet
+	@echo '==> docs: open site/index.html'
 
 # torch first: the rest then takes the torch that is there. Twice quiet: errors only.
 $(READY): pyproject.toml
