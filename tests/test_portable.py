@@ -139,6 +139,11 @@ def test_names_are_kept_over_a_save(straight: Finished, tmp_path: Path) -> None:
     assert one.nearest == other.nearest
 
 
+def test_names_given_in_a_review_are_taken(finished: Finished) -> None:
+    model_file(finished).with_name("names.json").write_text('{"1": "dogs"}')
+    assert spice_pl.load(model_file(finished)).names == ["cluster 0", "dogs", "cluster 2"]
+
+
 def test_a_model_can_be_pickled_by_those_who_must(straight: Finished) -> None:
     model: PortableModel = pickle.loads(pickle.dumps(spice_pl.load(model_file(straight))))  # noqa: S301
     assert len(model.predict(photographs())) == NUM_IMAGES

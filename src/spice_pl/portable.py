@@ -295,7 +295,7 @@ def load(
             network=ClusterNetwork(parts["plain"], parts["encoder"], parts["head"]),
             settings=settings,
             image_size=int(header["image_size"]),
-            names=[str(name) for name in header["names"]],
+            names=_names(file, header["names"]),
             threshold=float(header["threshold"]),
             about=header["about"],
             known=known,
@@ -343,6 +343,13 @@ def choose_known(
         embeddings=F.normalize(torch.from_numpy(features[index])).half(),
         clusters=torch.from_numpy(probs[index].argmax(axis=1)),
     )
+
+
+def _names(file: Path, names: Sequence[Any]) -> list[str]:
+    """Names in the file; a person may have given others in names.json beside it since."""
+    beside = file.with_name("names.json")
+    given = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+    return [str(given.get(str(k), name)) for k, name in enumerate(names)]
 
 
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -304,6 +304,8 @@ def _curves(folder: RunFolder) -> dict[str, list[tuple[int, float]]]:
     """(epoch, value) of every logged metric, from a stage's CSV logs."""
     curves: dict[str, dict[int, float]] = {}
     for line in _log_lines(folder):
+        if not line["epoch"]:  # the learning rate, logged with dashboards, has a step only
+            continue
         for name, text in line.items():
             if text and name not in ("epoch", "step"):
                 curves.setdefault(name, {})[int(line["epoch"])] = float(text)

@@ -27,6 +27,7 @@ from rich.console import Console
 
 from spice_pl import launch, portable
 from spice_pl.artifacts import RunFolder
+from spice_pl.callbacks.dashboards import log_results, run_id
 from spice_pl.callbacks.nan import NanGuard
 from spice_pl.callbacks.predictions import PredictionWriter
 from spice_pl.callbacks.progress import StageProgress
@@ -210,6 +211,8 @@ def _run_stage(job: Job, name: str, images: ImageSet) -> None:
         )
     trainer.strategy.barrier("results written")
     for each in trainer.loggers:
+        if trainer.is_global_zero:
+            log_results(each, folder, upstream, images, trainer.global_step)
         finish = getattr(getattr(each, "experiment", None), "finish", None)
         if finish is not None:  # W&B keeps one run open until it is told
             finish()
@@ -246,6 +249,8 @@ def _write_portable(job: Job, name: str, module: Stage, images: ImageSet) -> Non
     encoder, plain = (
         OmegaConf.to_container(each, resolve=True) for each in (backbone, cfg.augment.plain)
     )
+    # One that was read from a checkpoint says itself how to build it without that file.
+    encoder = getattr(parts["encoder"], "settings", encoder)
     settings = portable_settings(encoder, parts["head"], plain)
     if settings is None:
         logger.info("%s: no %s for a head of your own", name, portable.FILE_NAME)
@@ -329,12 +334,14 @@ def _trainer(job: Job, name: str, callbacks: list[pl.Callback]) -> pl.Trainer:
                 for key, text in settings.items()
             },
             save_dir=str(path),
+            **_same_run(job, name, str(settings["_target_"])),
         )
         for settings in cfg.logger.values()
     ]
     dashboards = [each for each in loggers if not isinstance(each, pl.loggers.CSVLogger)]
     for each in dashboards:
-        each.log_hyperparams(flat({key: cfg[key] for key in ("seed", "dataset", name)}))
+        kept = ("seed", "dataset", "backbone", "reliable", name)
+        each.log_hyperparams(flat({key: cfg[key] for key in kept}) | {"preset": job.preset})
     callbacks += [
         StageProgress(name),
         NanGuard(name),
@@ -365,6 +372,15 @@ def _trainer(job: Job, name: str, callbacks: list[pl.Callback]) -> pl.Trainer:
         log_every_n_steps=1,
     )
     return trainer
+
+
+def _same_run(job: Job, name: str, target: str) -> dict[str, str]:
+    """What makes a resumed stage go on in its W&B run."""
+    if not target.endswith(".WandbLogger") or not _is_first_rank():
+        return {}
+    folder = job.folder(name)
+    resume = bool(job.cfg.resume) and folder.checkpoint.is_file()
+    return {"id": run_id(folder.path, keep=resume), "resume": "allow"}
 
 
 def _progress(trainer: pl.Trainer) -> StageProgress:
