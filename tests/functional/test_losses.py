@@ -10,6 +10,7 @@ from spice_pl.functional.losses import (
     double_softmax_cross_entropy,
     double_softmax_cross_entropy_per_head,
     double_softmax_floor,
+    double_softmax_gradient_ratio,
     mean_prediction_entropy,
     tempered_cross_entropy_per_head,
 )
@@ -68,23 +69,31 @@ def test_a_certain_and_right_head_reaches_the_floor(num_clusters: int) -> None:
     assert loss.item() == pytest.approx(double_softmax_floor(num_clusters), abs=1e-12)
 
 
-def test_appendix_a_gradients_and_their_ratio() -> None:
+@pytest.mark.parametrize("num_clusters", [2, 5, 200])
+def test_appendix_a_gradients_and_their_ratio(num_clusters: int) -> None:
+    eye = torch.eye(num_clusters, dtype=torch.float64)
     for row in range(20):
-        z = random_logits(5, seed=row).requires_grad_()
-        label = torch.tensor(row % 5)
-        y = int(label)
+        z = random_logits(num_clusters, seed=row).requires_grad_()
+        label = torch.tensor(row % num_clusters)
         p = z.softmax(-1)
         q = p.softmax(-1)
         single = gradient(F.cross_entropy(z, label), z)
         double = gradient(double_softmax_cross_entropy(z.softmax(-1)[None], label[None]), z)
-        mean = (p * q).sum()
-        own = torch.eye(5, dtype=torch.float64)[y]
-        torch.testing.assert_close(double, p * (q - own + p[y] - mean), rtol=0, atol=1e-15)
-        others = mean - p[y] * q[y]
-        ratio = q + p[y] - mean
-        ratio = ratio.where(own == 0, p[y] * ((1 - q[y]) + others / (1 - p[y])))
-        torch.testing.assert_close(double / single, ratio, rtol=1e-9, atol=0)
-        assert double[y] / single[y] < 1
+        agree, own = (p * q).sum(), eye[label]
+        torch.testing.assert_close(double, p * (q - own + p[label] - agree), rtol=0, atol=1e-15)
+        ratio = double_softmax_gradient_ratio(p.detach(), label)
+        torch.testing.assert_close(ratio, double / single, rtol=1e-7, atol=0)
+        assert ratio[label] < 1
+
+
+def test_gradient_ratio_is_small_where_the_head_is_not_sure() -> None:
+    sure = torch.linspace(0.11, 0.99, 50, dtype=torch.float64)  # p_y; nine others share the rest
+    probs = torch.cat([sure[:, None], ((1 - sure) / 9)[:, None].expand(-1, 9)], dim=1)
+    ratio = double_softmax_gradient_ratio(probs, torch.zeros(50, dtype=torch.long))[:, 0]
+    assert (ratio.diff() > 0).all()
+    assert ratio[0] < 0.12
+    one = double_softmax_gradient_ratio(probs[3], torch.tensor(0))
+    assert torch.equal(one[0], ratio[3])
 
 
 def test_tempered_cross_entropy_is_that_of_divided_logits() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from tests.stages.small import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spice_pl.callbacks.truth import TruthMonitor
 from spice_pl.data.datamodule import Views
 from spice_pl.data.keyed import keyed_generator
 from spice_pl.errors import UsageError
@@ -33,6 +35,7 @@ from spice_pl.stages.proto import ProtoHeadModule
 
 M, B, H, SEED = 40, 10, 3, 5
 CYCLES = N // M  # 2
+NAMES = list(itertools.permutations(range(K)))
 STREAMS = {"images": stream(16, weak=WEAK, strong=STRONG)}
 
 
@@ -185,7 +188,7 @@ def test_maximisation_equals_a_slow_loop_over_separate_heads(
                     probs = head(strong[images[chosen]])
                     loss = loss_of(probs, labels[chosen])
                     optimizer.zero_grad()
-                    torch.autograd.backward((loss - entropy * entropy_of_mean(probs)) / H)
+                    torch.autograd.backward(loss - entropy * entropy_of_mean(probs))
                     optimizer.step()
                     losses[h].append(loss.item())
     for h, head in enumerate(heads):
@@ -220,6 +223,57 @@ def test_head_and_epoch_of_the_lowest_label_free_loss_are_kept(tmp_path: Path) -
     prediction = module.predict(Views(torch.arange(N), {}))
     assert prediction.probs is not None
     torch.testing.assert_close(prediction.probs, watch.heads[epoch][h](features))
+
+
+def test_truth_shows_the_chosen_head_beside_the_best_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SPICE, Figure 6."""
+    module, _ = proto(tmp_path)
+    with torch.no_grad():  # heads that use all clusters, each in its own way
+        generator = torch.Generator().manual_seed(0)
+        module.heads.output_weight.normal_(generator=generator)
+        module.heads.output_bias.sub_(module.heads.logits(module.features).mean(dim=1))
+    monitor = TruthMonitor(np.arange(N) % K, K)
+    logged: dict[str, float] = {}
+    monkeypatch.setattr(module, "log", lambda name, value, **_: logged.update({name: value}))
+    module.epoch_head = 1
+    trainer = pl.Trainer(logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    monitor.on_validation_epoch_start(trainer, module)
+    with torch.no_grad():
+        for part in torch.split(torch.arange(N), 40):
+            monitor.on_validation_batch_end(trainer, module, module.predict(Views(part, {})))
+        monitor.on_validation_epoch_end(trainer, module)
+        found = [plain_head(module, h)(module.features).argmax(dim=1) for h in range(H)]
+    accuracies = [
+        max(
+            float((torch.tensor(names)[c] == torch.arange(N) % K).float().mean()) for names in NAMES
+        )
+        for c in found
+    ]
+    assert len(set(accuracies)) > 1
+    assert logged["truth/best_head_acc"] == pytest.approx(max(accuracies))
+    assert logged["truth/epoch_head_acc"] == pytest.approx(accuracies[1])
+
+
+@pytest.mark.parametrize("head", [0, 2])
+def test_a_head_trains_as_if_it_were_alone(tmp_path: Path, head: int) -> None:
+    settings = {"lr": 0.01, "repeats": 3}
+    many, streams = proto(tmp_path, **settings)
+    fit(many, streams, epochs=2)
+    one, streams = proto(tmp_path, **settings, num_heads=1, first_head=head)
+    fit(one, streams, epochs=2)
+    for ours, theirs in zip(one.heads.parameters(), many.heads.parameters(), strict=True):
+        torch.testing.assert_close(ours[0], theirs[head], rtol=0, atol=1e-5)
+
+
+def test_a_hundred_heads_run(tmp_path: Path) -> None:
+    module, streams = proto(tmp_path, num_heads=100)
+    trainer = fit(module, streams, epochs=1)
+    losses = [float(trainer.callback_metrics[f"train/loss_head_{h}"]) for h in range(100)]
+    assert len(set(losses)) == 100
+    assert all(math.isfinite(loss) for loss in losses)
+    assert 0 <= int(module.best_head) < 100
 
 
 @pytest.mark.parametrize("seed", [0, 1])

@@ -20,8 +20,11 @@ from spice_pl.stages.base import Prediction
 class TruthMonitor(pl.Callback):
     """Log how the watched images are clustered, and how right the reliable labels are.
 
-    `truth/acc`, `truth/nmi`, `truth/ari`; of a stage without clusters `truth/knn_acc`, the share of
-    images whose class is the most frequent one among their 20 nearest neighbours.
+    `truth/acc`, `truth/nmi`, `truth/ari`; of a stage with many heads `truth/best_head_acc` and
+    `truth/epoch_head_acc`, the best of them and the one of the lowest label-free loss after this
+    epoch (SPICE, Figure 6: their distance is the regret of the choice); of a stage without clusters
+    `truth/knn_acc`, the share of images whose class is the most frequent one among their 20 nearest
+    neighbours.
 
     Args:
         labels: (N,) truth, -1 where unknown.
@@ -30,12 +33,15 @@ class TruthMonitor(pl.Callback):
 
     def __init__(self, labels: NDArray[np.int64], num_clusters: int) -> None:
         self.labels = torch.from_numpy(labels)
-        self.scores = ClusteringScores(num_clusters, int(labels.max()) + 1)
+        self.sizes = (num_clusters, int(labels.max()) + 1)
+        self.scores = ClusteringScores(*self.sizes)
+        self.head_scores: list[ClusteringScores] = []
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start a new count."""
         self.scores.reset()
         self.scores.to(pl_module.device)
+        self.head_scores.clear()
         self.features: list[Tensor] = []
         self.index: list[Tensor] = []
 
@@ -51,12 +57,19 @@ class TruthMonitor(pl.Callback):
         else:
             labels = self.labels[outputs.index.cpu()].to(pl_module.device)
             self.scores.update(outputs.probs.argmax(dim=1), labels)
+            self._count_heads(pl_module, outputs, labels)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the scores of all ranks together."""
         if int(self.scores.update_count):
             for name, value in self.scores.compute().items():
                 pl_module.log(f"truth/{name}", float(value), sync_dist=True)
+        scores_of_heads = [scores.compute() for scores in self.head_scores]
+        if any(scores_of_heads):  # an image with truth is among the watched
+            accuracies = [float(scores["acc"]) for scores in scores_of_heads]
+            chosen = int(pl_module.epoch_head)  # type: ignore[arg-type]
+            pl_module.log("truth/best_head_acc", max(accuracies), sync_dist=True)
+            pl_module.log("truth/epoch_head_acc", accuracies[chosen], sync_dist=True)
         if self.features:
             features, index = (
                 pl_module.across_ranks(torch.cat(parts)).cpu()  # type: ignore[operator]
@@ -65,6 +78,19 @@ class TruthMonitor(pl.Callback):
             known = self.labels[index] >= 0
             accuracy = knn_accuracy(features[known], self.labels[index[known]])
             pl_module.log("truth/knn_acc", accuracy, sync_dist=True)
+
+    def _count_heads(
+        self, pl_module: pl.LightningModule, prediction: Prediction, labels: Tensor
+    ) -> None:
+        many = getattr(pl_module, "head_clusters", None)
+        clusters = None if many is None else many(prediction)  # (H, B)
+        if clusters is None:
+            return
+        if not self.head_scores:
+            made = (ClusteringScores(*self.sizes) for _ in clusters)
+            self.head_scores = [scores.to(pl_module.device) for scores in made]
+        for scores, own in zip(self.head_scores, clusters, strict=True):
+            scores.update(own, labels)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the accuracy of the reliable labels that stage 3 learns from."""

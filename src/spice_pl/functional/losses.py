@@ -74,6 +74,32 @@ def double_softmax_floor(num_clusters: int) -> float:
     return math.log((math.e + num_clusters - 1) / math.e)
 
 
+def double_softmax_gradient_ratio(probs: Tensor, label: Tensor) -> Tensor:
+    """Gradient of the double-softmax loss over that of a single softmax, logit by logit.
+
+    SPICE, Appendix A, Eq. A-6 and Fig. A.1, with y the label and q = softmax(p). For the label's
+    own logit the ratio is p_y [(1 - q_y) + sum of p_j q_j / (1 - p_y) over the others], below 1 and
+    near 0 where the head is not sure; for another logit i it is q_i + p_y - sum of p_j q_j.
+
+    Args:
+        probs: (..., K), rows sum to one, none of them one-hot.
+        label: (...), cluster ids 0 to K - 1.
+
+    Returns:
+        Ratio (..., K).
+
+    Example:
+        >>> double_softmax_gradient_ratio(torch.tensor([0.5, 0.5]), torch.tensor(0))
+        tensor([0.5000, 0.5000])
+    """
+    own = F.one_hot(label, probs.shape[-1]).bool()  # (..., K)
+    q = probs.softmax(dim=-1)
+    agree = (probs * q).sum(dim=-1, keepdim=True)  # sum of p_j q_j, (..., 1)
+    p_y, q_y = (each.gather(-1, label[..., None]) for each in (probs, q))  # (..., 1)
+    at_label = p_y * ((1 - q_y) + (agree - p_y * q_y) / (1 - p_y))
+    return torch.where(own, at_label, q + p_y - agree)
+
+
 def tempered_cross_entropy_per_head(
     logits: Tensor, label: Tensor, temperature: float = 1.0
 ) -> Tensor:

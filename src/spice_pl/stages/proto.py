@@ -54,6 +54,7 @@ class ProtoHeadModule(Stage):
         backbone: (B, 3, S, S) -> (B, D), with `num_features`.
         num_clusters: K.
         num_heads: H.
+        first_head: number of the first head; `num_heads=1 first_head=3` trains head 3 alone.
         hidden_dim: width of a head's hidden layer; None means D.
         lr: of Adam, constant.
         buffer_size: M, images of an E-step; at most the data set.
@@ -76,6 +77,7 @@ class ProtoHeadModule(Stage):
     best_loss: Tensor
     best_head: Tensor
     best_epoch: Tensor
+    epoch_head = 0  # of the lowest loss after this epoch
 
     def __init__(
         self,
@@ -83,6 +85,7 @@ class ProtoHeadModule(Stage):
         num_clusters: int,
         *,
         num_heads: int = 10,
+        first_head: int = 0,
         hidden_dim: int | None = None,
         lr: float = 5e-3,
         buffer_size: int = 5000,
@@ -121,7 +124,9 @@ class ProtoHeadModule(Stage):
         self.encoder = backbone.requires_grad_(joint != "none")
         if moves:
             self.kept_encoder = copy.deepcopy(backbone).requires_grad_(False)
-        self.heads = ParallelHeads(width, hidden_dim or width, num_clusters, num_heads, 1000 * seed)
+        self.heads = ParallelHeads(
+            width, hidden_dim or width, num_clusters, num_heads, 1000 * seed + first_head
+        )
         self.selected = self.heads.head(0).requires_grad_(False)
         self.register_buffer("best_loss", torch.tensor(math.inf))
         self.register_buffer("best_head", torch.tensor(-1))
@@ -232,6 +237,10 @@ class ProtoHeadModule(Stage):
         features = self.branches.predict(batch)
         return Prediction(batch.index, features, self.selected(features))
 
+    def head_clusters(self, prediction: Prediction) -> Tensor | None:
+        """Return each head's clusters (H, B); none where the kept encoder is not theirs."""
+        return None if self.moves else self.heads(prediction.features).argmax(dim=-1)
+
     def on_fit_start(self) -> None:
         """Put the embeddings of the untransformed images (N, D) where the heads are."""
         self.embeddings = F.normalize(self.features.to(self.device))
@@ -266,10 +275,10 @@ class ProtoHeadModule(Stage):
                     break  # the incomplete last batch is dropped
                 logits = self.heads.logits(self.branches.read(strong, slots[:, chosen]))
                 losses = self.head_losses(logits, label[chosen])  # (H, B, K) -> (H,), Eq. 5
-                loss = losses.mean()
+                loss = losses.sum()  # each head learns as if alone: Adam forgets a factor 1/H
                 if self.entropy:
                     spread = mean_prediction_entropy(logits.softmax(dim=-1))  # (H,)
-                    loss = loss - self.entropy * spread.mean()
+                    loss = loss - self.entropy * spread.sum()
                 optimizer.zero_grad()  # type: ignore[union-attr]
                 self.manual_backward(loss)
                 optimizer.step()  # type: ignore[union-attr]
@@ -294,6 +303,7 @@ class ProtoHeadModule(Stage):
             sizes = torch.bincount(probs.argmax(dim=1), minlength=self.num_clusters)  # (K,)
             empty.append((sizes == 0).sum())
         loss, head_index = torch.stack(losses).min(dim=0)
+        self.epoch_head = int(head_index)
         self.record("val/selection_loss", loss)
         self.record("val/empty_clusters", torch.stack(empty)[head_index].float())
         for head, each in enumerate(losses):

@@ -1,0 +1,131 @@
+"""Figures 6 and A.1 of SPICE, as SVG files.
+
+    python benchmarks/figures.py a1 [--to gradient_ratio.svg]
+    python benchmarks/figures.py 6 RUN [--to head_selection.svg]
+
+A.1: how much more slowly the double softmax learns than a single one, against the probability that
+the head gives to the pseudo-label, for 2, 10 and 200 clusters. The rest is shared evenly by the
+other clusters, so that the ratio is the same for every logit: each loss's gradients sum to 0.
+
+6: the head of the lowest label-free loss beside the best head by truth, after each epoch of the run
+in the folder RUN (runs/digits/proto/seed0), and the regret of the choice: their mean distance.
+
+Prints a table and, as the last line, JSON.
+"""
+
+import argparse
+import csv
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from spice_pl.functional.losses import double_softmax_gradient_ratio
+
+WIDTH, HEIGHT, MARGIN = 480, 320, 48  # pixels
+COLOURS = ("#1f5fbf", "#c2511b", "#3c8a3c")
+Points = Sequence[tuple[float, float]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    figures = parser.add_subparsers(dest="figure", required=True)
+    ratio = figures.add_parser("a1")
+    ratio.add_argument("--to", type=Path, default=Path("gradient_ratio.svg"))
+    heads = figures.add_parser("6")
+    heads.add_argument("run", type=Path, help="folder of a finished run of stage 2, with labels")
+    heads.add_argument("--to", type=Path, default=Path("head_selection.svg"))
+    args = parser.parse_args()
+    if args.figure == "a1":
+        curves, result = gradient_ratio()
+        text = svg(curves, "probability of the pseudo-label", "gradient, double / single softmax")
+    else:
+        curves, result = head_selection(args.run)
+        text = svg(curves, "epoch", "ACC")
+    for name, points in curves.items():
+        shown = points[:: max(1, len(points) // 8)]
+        print(f"{name:34}", *(f"({x:.4g}, {y:.3f})" for x, y in shown))
+    args.to.write_text(text, encoding="utf-8")
+    print(f"{args.to} written")
+    print(json.dumps(result))
+
+
+def gradient_ratio() -> tuple[dict[str, Points], dict[str, float]]:
+    """Eq. A-6 over p_y; where the head is not sure (p_y = 1/K) and where it is, in the figures."""
+    p_y = torch.linspace(0.005, 0.995, 199, dtype=torch.float64)
+    curves: dict[str, Points] = {}
+    result: dict[str, float] = {}
+    for num_clusters in (2, 10, 200):
+
+        def ratio(p_y: torch.Tensor, others: int = num_clusters - 1) -> list[float]:
+            rest = ((1 - p_y) / others)[:, None].expand(-1, others)
+            probs, label = torch.cat([p_y[:, None], rest], dim=1), torch.zeros(len(p_y)).long()
+            return list(map(float, double_softmax_gradient_ratio(probs, label)[:, 0]))
+
+        curves[f"K = {num_clusters}"] = list(zip(p_y.tolist(), ratio(p_y), strict=True))
+        unsure, sure = ratio(torch.tensor([1 / num_clusters, 0.995], dtype=torch.float64))
+        result |= {f"unsure_k{num_clusters}": round(unsure, 4), f"sure_k{num_clusters}": sure}
+    return curves, result
+
+
+def head_selection(run: Path) -> tuple[dict[str, Points], dict[str, float]]:
+    """What `truth/best_head_acc` and `truth/epoch_head_acc` were after each epoch."""
+    curves: dict[str, list[tuple[float, float]]] = {"best by truth": [], "lowest loss": []}
+    keys = ("truth/best_head_acc", "truth/epoch_head_acc")
+    for file in sorted(run.glob("metrics*.csv")):
+        with file.open(newline="", encoding="utf-8") as lines:
+            for line in csv.DictReader(lines):
+                if line.get(keys[0]):
+                    for points, key in zip(curves.values(), keys, strict=True):
+                        points.append((float(line["epoch"]), float(line[key])))
+    best, chosen = ([y for _, y in points] for points in curves.values())
+    if not best:
+        raise SystemExit(f"error: {run} logs no {keys[0]}; it takes labels and a frozen encoder")
+    regret = statistics.fmean(a - b for a, b in zip(best, chosen, strict=True))
+    return dict(curves), {
+        "regret": round(regret, 4),
+        "regret_last": round(best[-1] - chosen[-1], 4),
+    }
+
+
+def svg(curves: Mapping[str, Points], x_name: str, y_name: str) -> str:
+    """Draw lines with their axes; black or white below, the text follows the page's colour."""
+    everything = [point for points in curves.values() for point in points]
+    (left, right), (low, high) = ((min(part), max(part)) for part in zip(*everything, strict=True))
+    right, high = right + (right == left), high + (high == low)
+
+    def place(x: float, y: float) -> str:
+        across = MARGIN + (x - left) / (right - left) * (WIDTH - 2 * MARGIN)
+        up = HEIGHT - MARGIN - (y - low) / (high - low) * (HEIGHT - 2 * MARGIN)
+        return f"{across:.1f},{up:.1f}"
+
+    def words(x: float, y: float, text: str, more: str = "") -> str:
+        return f'<text x="{x}" y="{y}" fill="currentColor" {more}>{text}</text>'
+
+    bottom, end = HEIGHT - MARGIN, WIDTH - MARGIN
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
+        f'font-family="sans-serif" font-size="12"><title>{y_name} over {x_name}</title>',
+        f'<path d="M{MARGIN},{MARGIN}V{bottom}H{end}" fill="none" stroke="currentColor"/>',
+        words(WIDTH / 2, HEIGHT - 10, x_name, 'text-anchor="middle"'),
+        words(MARGIN, 20, y_name),
+        words(MARGIN, bottom + 16, f"{left:.3g}"),
+        words(end, bottom + 16, f"{right:.3g}", 'text-anchor="end"'),
+        words(MARGIN - 4, bottom, f"{low:.3g}", 'text-anchor="end"'),
+        words(MARGIN - 4, MARGIN + 4, f"{high:.3g}", 'text-anchor="end"'),
+    ]
+    for number, (name, points) in enumerate(curves.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        line = " ".join(place(*point) for point in points)
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        parts.append(
+            f'<text x="{end}" y="{MARGIN + 16 * number}" fill="{colour}" text-anchor="end">'
+            f"{name}</text>"
+        )
+    return "\n".join([*parts, "</svg>\n"])
+
+
+if __name__ == "__main__":
+    main()
