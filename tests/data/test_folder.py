@@ -473,22 +473,31 @@ def test_a_file_that_changes_while_the_folder_is_read_is_left_out(
     assert levels(load()) == [0, 200, 30]  # the next run sees the folder as it is then
 
 
-def test_a_file_that_must_not_be_read_is_left_out(
-    root: Path, load: Callable[..., ImageSet], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_a_file_that_must_not_be_read_is_left_out_until_it_may(
+    root: Path, load: Callable[..., ImageSet], monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
     solid(root / "1.png", 10)
     solid(root / "2.png", 20)
-    real = Image.open
+    real_open, real_access = Image.open, os.access
 
     def refused(file: Any, *more: Any) -> Any:
         if str(file).endswith("1.png"):
             raise PermissionError(13, "Permission denied", str(file))
-        return real(file, *more)
+        return real_open(file, *more)
 
-    monkeypatch.setattr(Image, "open", refused)
-    images = load()
+    def access(file: Any, mode: int) -> bool:
+        return not str(file).endswith("1.png") and real_access(file, mode)
+
+    with monkeypatch.context() as patch:  # a test that runs as root may read everything
+        patch.setattr(Image, "open", refused)
+        if when == "before":
+            patch.setattr(os, "access", access)
+        images = load()
     assert levels(images) == [20]
     assert list(images.skipped) == [("1.png", "permission denied")]
+    if when == "before":
+        assert levels(load()) == [10, 20]
 
 
 def test_a_pipe_is_no_image(root: Path, load: Callable[..., ImageSet]) -> None:

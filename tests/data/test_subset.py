@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
+from tests.conftest import NUM_IMAGES, make_job
 
+from spice_pl import run
 from spice_pl.baselines import kmeans_clusters
 from spice_pl.data.images import ImageSet
 from spice_pl.data.subset import subset
@@ -136,3 +139,12 @@ def test_settings_that_do_not_fit(settings: dict[str, Any], message: str) -> Non
 def test_without_labels_there_is_nothing_to_choose_by(settings: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="choose by true classes and numbers has none"):
         subset(image_set(labels=None, class_names=None), **settings)
+
+
+def test_the_command_line_chooses_for_every_data_set(tiny: Sequence[str]) -> None:
+    cfg = make_job(*tiny, "dataset.classes=['class 0','class 2']", "dataset.imbalance=3").cfg
+    images = run._images(cfg)
+    assert images.labels is not None
+    assert np.bincount(images.labels).tolist() == [30, 10]
+    assert len(run._images(make_job("dataset=digits", "dataset.limit=100").cfg)) == 100
+    assert len(run._images(make_job(*tiny).cfg)) == NUM_IMAGES

@@ -6,18 +6,18 @@ Shapes: N images, S side in pixels.
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from spice_pl.data.decode import SUFFIXES, Decoded, read_image
 from spice_pl.data.images import ImageSet
-from spice_pl.data.scan import Found, Note, look, scan_files
+from spice_pl.data.scan import DENIED, GONE, Found, Note, look, scan_files, size_and_time
 from spice_pl.data.store import Source, Stored, open_store
 from spice_pl.data.table import class_labels, read_table
 from spice_pl.errors import UsageError
 
 LABELS = ("none", "folders", "csv")
+REASONS = {GONE: "broken link", DENIED: "permission denied"}
 
 
 def folder(
@@ -121,16 +121,15 @@ def open_files(
 
 def _load(root: Path, files: Found, image_size: int, i: int) -> Decoded | str:
     path = root / files.paths[i]
-    if files.sizes[i] < 0:
-        return "broken link"
+    if files.sizes[i] in REASONS:
+        return REASONS[files.sizes[i]]
     if not path.is_file():  # opening a pipe would wait for ever
         return "vanished after the folder was listed" if not path.exists() else "not a file"
     image = read_image(path, image_size)
-    try:
-        stat = os.stat(path)
-    except OSError:
+    now = size_and_time(path)
+    if now[0] == GONE:
         return "vanished after the folder was listed"
-    if (stat.st_size, stat.st_mtime_ns) != (files.sizes[i], files.times[i]):
+    if now != (files.sizes[i], files.times[i]):
         return "changed after the folder was listed; run again when it is complete"
     return image
 
@@ -139,11 +138,7 @@ def _listed(root: Path, paths: Sequence[str]) -> Found:
     """Look at the files that a table names, in its order."""
     found = Found(paths=list(paths))
     for path in paths:
-        try:
-            stat = os.stat(root / path)
-            size, changed = stat.st_size, stat.st_mtime_ns
-        except OSError:
-            size, changed = -1, 0
+        size, changed = size_and_time(root / path)
         found.sizes.append(size)
         found.times.append(changed)
     return found

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 SCAN = ("auto", "files", "folders")
 TRUST_ABOVE = 100_000  # files; a scan of fewer takes less than a second or two
 SAMPLED = 10_000  # files that are looked at in any case
+GONE, DENIED = -1, -2
 SETTLED_S = 2.0  # seconds; the coarsest clock of a file system in use (FAT)
 
 
@@ -37,7 +38,8 @@ class Found:
 
     Attributes:
         paths: below the folder, with "/".
-        sizes: bytes of each; -1 where there is no file behind a link.
+        sizes: bytes of each; GONE where there is no file behind a link, DENIED where it must not
+            be read. Both count as content, so that a store notices when it can be had.
         times: of change, nanoseconds.
         folders: path to time of change of every folder that was listed.
         other: files that are no images by name.
@@ -135,7 +137,7 @@ def scan_files(root: Path, subfolders: Sequence[str] = ("",)) -> Found:
                     elif os.path.splitext(entry.name)[1].lower() not in SUFFIXES:
                         found.other += 1
                     else:
-                        rows.append(_row(path, entry))
+                        rows.append((path, *size_and_time(entry.path)))
                         if len(rows) % TRUST_ABOVE == 0:
                             logger.info("found %d images so far", len(rows))
         except OSError as error:
@@ -154,12 +156,13 @@ def image_files(root: Path) -> list[str]:
     return scan_files(root).paths
 
 
-def _row(path: str, entry: os.DirEntry[str]) -> tuple[str, int, int]:
+def size_and_time(path: str | Path) -> tuple[int, int]:
+    """Return bytes and time of change of a file, or why there are none in place of bytes."""
     try:
-        stat = entry.stat()
-    except OSError:  # a broken link: decoding names it as a bad image
-        return path, -1, 0
-    return path, stat.st_size, stat.st_mtime_ns
+        stat = os.stat(path)
+    except OSError:
+        return GONE, 0
+    return stat.st_size if os.access(path, os.R_OK) else DENIED, stat.st_mtime_ns
 
 
 def _write_note(path: Path, found: Found) -> None:
@@ -189,8 +192,7 @@ def _trusted(root: Path, note: dict[str, Any], scan: str) -> Note | None:
             if os.stat(root / path).st_mtime_ns != changed:
                 return None
         for path, size, changed in note["sample"]:
-            stat = os.stat(root / path)
-            if (stat.st_size, stat.st_mtime_ns) != (size, changed):
+            if size_and_time(root / path) != (size, changed):
                 return None
     except OSError:
         return None
