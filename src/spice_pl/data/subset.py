@@ -43,7 +43,8 @@ class Rows:
             rest = (slice(None), *rows[1:]) if whole else rows[1:]
             part: NDArray[np.uint8] = self[rows[0]][rest]
             return part
-        return self._array[self._index[rows]]
+        picked: NDArray[np.uint8] = self._array[self._index[rows]]
+        return picked
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[np.uint8]:
         return np.asarray(self._array[self._index], dtype=dtype)
