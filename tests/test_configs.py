@@ -18,7 +18,7 @@ from spice_pl.settings import ALLOWED_TARGETS
 from spice_pl.stages.base import Stage
 
 STAGES = ("moco", "proto", "fixmatch")
-FAMILY = ("clusmatch", "freematch", "flexmatch", "softmatch", "supervised")
+FAMILY = ("clusmatch", "freematch", "flexmatch", "softmatch", "supervised", "scan", "selflabel")
 GROUPS = {
     group.name: sorted(file.stem for file in group.glob("*.yaml"))
     for group in sorted(CONF.iterdir())

@@ -90,9 +90,8 @@ def fit(
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        limit_val_batches=0,
         use_distributed_sampler=False,
-        **settings,
+        **{"limit_val_batches": 0, **settings},
     )
     data = ViewsDataModule(image_set(), streams, PLAIN, seed=0, stage="test")
     trainer.fit(module, data, ckpt_path=resume, weights_only=True)

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from spice_pl.data.augment import View
 from spice_pl.data.images import ImageSet
 from spice_pl.data.keyed import keyed_uniform
-from spice_pl.data.sampler import KeyedBatches
+from spice_pl.data.sampler import KeyedBatches, PartneredBatches
 
 
 @dataclass
@@ -60,6 +60,8 @@ class Stream:
         drop_last: leave out a batch that is not full.
         subset: (n,) indices to draw from; None means the images that training may see.
         extra: draw from the data set's extra images as well, where it has some (STL10).
+        partners: (N, P) images of which a random one accompanies each, in the second half of a
+            batch that is twice as large; None for no company.
     """
 
     views: Mapping[str, View]
@@ -69,6 +71,7 @@ class Stream:
     drop_last: bool = True
     subset: Tensor | None = None
     extra: bool = False
+    partners: Tensor | None = None
 
 
 class ViewsDataModule(pl.LightningDataModule):
@@ -103,22 +106,7 @@ class ViewsDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Pixels] | CombinedLoader:
         """Return the stream's loader, or all streams side by side."""
-        loaders = {
-            name: self._loader(
-                KeyedBatches(
-                    self._drawn(stream),
-                    stream.batch_size,
-                    self.seed,
-                    _key(self.stage, name),
-                    num_samples=stream.num_samples,
-                    group_size=stream.group_size,
-                    drop_last=stream.drop_last,
-                    rank=self._rank[0],
-                    world_size=self._rank[1],
-                )
-            )
-            for name, stream in self.streams.items()
-        }
+        loaders = {name: self._loader(self._batches(name)) for name in self.streams}
         return (
             next(iter(loaders.values()))
             if len(loaders) == 1
@@ -151,6 +139,23 @@ class ViewsDataModule(pl.LightningDataModule):
             no_uniforms = torch.empty(len(batch.index), 0, device=batch.index.device)
             return Views(batch.index, {"plain": self.plain(batch.images, no_uniforms)})
         return self._views(next(iter(self.streams)), batch)
+
+    def _batches(self, name: str) -> KeyedBatches | PartneredBatches:
+        stream, key = self.streams[name], _key(self.stage, name)
+        batches = KeyedBatches(
+            self._drawn(stream),
+            stream.batch_size,
+            self.seed,
+            key,
+            num_samples=stream.num_samples,
+            group_size=stream.group_size,
+            drop_last=stream.drop_last,
+            rank=self._rank[0],
+            world_size=self._rank[1],
+        )
+        if stream.partners is None:
+            return batches
+        return PartneredBatches(batches, stream.partners, self.seed, key)
 
     def _drawn(self, stream: Stream) -> Tensor:
         if stream.subset is not None:
@@ -188,7 +193,9 @@ class ViewsDataModule(pl.LightningDataModule):
         mine = torch.split(index[rank::world_size], self.predict_batch_size)
         return self._loader([(part, part) for part in mine])
 
-    def _loader(self, batches: KeyedBatches | list[tuple[Tensor, Tensor]]) -> DataLoader[Pixels]:
+    def _loader(
+        self, batches: KeyedBatches | PartneredBatches | list[tuple[Tensor, Tensor]]
+    ) -> DataLoader[Pixels]:
         return DataLoader(self._pixels, sampler=batches, batch_size=None, collate_fn=_whole)
 
     @property

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from spice_pl.data.keyed import keyed_generator
+from spice_pl.data.keyed import keyed_generator, keyed_uniform
 from spice_pl.errors import UsageError
 
 
@@ -106,3 +106,35 @@ class KeyedBatches(Sampler[tuple[Tensor, Tensor]]):
         index = self.subset[torch.cat(order)[: self.num_samples]]
         rounds = torch.arange(first, first + num_rounds).repeat_interleave(n)[: self.num_samples]
         return index, rounds
+
+
+class PartneredBatches(Sampler[tuple[Tensor, Tensor]]):
+    """Batches whose second half accompanies the first: one random partner of each image.
+
+    A partner is drawn by a hash of (seed, round, image). It comes in a round of its own, so that an
+    image that accompanies itself shows another view.
+
+    Args:
+        batches: of the first halves.
+        partners: (N, P) positions that may accompany each image.
+        seed: of the run.
+        stream: number of this stream among the streams of the stage.
+    """
+
+    def __init__(self, batches: KeyedBatches, partners: Tensor, seed: int, stream: int = 0) -> None:
+        self.batches, self.partners = batches, partners
+        self.seed, self.stream = seed, stream
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration draws; Lightning calls it."""
+        self.batches.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for index, rounds in self.batches:
+            drawn = keyed_uniform(self.seed, rounds, index, self.stream, 1)[:, 0]  # (b,)
+            column = (drawn * self.partners.shape[1]).long()
+            partner = self.partners[index, column]
+            yield torch.cat([index, partner]), torch.cat([rounds, -1 - rounds])  # (2b,) each

@@ -73,7 +73,9 @@ def nearest_neighbors(
         chunk_size = max(1, SIMILARITIES_PER_CHUNK // len(keys))
     if chunk_size < 1:
         raise ValueError(f"chunk_size {chunk_size} holds no query; raise it to at least 1")
-    queries, keys = unit_rows(queries), unit_rows(keys)
+    unit = unit_rows(keys)
+    queries = unit if queries is keys else unit_rows(queries)  # no second copy of all features
+    keys = unit
     chunks = [
         similarities(queries[start : start + chunk_size], keys).topk(k, dim=-1)  # (chunk_size, k)
         for start in range(0, max(1, len(queries)), chunk_size)

@@ -73,7 +73,8 @@ class Step:
 
 def _kmeans_loss(step: Step) -> Tensor:
     """L_kpl of ClusMatch: confident images learn their k-means label too."""
-    return weighted_cross_entropy(step.logits, step.kmeans_label, step.weight)
+    known = step.kmeans_label >= 0  # extra images have no k-means label
+    return weighted_cross_entropy(step.logits, step.kmeans_label, step.weight * known)
 
 
 def _negative_loss(step: Step) -> Tensor:
@@ -263,9 +264,10 @@ class SemiSupervisedModule(Stage):
         self.reliable_index = self.train_index[label >= 0]
         self.pseudo_labels = torch.full((len(images),), -1)  # (N,), -1 where unlabelled
         self.pseudo_labels[self.reliable_index] = label[label >= 0]
-        self.threshold.begin(len(images))
+        drawn = len(images) + (0 if images.extra is None else len(images.extra))
+        self.threshold.begin(drawn)
         if "kmeans" in self.losses:  # a buffer: a resumed run goes on with the labels it had
-            self.register_buffer("kmeans_labels", torch.full((len(images),), -1))
+            self.register_buffer("kmeans_labels", torch.full((drawn,), -1))
         return {
             name: replace(
                 stream,

@@ -1,0 +1,107 @@
+"""What do reliable labels cost beyond the features, in memory and against the matrix product?
+
+    python benchmarks/reliable.py [--images 6000] [--dim 512] [--clusters 10] [--neighbors 100]
+
+Random features in clusters. The floor is the one product that Eq. 6 cannot do without, every
+embedding with every other, in the same chunks. Memory is what the process adds while it selects.
+Times are processor time, which other work on the machine hardly changes. One thread unless
+OMP_NUM_THREADS says otherwise. 60,000 images are CIFAR's: --images 60000. Prints a table and, as
+its last line, the same as JSON.
+"""
+
+import argparse
+import json
+import os
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+from spice_pl.functional.neighbors import SIMILARITIES_PER_CHUNK, unit_rows
+from spice_pl.functional.reliability import reliable_mask
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--images", type=int, default=6000)
+    parser.add_argument("--dim", type=int, default=512)
+    parser.add_argument("--clusters", type=int, default=10)
+    parser.add_argument("--neighbors", type=int, default=100)
+    args = parser.parse_args()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(args.clusters, args.dim, generator=generator)
+    label = torch.arange(args.images) % args.clusters
+    features = centres[label] + torch.randn(args.images, args.dim, generator=generator)
+    probs = torch.full((args.images, args.clusters), 1e-4)
+    probs[torch.arange(args.images), label] = 1 - 1e-4 * (args.clusters - 1)
+
+    floor = product_seconds(features)
+    with Peak() as peak:
+        begun = time.process_time()
+        mask = reliable_mask(features, probs, num_neighbors=args.neighbors, agreement=0.9)
+        seconds = time.process_time() - begun
+    features_mb = features.nbytes / 2**20
+    figures = {
+        "images": args.images,
+        "dim": args.dim,
+        "neighbors": args.neighbors,
+        "threads": torch.get_num_threads(),
+        "seconds": round(seconds, 2),
+        "product_seconds": round(floor, 2),
+        "over_product": round(seconds / floor, 2),
+        "features_mb": round(features_mb),
+        "added_mb": round(peak.added_mb),
+        "reliable": int(mask.sum()),
+    }
+    print("| Images | Time | Matrix product alone | Times the product | Features | Memory beyond |")
+    print("|--:|--:|--:|--:|--:|--:|")
+    print(
+        f"| {args.images:,} × {args.dim} | {seconds:.1f} s | {floor:.1f} s | "
+        f"{seconds / floor:.2f} | {features_mb:,.0f} MB | {peak.added_mb:,.0f} MB |\n"
+    )
+    print(json.dumps(figures))
+
+
+def product_seconds(features: torch.Tensor) -> float:
+    """Time of every dot product, in the chunks that the search takes, results thrown away."""
+    embeddings = unit_rows(features)
+    chunk = max(1, SIMILARITIES_PER_CHUNK // len(embeddings))
+    begun = time.process_time()
+    for start in range(0, len(embeddings), chunk):
+        _ = embeddings[start : start + chunk] @ embeddings.T
+    return time.process_time() - begun
+
+
+class Peak:
+    """Largest resident memory while inside, beyond that at the start; looks every 5 ms."""
+
+    def __enter__(self) -> "Peak":
+        self.start = self.largest = _resident_mb()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    @property
+    def added_mb(self) -> float:
+        """Memory beyond that at the start."""
+        return self.largest - self.start
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.005):
+            self.largest = max(self.largest, _resident_mb())
+
+
+def _resident_mb() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""SCAN's clustering step: neighbours in the feature space of stage 1 share a cluster.
+
+Van Gansbeke et al. 2020 (SCAN), Section 2.2. A system that SPICE is compared with.
+
+Shapes: N images, n watched, B images of a batch, D features, K clusters.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spice_pl.artifacts import RunFolder, as_tensor
+from spice_pl.data.datamodule import Stream, Views
+from spice_pl.data.evidence import check_features
+from spice_pl.data.images import ImageSet
+from spice_pl.errors import UsageError
+from spice_pl.functional.neighbors import nearest_neighbors
+from spice_pl.functional.scan import scan_loss
+from spice_pl.nn.heads import LinearHead
+from spice_pl.stages.base import Prediction, Stage
+
+NUM_WATCHED_NEIGHBORS = 5  # of a watched image among the watched ones
+
+
+class ScanModule(Stage):
+    """Train encoder and a linear head; keep the epoch of the lowest loss on watched images.
+
+    That choice reads no label: consistency of the plain views of neighbours, minus the entropy of
+    the mean prediction.
+
+    Args:
+        backbone: (B, 3, S, S) -> (B, D), with `num_features`.
+        num_clusters: K.
+        num_neighbors: nearest images that may accompany an image, besides itself.
+        entropy_weight: λ.
+        lr: of Adam, constant.
+        weight_decay: of Adam.
+    """
+
+    best_loss: Tensor
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_clusters: int,
+        *,
+        num_neighbors: int = 20,
+        entropy_weight: float = 5.0,
+        lr: float = 1e-4,
+        weight_decay: float = 1e-4,
+    ) -> None:
+        super().__init__()
+        self.encoder = backbone
+        self.head = LinearHead(int(backbone.num_features), num_clusters)  # type: ignore[arg-type]
+        self.best_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
+        self.best_head = copy.deepcopy(self.head).requires_grad_(False)
+        self.register_buffer("best_loss", torch.tensor(math.inf))
+        self.num_neighbors, self.entropy_weight = num_neighbors, entropy_weight
+        self.lr, self.weight_decay = lr, weight_decay
+        self._watched: list[tuple[Tensor, Tensor]] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the kept epoch's probabilities (B, K)."""
+        probs: Tensor = self.best_head(self.best_encoder(images).float())
+        return probs
+
+    def training_step(self, batch: Views, batch_idx: int) -> Tensor:
+        """Return the loss of anchors and their neighbours, the two halves of a batch."""
+        logits = self.head.logits(self.encoder(batch.views["strong"])).float()  # (2B, K)
+        anchors, neighbors = logits.chunk(2)
+        loss, consistency, entropy = scan_loss(anchors, neighbors, self.entropy_weight)
+        for name, value in (("loss", loss), ("consistency", consistency), ("entropy", entropy)):
+            self.record(f"train/{name}", value)
+        return loss
+
+    def validation_step(self, batch: Views, batch_idx: int) -> Any:
+        """Watch the present epoch's predictions."""
+        prediction = super().validation_step(batch, batch_idx)
+        self._watched.append((prediction.index, prediction.probs))
+        return prediction
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Adam at a constant rate."""
+        trained = [*self.encoder.parameters(), *self.head.parameters()]
+        return torch.optim.Adam(trained, lr=self.lr, weight_decay=self.weight_decay)
+
+    def prepare(
+        self, images: ImageSet, upstream: RunFolder | None, streams: Mapping[str, Stream]
+    ) -> Mapping[str, Stream]:
+        """Load stage 1; find every training image's neighbours."""
+        if upstream is None:
+            raise UsageError("stage=scan needs an upstream stage; set scan.upstream=moco")
+        upstream.load_weights("encoder.safetensors", self.encoder)
+        check_features(upstream.features, len(images), f"{upstream.path}/features.npy")
+        self.features = as_tensor(upstream.features)  # (N, D), memory-mapped
+        train_index = torch.from_numpy(images.train_index)
+        features = self.features[train_index]
+        count = min(self.num_neighbors + 1, len(train_index))  # the image itself counted
+        _, nearest = nearest_neighbors(features, features, count)
+        partners = torch.full((len(images), count), -1)
+        partners[train_index] = train_index[nearest]
+        return {"images": replace(streams["images"], partners=partners)}
+
+    def weights(self) -> Mapping[str, nn.Module]:
+        """Return the kept epoch's encoder and head."""
+        return {"encoder": self.best_encoder, "head": self.best_head}
+
+    def predict(self, batch: Views) -> Prediction:
+        """Return the kept epoch's predictions; those of the present one while training."""
+        if self.trainer.predicting:
+            encoder, head = self.best_encoder, self.best_head
+        else:
+            encoder, head = self.encoder, self.head
+        features = encoder(batch.views["plain"]).float()
+        return Prediction(batch.index, features, head(features).float())
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget what was watched before."""
+        super().on_validation_epoch_start()
+        self._watched.clear()
+
+    def on_validation_epoch_end(self) -> None:
+        """Keep this epoch if its loss on the watched images is the lowest so far."""
+        super().on_validation_epoch_end()
+        index, probs = (
+            self.across_ranks(torch.cat(list(part))) for part in zip(*self._watched, strict=True)
+        )
+        features = self.features[index.cpu()].to(self.device)  # (n, D), of stage 1
+        count = min(NUM_WATCHED_NEIGHBORS + 1, len(index))
+        _, nearest = nearest_neighbors(features, features, count)
+        logits = probs.clamp_min(torch.finfo(probs.dtype).tiny).log()  # (n, K)
+        pairs = logits.repeat_interleave(count, dim=0), logits[nearest.flatten()]
+        loss, _, _ = scan_loss(*pairs, entropy_weight=1.0)
+        self.record("val/selection_loss", loss)
+        if loss < self.best_loss:
+            self._keep(loss)
+        self.record("val/best_selection_loss", self.best_loss)
+
+    def on_train_epoch_start(self) -> None:
+        """Keep the kept model in eval mode."""
+        self.best_encoder.eval()
+        self.best_head.eval()
+
+    def on_train_end(self) -> None:
+        """Without watched images, keep the last epoch."""
+        super().on_train_end()
+        if not bool(self.best_loss.isfinite()):
+            self._keep(self.best_loss)
+
+    def _keep(self, loss: Tensor) -> None:
+        self.best_loss.copy_(loss)
+        self.best_encoder.load_state_dict(self.encoder.state_dict())
+        self.best_head.load_state_dict(self.head.state_dict())
