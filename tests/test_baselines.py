@@ -40,6 +40,13 @@ def test_images_are_flattened_and_scaled() -> None:
     assert np.array_equal(kmeans_clusters(rows, NUM_CLASSES, seed=0), clusters)
 
 
+def test_large_images_are_averaged_down() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (40, 3, 32, 32)).astype(np.uint8)
+    enlarged = images.repeat(3, axis=2).repeat(3, axis=3)  # 96 pixels
+    clusters = kmeans_clusters(images, 4, seed=0)
+    assert np.array_equal(kmeans_clusters(enlarged, 4, seed=0), clusters)
+
+
 def test_the_seed_decides() -> None:
     data = np.random.default_rng(0).random((300, 2)).astype(np.float32)
     assert np.array_equal(kmeans_clusters(data, 8, seed=1), kmeans_clusters(data, 8, seed=1))

@@ -45,6 +45,8 @@ class Job:
 
     def upstream(self, stage: str) -> list[str]:
         """Return the stages that a stage builds on, the nearest first."""
+        if stage not in self.cfg:  # composed with its own command alone; its artifacts are read
+            return []
         name = self.cfg[stage].upstream
         return [] if name is None else [str(name), *self.upstream(str(name))]
 

@@ -245,7 +245,9 @@ def _write_portable(job: Job, name: str, module: Stage, images: ImageSet) -> Non
     """Write model.spice, which clusters new images without this run's folder."""
     cfg, folder = job.cfg, job.folder(name)
     parts = dict(module.weights())
-    backbone = cfg[name].module.get("backbone", cfg.backbone)
+    # An encoder read off a checkpoint says itself how to build it.
+    own = getattr(parts["encoder"], "settings", None)
+    backbone = OmegaConf.create(own) if own else cfg[name].module.get("backbone", cfg.backbone)
     encoder, plain = (
         OmegaConf.to_container(each, resolve=True) for each in (backbone, cfg.augment.plain)
     )

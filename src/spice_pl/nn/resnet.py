@@ -9,13 +9,17 @@ from typing import Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
-Stem = Literal["conv3", "conv3_stride2", "conv3_pool", "conv7", "whitened"]
+Stem = Literal[
+    "conv3", "conv3_stride2", "conv3_pool", "conv7", "whitened", "conv3_pad2", "conv3_linear"
+]
+Block = Literal["basic", "bottleneck"]
+_BLOCKS: dict[str, type[BasicBlock | Bottleneck]] = {"basic": BasicBlock, "bottleneck": Bottleneck}
 
 
 class ResNet(nn.Module):
-    """ResNet of basic blocks without a classifier.
+    """ResNet without a classifier.
 
     He et al. 2016, Table 1; the 3×3 stems are SPICE's (Niu et al. 2022). The stages have strides
     1, 2, 2, ... and torchvision's parameter names, so torchvision's state dicts load once
@@ -29,16 +33,20 @@ class ResNet(nn.Module):
     | ResNet34 for 224 pixels | 3, 4, 6, 3 | conv7 |
 
     Args:
-        blocks: basic blocks per stage.
-        widths: channels per stage; the first is also the width of the stem, the last is D.
+        blocks: blocks per stage.
+        widths: channels of the 3×3 convolutions per stage; the first is also the width of the
+            stem, the last is D, or D/4 with bottlenecks.
         stem: `conv3` keeps the resolution, `conv3_pool` and `conv3_stride2` halve it, `conv7`
             (ImageNet) quarters it. On 32 pixels a network with `conv3_stride2` trains 1.5 times as
             fast as with `conv3_pool`, whose padding makes every later map one pixel larger.
             `whitened` halves it by `WhitenedPatches`, which `fit_stem` fits to images.
+            For checkpoints of others: `conv3_pad2` pads by 2 (solo-learn on CIFAR), `conv3_linear`
+            has no ReLU (lightly's ResNets in a Sequential).
         in_channels: channels of the images.
+        block: `basic` (two 3×3), or `bottleneck` (1×1, 3×3, 1×1 to four times the width).
 
     Raises:
-        ValueError: blocks and widths differ in length, or are empty, or the stem is unknown.
+        ValueError: blocks and widths differ in length, or are empty, or stem or block is unknown.
 
     Example:
         >>> import torch
@@ -53,6 +61,7 @@ class ResNet(nn.Module):
         widths: Sequence[int] = (64, 128, 256, 512),
         stem: Stem = "conv3",
         in_channels: int = 3,
+        block: Block = "basic",
     ) -> None:
         super().__init__()
         if not blocks or len(blocks) != len(widths):
@@ -62,9 +71,12 @@ class ResNet(nn.Module):
             )
         if stem not in get_args(Stem):
             raise ValueError(f"stem {stem!r} is unknown; choose one of {', '.join(get_args(Stem))}")
+        if block not in _BLOCKS:
+            raise ValueError(f"block {block!r} is unknown; choose one of {', '.join(_BLOCKS)}")
 
         kernel = 7 if stem == "conv7" else 3
         stride = 2 if stem in ("conv3_stride2", "conv7") else 1
+        padding = 2 if stem == "conv3_pad2" else kernel // 2
         in_width = widths[0]
         self.conv1: nn.Conv2d | WhitenedPatches
         if stem == "whitened":
@@ -72,17 +84,18 @@ class ResNet(nn.Module):
             in_width = self.conv1.num_features
         else:
             self.conv1 = nn.Conv2d(
-                in_channels, in_width, kernel, stride, padding=kernel // 2, bias=False
+                in_channels, in_width, kernel, stride, padding=padding, bias=False
             )
         self.bn1 = nn.BatchNorm2d(in_width)
-        self.relu = nn.ReLU(inplace=True)
+        self.relu = nn.Identity() if stem == "conv3_linear" else nn.ReLU(inplace=True)
         self.maxpool = _stem_pool(stem)
 
         self.num_stages = len(blocks)
         for stage, (num_blocks, width) in enumerate(zip(blocks, widths, strict=True), start=1):
-            layer = _stage(in_width, width, num_blocks, stride=1 if stage == 1 else 2)
+            stride = 1 if stage == 1 else 2
+            layer = _stage(_BLOCKS[block], in_width, width, num_blocks, stride)
             self.add_module(f"layer{stage}", layer)
-            in_width = width
+            in_width = width * _BLOCKS[block].expansion
         self.num_features = in_width
 
         for module in self.modules():
@@ -149,11 +162,13 @@ def _stem_pool(stem: Stem) -> nn.Module:
     return nn.Identity()
 
 
-def _stage(in_width: int, width: int, num_blocks: int, stride: int) -> nn.Sequential:
-    downsample = None
-    if stride != 1 or in_width != width:
+def _stage(
+    block: type[BasicBlock | Bottleneck], in_width: int, width: int, num_blocks: int, stride: int
+) -> nn.Sequential:
+    out_width, downsample = width * block.expansion, None
+    if stride != 1 or in_width != out_width:
         downsample = nn.Sequential(
-            nn.Conv2d(in_width, width, 1, stride, bias=False), nn.BatchNorm2d(width)
+            nn.Conv2d(in_width, out_width, 1, stride, bias=False), nn.BatchNorm2d(out_width)
         )
-    rest = [BasicBlock(width, width) for _ in range(num_blocks - 1)]
-    return nn.Sequential(BasicBlock(in_width, width, stride, downsample), *rest)
+    rest = [block(out_width, width) for _ in range(num_blocks - 1)]
+    return nn.Sequential(block(in_width, width, stride, downsample), *rest)

@@ -1,0 +1,80 @@
+"""Stage 1 without training: the features of an encoder that somebody else has trained."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from spice_pl.artifacts import RunFolder
+from spice_pl.data.datamodule import Stream, Views
+from spice_pl.data.images import ImageSet
+from spice_pl.errors import UsageError
+from spice_pl.interop import load_backbone_weights
+from spice_pl.stages.base import Prediction, Stage
+
+logger = logging.getLogger(__name__)
+
+
+class EmbedModule(Stage):
+    """Embed every image once; stage 2 starts from what it leaves (`proto.upstream=embed`).
+
+    Args:
+        backbone: (B, 3, S, S) -> (B, D), with `num_features`.
+        weights: local file for it, .safetensors or .pth; None keeps what the backbone came with.
+        partial: load what fits where a file does not fit whole.
+    """
+
+    has_clusters = False
+
+    def __init__(
+        self, backbone: nn.Module, *, weights: str | None = None, partial: bool = False
+    ) -> None:
+        super().__init__()
+        self.encoder = backbone.requires_grad_(False)
+        self.file, self.partial = weights, partial
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return raw features (B, D)."""
+        features: Tensor = self.encoder(images)
+        return features
+
+    def check(self, images: ImageSet, streams: Mapping[str, Stream]) -> None:
+        """Check that the file is there and that the network takes images of this size."""
+        if self.file is not None and not Path(self.file).expanduser().is_file():
+            raise UsageError(f"embed.module.weights={self.file} is no file")
+        pixels, width = images.images.shape[-1], self.feature_dim
+        try:
+            with torch.no_grad():
+                shape = tuple(self.encoder.eval()(torch.zeros(1, 3, pixels, pixels)).shape)
+        except (RuntimeError, AssertionError) as error:
+            raise UsageError(
+                f"the backbone does not take images of {pixels} pixels "
+                f"({str(error).splitlines()[0]}); set dataset.image_size to what it was made for"
+            ) from error
+        if shape != (1, width):
+            raise UsageError(
+                f"the backbone gives {shape} for one image and says num_features {width}; it must "
+                "give (1, num_features): timm's do with num_classes=0"
+            )
+
+    def prepare(
+        self, images: ImageSet, upstream: RunFolder | None, streams: Mapping[str, Stream]
+    ) -> Mapping[str, Stream]:
+        """Load the weights."""
+        if self.file is None:
+            logger.info("no embed.module.weights: the backbone keeps those it came with")
+        else:
+            logger.info(load_backbone_weights(self.encoder, self.file, partial=self.partial))
+        return streams
+
+    def weights(self) -> Mapping[str, nn.Module]:
+        """Return the encoder, which is what stage 2 reads."""
+        return {"encoder": self.encoder}
+
+    def predict(self, batch: Views) -> Prediction:
+        """Return raw features of the plain view."""
+        return Prediction(batch.index, self(batch.views["plain"]).float(), None)
