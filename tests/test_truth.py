@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,8 @@ from torch import Tensor
 from spice_pl import run
 from spice_pl.data.datamodule import ViewsDataModule
 from spice_pl.data.images import ImageSet
+from spice_pl.errors import UsageError
+from spice_pl.results import objective
 
 STAGES = ("moco", "proto", "fixmatch")
 NAMES = ("encoder.safetensors", "head.safetensors", "features.npy", "probs.npy", "clusters.csv")
@@ -170,3 +173,49 @@ def test_stage_1_is_watched_without_labels_and_beside_them(tiny: Sequence[str]) 
     assert 0 <= logged["train/alignment"] <= 4
     assert -8 <= logged["train/uniformity"] <= 0
     assert 0 < job.folder("moco").metrics["data_wait_fraction"] < 1
+
+
+def test_no_objective_reads_truth() -> None:
+    assert objective({"truth/acc": 0.9, "truth/nmi": 0.9, "truth/reliable_acc": 0.9}) is None
+    logged = {"truth/acc": 0.1, "train/loss": 2.0, "val/best_selection_loss": 1.0}
+    changed = logged | {"truth/acc": 0.9}
+    assert objective(logged) == objective(changed) == 1.0
+
+
+def test_no_callback_of_a_run_watches_truth(
+    finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    make = run._trainer
+
+    def trainer(*arguments: Any, **more: Any) -> Any:
+        made = make(*arguments, **more)
+        seen.extend(made.callbacks)  # type: ignore[attr-defined]
+        seen.append(made)
+        raise UsageError("seen")
+
+    monkeypatch.setattr(run, "_trainer", trainer)
+    with pytest.raises(UsageError, match="seen"):
+        run.run_stages(finished.job("stage=moco", "overwrite=true"))
+    assert len(seen) > 4
+    for each in seen:
+        monitors = {key: value for key, value in vars(each).items() if "monitor" in key}
+        assert not [value for value in monitors.values() if "truth" in str(value)], monitors
+    assert not seen[-1].early_stopping_callbacks
+    assert not [each for each in seen[-1].checkpoint_callbacks if getattr(each, "monitor", None)]
+
+
+# Who may name a metric of truth: who logs it, who shows it to people.
+SHOWS_TRUTH = {"callbacks/truth.py", "callbacks/progress.py"}
+
+
+def test_only_what_logs_or_shows_names_truth() -> None:
+    source = Path(run.__file__).parent
+    naming = set()
+    for file in source.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            value = node.value if isinstance(node, ast.Constant) else None
+            if isinstance(value, str) and value.startswith("truth/"):  # docstrings begin otherwise
+                naming.add(file.relative_to(source).as_posix())
+    assert "callbacks/truth.py" in naming
+    assert not {each for each in naming if not each.startswith("reports/")} - SHOWS_TRUTH

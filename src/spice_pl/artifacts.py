@@ -2,7 +2,8 @@
 
 `runs/<dataset>/<stage>/<run>/` holds encoder.safetensors, head.safetensors, features.npy,
 probs.npy, dataset.json, clusters.csv, last.ckpt, .hydra/ and, written last of all, metrics.json:
-a folder is finished when it is there.
+a folder is finished when it is there. Every file appears under its name when it is whole and on
+the disk; metrics.json holds the digests of what is handed on.
 
 Shapes: N images, D features, K clusters.
 """
@@ -10,9 +11,13 @@ Shapes: N images, D features, K clusters.
 from __future__ import annotations
 
 import csv
+import errno
+import fcntl
 import hashlib
 import json
+import logging
 import os
+import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,10 +29,15 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from spice_pl.errors import UsageError
+
+logger = logging.getLogger(__name__)
+
+HANDED_ON = ("encoder.safetensors", "head.safetensors", "features.npy", "probs.npy")
 
 
 @contextmanager
@@ -43,8 +53,18 @@ def atomic(path: Path) -> Iterator[Path]:
             os.fsync(written.fileno())
         temporary.chmod(0o644)
         os.replace(temporary, path)
+        _sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Write a folder's names to the disk; without it a renamed file may not outlive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @dataclass(frozen=True)
@@ -86,16 +106,66 @@ class RunFolder:
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """What metrics.json holds."""
-        return dict(json.loads((self.path / "metrics.json").read_text()))
+        """What metrics.json holds.
+
+        Raises:
+            UsageError: the file is damaged.
+        """
+        return self._json("metrics.json")
+
+    @contextmanager
+    def lock(self) -> Iterator[int]:
+        """Hold the folder for one run at a time; a second waits. Gives a handle to pass on.
+
+        The system opens the lock when the last process that has the handle ends, however it ends.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                logger.info("%s: another run works in it; waiting for its end", self.path)
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            except OSError as error:
+                logger.warning("%s cannot be locked (%s); start one run in it", self.path, error)
+            yield handle
+        finally:
+            os.close(handle)
+
+    def clear_temporary(self) -> None:
+        """Remove what a killed run had begun to write; for the one who holds the lock."""
+        for file in self.path.glob(".*.*"):
+            if file.is_file():
+                file.unlink()
+
+    def check_space(self, num_bytes: int) -> None:
+        """Check that a run's files fit on the disk.
+
+        Raises:
+            UsageError: they do not.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.path).free
+        if free < num_bytes:
+            raise UsageError(
+                f"{self.path} needs about {num_bytes / 1e6:,.0f} MB and its disk has "
+                f"{free / 1e6:,.0f} MB left; free some, or give another runs_dir"
+            )
 
     @property
     def names(self) -> dict[int, str]:
         """What a person called clusters, from names.json; empty where nobody did."""
-        file = self.path / "names.json"
-        if not file.is_file():
+        if not (self.path / "names.json").is_file():
             return {}
-        return {int(cluster): str(name) for cluster, name in json.loads(file.read_text()).items()}
+        found = self._json("names.json")
+        try:
+            return {int(cluster): str(name) for cluster, name in found.items()}
+        except ValueError as error:
+            raise UsageError(
+                f"{self.path / 'names.json'} names what is no cluster ({error}); its form is "
+                '{"0": "cats", "1": "dogs"}'
+            ) from error
 
     def moved(self, num_images: int) -> NDArray[np.bool_]:
         """(N,) images that a person put into their cluster; none in a run without edits."""
@@ -105,7 +175,14 @@ class RunFolder:
     def create(self, name: str, shape: tuple[int, ...]) -> None:
         """Make an empty float32 array on disk for the ranks to fill; `publish` makes it whole."""
         self.path.mkdir(parents=True, exist_ok=True)
-        np.lib.format.open_memmap(self._part(name), mode="w+", dtype=np.float32, shape=shape)
+        array = np.lib.format.open_memmap(
+            self._part(name), mode="w+", dtype=np.float32, shape=shape
+        )
+        size = self._part(name).stat().st_size
+        del array
+        # Writing to a map of a full disk kills the process; asking for the space first says so.
+        with self._part(name).open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
 
     def write_rows(self, name: str, index: NDArray[np.int64], rows: NDArray[np.float32]) -> None:
         """Fill rows of an array that `create` made."""
@@ -115,7 +192,10 @@ class RunFolder:
 
     def publish(self, name: str) -> None:
         """Give a filled array its name."""
+        with self._part(name).open("rb") as file:
+            os.fsync(file.fileno())
         os.replace(self._part(name), self.path / name)
+        _sync_folder(self.path)
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a JSON file, readable for people."""
@@ -128,13 +208,14 @@ class RunFolder:
             key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()
         }
         with atomic(self.path / name) as temporary:
-            save_file(state, temporary)
+            temporary.write_bytes(save(state))
 
     def load_weights(self, name: str, module: nn.Module) -> None:
         """Load weights that `write_weights` wrote.
 
         Raises:
-            UsageError: the weights belong to another architecture; lists every key that differs.
+            UsageError: the weights belong to another architecture; lists every key that differs;
+                or the file is damaged.
         """
         load_strictly(module, self.read_weights(name), str(self.path / name))
 
@@ -147,7 +228,10 @@ class RunFolder:
         file = self.path / name
         if not file.is_file():
             raise UsageError(f"{file} is missing; run its stage again with overwrite=true")
-        return dict(load_file(file))
+        try:
+            return dict(load_file(file))
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
+            raise _damaged(file, error) from error
 
     def write_clusters(
         self,
@@ -174,25 +258,52 @@ class RunFolder:
         file = self.path / "clusters.csv"
         if not file.is_file():
             raise UsageError(f"{file} is missing; run its stage again with overwrite=true")
-        with file.open(newline="", encoding="utf-8", errors="surrogateescape") as lines:
-            rows = list(csv.DictReader(lines))
-        return ClusterTable(
-            keys=[row["image"] for row in rows],
-            clusters=np.array([row["cluster"] for row in rows], dtype=np.int64),
-            confidence=np.array([row["confidence"] for row in rows], dtype=np.float32),
-            agreement=np.array([row["agreement"] for row in rows], dtype=np.float32),
-            reliable=np.array([row["reliable"] == "1" for row in rows], dtype=np.bool_),
-        )
+        try:
+            with file.open(newline="", encoding="utf-8", errors="surrogateescape") as lines:
+                rows = list(csv.DictReader(lines))
+            return ClusterTable(
+                keys=[row["image"] for row in rows],
+                clusters=np.array([row["cluster"] for row in rows], dtype=np.int64),
+                confidence=np.array([row["confidence"] for row in rows], dtype=np.float32),
+                agreement=np.array([row["agreement"] for row in rows], dtype=np.float32),
+                reliable=np.array([row["reliable"] == "1" for row in rows], dtype=np.bool_),
+            )
+        except (ValueError, KeyError, TypeError, OverflowError, csv.Error) as error:
+            raise _damaged(file, error) from error
 
-    def digest(self) -> str:
-        """Digest of what is handed on, 16 hexadecimal digits (BLAKE2b)."""
-        digest = hashlib.blake2b(digest_size=8)
-        for name in ("encoder.safetensors", "head.safetensors", "features.npy", "probs.npy"):
+    def digests(self) -> dict[str, str]:
+        """Digest of each file that is handed on, 16 hexadecimal digits (BLAKE2b)."""
+        found = {}
+        for name in HANDED_ON:
             if (self.path / name).is_file():
+                digest = hashlib.blake2b(digest_size=8)
                 with (self.path / name).open("rb") as file:
                     while chunk := file.read(1 << 24):
                         digest.update(chunk)
-        return digest.hexdigest()
+                found[name] = digest.hexdigest()
+        return found
+
+    def digest(self) -> str:
+        """Digest of all that is handed on, 16 hexadecimal digits."""
+        return hashlib.blake2b(repr(self.digests()).encode(), digest_size=8).hexdigest()
+
+    def check_digests(self) -> None:
+        """Compare the files that are handed on with the digests in metrics.json.
+
+        Raises:
+            UsageError: a file is missing or not what the stage wrote.
+        """
+        kept = self.metrics.get("digests")
+        if not isinstance(kept, dict):  # made before digests were kept
+            return
+        found = self.digests()
+        for name in kept:
+            if kept[name] != found.get(name):
+                what = "has changed since it was written" if name in found else "is missing"
+                raise UsageError(
+                    f"{self.path / name} {what} (digest {found.get(name)}, {kept[name]} in "
+                    "metrics.json); make its stage anew with overwrite=true"
+                )
 
     def stamp(self, fingerprint: str, num_images: int, upstream: RunFolder | None) -> None:
         """Write which data set and which upstream run the artifacts are made from."""
@@ -211,7 +322,7 @@ class RunFolder:
         Raises:
             UsageError: the artifacts were made from other images or another order.
         """
-        stamp = json.loads((self.path / "dataset.json").read_text())
+        stamp = self._stamp()
         if stamp["fingerprint"] != fingerprint:
             raise UsageError(
                 f"{self.path} was made from other images or another order of them "
@@ -226,8 +337,8 @@ class RunFolder:
         Raises:
             UsageError: the upstream was made anew since.
         """
-        stamp = json.loads((self.path / "dataset.json").read_text())
-        if stamp["upstream"] != upstream.metrics["digest"]:
+        stamp = self._stamp()
+        if stamp["upstream"] != upstream.metrics.get("digest"):
             raise UsageError(
                 f"{self.path} was made from another {upstream.path}, which was made anew since; "
                 "make it anew too with overwrite=true, or use another run=NAME"
@@ -237,11 +348,45 @@ class RunFolder:
         file = self.path / name
         if not file.is_file():
             raise UsageError(f"{file} is missing; run its stage again with overwrite=true")
-        array: NDArray[np.float32] = np.load(file, mmap_mode="r")
+        try:
+            array: NDArray[np.float32] = np.load(file, mmap_mode="r", allow_pickle=False)
+            if array.dtype != np.float32 or array.ndim != 2:
+                raise ValueError(f"{array.dtype} of {array.ndim} dimensions, not float32 of 2")
+        # A damaged header can break numpy's reader in any way.
+        except Exception as error:
+            raise _damaged(file, error) from error
         return array
+
+    def _json(self, name: str) -> dict[str, Any]:
+        file = self.path / name
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            if not isinstance(content, dict):
+                raise ValueError("it holds no names")
+        except FileNotFoundError:
+            raise UsageError(f"{file} is missing; make its stage anew") from None
+        except (ValueError, RecursionError) as error:
+            raise _damaged(file, error) from error
+        return content
+
+    def _stamp(self) -> dict[str, Any]:
+        stamp = self._json("dataset.json")
+        if not {"fingerprint", "num_images", "upstream"} <= stamp.keys():
+            raise _damaged(self.path / "dataset.json", ValueError("it lacks its names"))
+        return stamp
 
     def _part(self, name: str) -> Path:
         return self.path / f".{name}.part"
+
+
+def _damaged(file: Path, error: Exception) -> UsageError:
+    reason = str(error).partition("\n")[0]
+    return UsageError(f"{file} is damaged ({reason}); make its stage anew with overwrite=true")
+
+
+def is_disk_full(error: OSError) -> bool:
+    """Whether a file could not be written for want of space or by a quota."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def as_tensor(array: NDArray[np.float32]) -> Tensor:

@@ -5,23 +5,25 @@ from __future__ import annotations
 import hashlib
 import re
 import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from spice_pl.artifacts import RunFolder
+from spice_pl.artifacts import RunFolder, atomic
 from spice_pl.data.images import ImageSet
 from spice_pl.edits import read_edits
 from spice_pl.errors import UsageError
 from spice_pl.review import reviewed_run, write_edited
-from spice_pl.settings import flat
+from spice_pl.settings import flat, masked, masked_override
 
 # Settings that change where or how a run goes but not what it computes.
 NOT_IN_NAMES = {
     *("stage", "dataset", "run", "seed", "preset", "experiment", "resume", "overwrite", "hydra"),
     *("runs_dir", "cache_dir", "trainer", "logger", "on_bad_image", "allow_targets", "map", "like"),
+    "checkpoint_minutes",
 }
 
 SWEPT_OF_DATASET = tuple(
@@ -72,6 +74,12 @@ class Job:
             if len(name) > 150:
                 digest = hashlib.blake2b(name.encode(), digest_size=4).hexdigest()
                 name = f"{name[:140]}-{digest}"
+        for key, part in (("run", name), ("dataset.name", str(cfg.dataset.name))):
+            if part.startswith(".") or not part or set(part) & set("/\\\0\n\r"):
+                raise UsageError(
+                    f"{key}={part!r} is no name for a folder; leave out / and \\, line ends and a "
+                    "dot at its start (runs_dir=PATH chooses where the folders are)"
+                )
         return RunFolder(Path(cfg.runs_dir, str(cfg.dataset.name), stage, name))
 
     def _reaching(self, stage: str) -> list[str]:
@@ -90,6 +98,13 @@ class Job:
             if swept and first not in others:
                 kept.append(text.replace("/", "_").replace(" ", ""))
         return sorted(kept)
+
+    def command(self, *first: str, without: Sequence[str] = (), last: Sequence[str] = ()) -> str:
+        """Return the command line of this job, some settings left out and others added."""
+        left_out = tuple(f"{key}=" for key in without)
+        same = [masked_override(text) for text in self.overrides if not text.startswith(left_out)]
+        sweep = ["-m"] if self.sweep else []  # its folders have other names
+        return shlex.join(["python", "train.py", *sweep, *first, *same, *last])
 
     def reused(self, stage: str) -> bool:
         """Whether a stage is finished and stays as it is."""
@@ -124,13 +139,13 @@ def check_folders(job: Job) -> None:
         saved = folder.path / ".hydra" / "config.yaml"
         if not saved.is_file():
             continue
-        changed = _changed(OmegaConf.load(saved), cfg, name)
+        changed = _changed(_saved(saved), cfg, name)
         if changed and (folder.finished or cfg.resume):
             raise UsageError(
                 f"{folder.path} was made with other settings:\n  " + "\n  ".join(changed) + "\n"
                 "give those again, or use overwrite=true to make it anew, or another run=NAME"
             )
-        if folder.finished or cfg.resume:
+        if folder.finished or (cfg.resume and folder.checkpoint.is_file()):
             check_chain(job, name)
         if folder.finished and len(job.stages) == 1 and not cfg.resume:
             raise UsageError(
@@ -142,6 +157,21 @@ def check_folders(job: Job) -> None:
                 f"{folder.path} holds an unfinished run; resume=true goes on where it stopped, "
                 "overwrite=true starts anew"
             )
+
+
+def _saved(file: Path) -> dict[str, Any]:
+    """Settings that a run was made with."""
+    try:
+        found = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
+        if not isinstance(found, dict):
+            raise ValueError("it holds no settings")
+    # YAML can be broken in many ways, and means any type.
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise UsageError(
+            f"{file} is damaged ({reason}); overwrite=true makes its run anew"
+        ) from error
+    return {str(key): value for key, value in found.items()}
 
 
 def check_chain(job: Job, name: str) -> None:
@@ -171,10 +201,11 @@ def take_edits(job: Job) -> None:
     write_edited(read_edits(job.cfg.edits), reviewed, edited, int(job.cfg.dataset.num_clusters))
 
 
-def _changed(saved: Any, cfg: DictConfig, name: str) -> list[str]:
+def _changed(saved: Mapping[str, Any], cfg: DictConfig, name: str) -> list[str]:
     """Settings of a stage that differ from those its folder was made with."""
     parts = ("seed", "dataset", "backbone", "augment", name)
-    old, new = (flat({key: each[key] for key in parts}) for each in (saved, cfg))
+    given = OmegaConf.to_container(cfg, resolve=True)
+    old, new = (flat({key: each.get(key) for key in parts}) for each in (saved, masked("", given)))
     return [
         f"{key}: {old.get(key)} -> {new.get(key)}"
         for key in sorted(old.keys() | new.keys())
@@ -186,26 +217,28 @@ def check_upstream(job: Job, name: str, upstream: RunFolder, images: ImageSet) -
     """Refuse an upstream that is not there or that other images made."""
     if not upstream.finished:
         stage = upstream.path.parent.name
-        same = [text for text in job.overrides if not text.startswith(("stage=", "overwrite="))]
-        sweep = ["-m"] if job.sweep else []  # its folders have other names
-        command = shlex.join(["python", "train.py", *sweep, f"stage={stage}", *same])
+        command = job.command(f"stage={stage}", without=("stage", "overwrite"))
         raise UsageError(
             f"stage={name} reads what stage={stage} leaves in {upstream.path}, and that is not "
             f"there; make it with\n  {command}\nor run all stages with stage=all"
         )
     upstream.check_dataset(images.fingerprint, len(images))
+    upstream.check_digests()
 
 
 def stamp(job: Job, folder: RunFolder, *, keep: bool) -> None:
     """Write the settings of a run; forget what an earlier run left there unless it goes on."""
-    curve = folder.path / "metrics.csv"
-    if keep and curve.is_file():  # the logger starts a new file
-        curve.rename(folder.path / f"metrics.{len(list(folder.path.glob('metrics*.csv')))}.csv")
     if not keep:
-        for file in (folder.path / "metrics.json", *folder.path.glob("metrics*.csv")):
-            file.unlink(missing_ok=True)
-        folder.checkpoint.unlink(missing_ok=True)
-    hidden = folder.path / ".hydra"
-    hidden.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(job.cfg, hidden / "config.yaml", resolve=True)
-    OmegaConf.save(OmegaConf.create(list(job.overrides)), hidden / "overrides.yaml")
+        forget(folder)
+    for name, settings in (
+        ("overrides.yaml", [masked_override(text) for text in job.overrides]),
+        ("config.yaml", masked("", OmegaConf.to_container(job.cfg, resolve=True))),
+    ):
+        with atomic(folder.path / ".hydra" / name) as temporary:
+            OmegaConf.save(OmegaConf.create(settings), temporary)
+
+
+def forget(folder: RunFolder) -> None:
+    """Remove what says that a run is finished or can be gone on with."""
+    for name in ("metrics.json", "metrics.csv", folder.checkpoint.name):
+        (folder.path / name).unlink(missing_ok=True)

@@ -7,6 +7,7 @@ The parent does not train. It waits, and ends every rank as soon as one has fail
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -14,9 +15,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from spice_pl.errors import UsageError
+from spice_pl.interrupts import RESUME_CODE, Interrupts, Stopped
+
+PARENT = "SPICE_PL_PARENT"  # process that launched the ranks
 
 
 def in_rank() -> bool:
@@ -24,53 +29,79 @@ def in_rank() -> bool:
     return "LOCAL_RANK" in os.environ or "SLURM_PROCID" in os.environ
 
 
-def launch_ranks(num_ranks: int, job: str, grace_s: float = 10.0) -> None:
+def launch_ranks(
+    num_ranks: int, job: str, locks: Sequence[int] = (), grace_s: float = 10.0
+) -> None:
     """Run `python -m spice_pl.run FILE` once a rank and wait for all of them.
+
+    A signal that asks this process to stop is passed on to the ranks, which save and end. Should
+    this process be killed, the ranks are asked to stop by the system.
 
     Args:
         num_ranks: processes on this machine.
         job: YAML that every rank reads.
+        locks: open files that stay open as long as a rank lives.
         grace_s: seconds that a rank has to end after another has failed.
 
     Raises:
         UsageError: a rank stopped for a reason that a person can mend (exit code 2).
+        Stopped: the ranks were asked to stop and have saved.
         RuntimeError: a rank failed otherwise; its own error stands above.
     """
-    with tempfile.TemporaryDirectory(prefix="spice-pl-") as folder:
+    with tempfile.TemporaryDirectory(prefix="spice-pl-") as folder, Interrupts() as interrupts:
+        interrupts.deferred = True
         file = Path(folder, "job.yaml")
         threads = max(1, (os.cpu_count() or 1) // num_ranks)
         file.write_text(job, encoding="utf-8")
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-        ranks = [
-            subprocess.Popen(  # noqa: S603 - our own interpreter, our own file
-                [sys.executable, "-m", "spice_pl.run", str(file)],
-                env=os.environ
-                # More threads than cores starve each other.
-                | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
-                | address
-                | {
-                    "LOCAL_RANK": str(rank),
-                    "RANK": str(rank),
-                    "NODE_RANK": "0",
-                    "WORLD_SIZE": str(num_ranks),
-                },
-            )
-            for rank in range(num_ranks)
-        ]
-        # Ended from outside, the parent takes its ranks with it.
-        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        ranks: list[subprocess.Popen[bytes]] = []
         try:
-            _wait(ranks, grace_s, file)
+            for rank in range(num_ranks):
+                ranks.append(
+                    subprocess.Popen(  # noqa: S603 - our own interpreter, our own file
+                        [sys.executable, "-m", "spice_pl.run", str(file)],
+                        env=os.environ
+                        # More threads than cores starve each other.
+                        | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
+                        | address
+                        | {
+                            "LOCAL_RANK": str(rank),
+                            "RANK": str(rank),
+                            "NODE_RANK": "0",
+                            "WORLD_SIZE": str(num_ranks),
+                            PARENT: str(os.getpid()),
+                        },
+                        pass_fds=list(locks),
+                        start_new_session=True,  # Ctrl-C reaches them through this process alone
+                    )
+                )
+            _wait(ranks, grace_s, file, interrupts)
         finally:
-            for rank in ranks:
-                if rank.poll() is None:
-                    rank.kill()
-                rank.wait()
-            signal.signal(signal.SIGTERM, before)
+            for process in ranks:
+                if process.poll() is None:
+                    process.kill()
+                process.wait()
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]], grace_s: float, job: Path) -> None:
+def end_with_parent() -> None:
+    """Have the system send SIGTERM to this rank when the process that launched it has died."""
+    parent = os.environ.get(PARENT)
+    if parent is None or not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))  # 1 is PR_SET_PDEATHSIG
+    if os.getppid() != int(parent):  # it died before we asked
+        raise SystemExit(RESUME_CODE)
+
+
+def _wait(
+    ranks: list[subprocess.Popen[bytes]], grace_s: float, job: Path, interrupts: Interrupts
+) -> None:
+    told = False
     while any(rank.poll() is None for rank in ranks):
+        if interrupts.asked is not None and not told:
+            told = True
+            for rank in ranks:
+                rank.send_signal(interrupts.asked)
         failed = [i for i, rank in enumerate(ranks) if rank.poll() not in (None, 0)]
         if failed:
             deadline = time.monotonic() + grace_s
@@ -84,7 +115,10 @@ def _wait(ranks: list[subprocess.Popen[bytes]], grace_s: float, job: Path) -> No
         raise UsageError(
             reasons[0].read_text(encoding="utf-8") if reasons else "the ranks stopped; see above"
         )
-    failed = [i for i, code in enumerate(codes) if code != 0]
+    failed = [i for i, code in enumerate(codes) if code not in (None, 0)]  # None: it hangs
+    # Asked before it listens, a rank ends by the signal itself; it had nothing to save yet.
+    if told and all(codes[i] in (RESUME_CODE, -int(interrupts.asked or 0)) for i in failed):
+        raise Stopped
     if failed:
         raise RuntimeError(
             f"rank {failed[0]} ended with code {codes[failed[0]]}; see its error above"

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -116,6 +117,7 @@ def write_results(
         "devices": devices,
         "precision": precision,
         "versions": versions(),
+        "machine": machine(),
         "objective": objective(logged),
         "logged": dict(logged),
     }
@@ -132,7 +134,8 @@ def write_results(
             clusters = kmeans_clusters(data, run.num_clusters, run.seed)
             spent += time.monotonic() - begun
             rows.append(_row(run, images, f"k-means on {what}", clusters, spent))
-    metrics |= {"digest": run.folder.digest(), "rows": [asdict(row) for row in rows]}
+    metrics |= {"digest": run.folder.digest(), "digests": run.folder.digests()}
+    metrics["rows"] = [asdict(row) for row in rows]
     if "cluster_sizes" in metrics:
         table = results_markdown(rows)
         (run.folder.path / "table.md").write_text(table, encoding="utf-8")
@@ -150,6 +153,46 @@ def objective(logged: Mapping[str, float]) -> float | None:
 def versions() -> dict[str, str]:
     """Versions of what decides the numbers."""
     return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+
+
+def machine() -> dict[str, Any]:
+    """What else decides the bits: processor, device, threads, and the commit of this code."""
+    return {
+        "processor": _processor(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "commit": _commit(Path(__file__).parents[2]),  # of src/spice_pl/results.py
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _commit(root: Path) -> str | None:
+    """Return the commit that is checked out in a folder, None where there is no repository."""
+    head = root / ".git"
+    try:
+        if head.is_file():  # a worktree: the file names the folder
+            head = Path(head.read_text(encoding="utf-8").partition(":")[2].strip())
+        text = (head / "HEAD").read_text(encoding="utf-8").strip()
+        if not text.startswith("ref: "):
+            return text
+        name, common = text.removeprefix("ref: "), head / "commondir"
+        if common.is_file():
+            head = head / common.read_text(encoding="utf-8").strip()
+        if (head / name).is_file():
+            return (head / name).read_text(encoding="utf-8").strip()
+        packed = (head / "packed-refs").read_text(encoding="utf-8").splitlines()
+        return next(line.split()[0] for line in packed if line.endswith(f" {name}"))
+    except (OSError, StopIteration):
+        return None
 
 
 def _row(
@@ -286,16 +329,22 @@ def _review_command(overrides: Sequence[str]) -> str:
 
 
 def last_logged(folder: RunFolder) -> dict[str, float]:
-    """Return the last value of every metric in a stage's CSV logs, those before a resume too."""
+    """Return the last value of every metric in a stage's CSV log."""
     last: dict[str, float] = {}
-    for line in _log_lines(folder):
-        last |= {key: float(text) for key, text in line.items() if text}
+    try:
+        for line in _log_lines(folder):
+            last |= {key: float(text) for key, text in line.items() if text}
+    except (ValueError, TypeError, csv.Error) as error:
+        raise UsageError(
+            f"{folder.path / 'metrics.csv'} is damaged ({error}); make its stage anew with "
+            "overwrite=true"
+        ) from error
     return {key: value for key, value in last.items() if key not in ("epoch", "step")}
 
 
 def _log_lines(folder: RunFolder) -> Iterator[dict[str, str]]:
-    # A run that was resumed has a log for each part: metrics.1.csv, ..., metrics.csv.
-    for path in sorted(folder.path.glob("metrics*.csv")):
+    path = folder.path / "metrics.csv"
+    if path.is_file():
         with path.open(newline="", encoding="utf-8") as file:
             yield from csv.DictReader(file)
 

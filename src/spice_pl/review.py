@@ -63,6 +63,7 @@ def write_edited(edits: Edits, reviewed: RunFolder, target: RunFolder, num_clust
         "title": "edits",
         "num_clusters": num_clusters,
         "digest": target.digest(),
+        "digests": target.digests(),
         "seconds": 0.0,
     }
     target.write_json("metrics.json", {**metrics, **more})

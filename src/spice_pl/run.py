@@ -7,12 +7,15 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
+import math
 import os
 import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +25,13 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
+from pytorch_lightning.callbacks import LearningRateMonitor
 from rich.console import Console
 
 from spice_pl import launch, portable
-from spice_pl.artifacts import RunFolder
+from spice_pl.artifacts import RunFolder, is_disk_full
+from spice_pl.callbacks.checkpoints import CheckpointFile, Checkpoints
+from spice_pl.callbacks.curves import CurveLogger
 from spice_pl.callbacks.dashboards import log_results, run_id
 from spice_pl.callbacks.nan import NanGuard
 from spice_pl.callbacks.predictions import PredictionWriter
@@ -36,12 +41,21 @@ from spice_pl.data.datamodule import Stream, ViewsDataModule
 from spice_pl.data.images import ImageSet
 from spice_pl.data.subset import subset
 from spice_pl.errors import UsageError
-from spice_pl.job import Job, check_chain, check_folders, check_upstream, stamp, take_edits
+from spice_pl.interrupts import Interrupts, Stopped
+from spice_pl.job import (
+    Job,
+    check_chain,
+    check_folders,
+    check_upstream,
+    forget,
+    stamp,
+    take_edits,
+)
 from spice_pl.portable import ClusterNetwork, PortableModel, choose_known, portable_settings
 from spice_pl.reports.tables import ResultRow, results_rich
-from spice_pl.results import StageRun, last_logged, versions, write_results
+from spice_pl.results import StageRun, last_logged, machine, versions, write_results
 from spice_pl.review import inherited_names, order_like, renumber_
-from spice_pl.settings import build, flat, missing
+from spice_pl.settings import build, flat, masked, masked_override, missing
 from spice_pl.stages.base import Stage
 from spice_pl.tasks.base import Context
 
@@ -78,6 +92,7 @@ def run_stages(job: Job) -> float | None:
 
     Raises:
         UsageError: a setting, the data or an earlier artifact does not fit.
+        Stopped: a signal asked to stop; what was made is kept, `resume=true` goes on.
     """
     _quiet()
     OmegaConf.set_struct(job.cfg, True)
@@ -85,7 +100,8 @@ def run_stages(job: Job) -> float | None:
         raise UsageError(f"no value for {', '.join(absent)}; give it on the command line")
     num_ranks = _num_ranks(job.cfg)
     if launch.in_rank():
-        metrics = _run_here(job)
+        with Interrupts() as interrupts:
+            metrics = _run_here(job, interrupts)
     else:
         take_edits(job)
         check_folders(job)
@@ -96,15 +112,18 @@ def run_stages(job: Job) -> float | None:
                     f"stage={','.join(tasks)} trains nothing and runs in one process; use "
                     "trainer=auto for it"
                 )
-            launch.launch_ranks(num_ranks, job.dump())
+            with ExitStack() as held:
+                locks = [held.enter_context(job.folder(name).lock()) for name in todo]
+                launch.launch_ranks(num_ranks, job.dump(), locks)
             metrics = _metrics(job)
         else:
-            metrics = _run_here(job)
+            with Interrupts() as interrupts:
+                metrics = _run_here(job, interrupts)
     objective = metrics.get("objective")
     return None if objective is None else float(objective)
 
 
-def _run_here(job: Job) -> dict[str, Any]:
+def _run_here(job: Job, interrupts: Interrupts) -> dict[str, Any]:
     load_images = functools.cache(functools.partial(_images, job.cfg))
     training = [name for name in job.stages if not job.reused(name) and not _is_task(job, name)]
     if training:
@@ -113,14 +132,25 @@ def _run_here(job: Job) -> dict[str, Any]:
         for name in training:
             module, streams = _parts(job.cfg, name)
             module.check(images, streams)
+    if job.cfg.overwrite and _is_first_rank():
+        for name in job.stages:  # all at once: a stop half-way leaves none that looks finished
+            forget(job.folder(name))
     for name in job.stages:
-        if job.reused(name):
-            check_chain(job, name)
-            logger.info("%s: finished earlier, reused from %s", name, job.folder(name).path)
-        elif _is_task(job, name):
+        if _is_task(job, name) and not job.reused(name):
             _run_task(job, name, load_images)
-        else:
-            _run_stage(job, name, load_images())
+            continue
+        with ExitStack() as held:
+            if not job.reused(name):
+                if upstream := job.upstream_folders(name):
+                    check_upstream(job, name, upstream[0], load_images())
+                # The parent holds it for ranks. Trials that share a stage wait for it here.
+                if not launch.in_rank():
+                    held.enter_context(job.folder(name).lock())
+            if job.reused(name):
+                check_chain(job, name)
+                logger.info("%s: finished earlier, reused from %s", name, job.folder(name).path)
+            else:
+                _run_stage(job, name, load_images(), interrupts)
     metrics = _metrics(job)
     if metrics and _is_first_rank():
         _show(job.folder(job.stages[-1]).path, metrics)
@@ -160,17 +190,23 @@ def _run_task(job: Job, name: str, load_images: Callable[..., ImageSet]) -> None
         folder.stamp(
             load_images().fingerprint, len(load_images()), upstream[0] if upstream else None
         )
-        about = {"stage": name, "seed": int(cfg.seed), "overrides": list(job.overrides)}
-        spent = {"seconds": time.monotonic() - started, "versions": versions()}
+        about = {
+            "stage": name,
+            "seed": int(cfg.seed),
+            "overrides": [masked_override(text) for text in job.overrides],
+        }
+        spent = {
+            "seconds": time.monotonic() - started,
+            "versions": versions(),
+            "machine": machine(),
+        }
         folder.write_json("metrics.json", about | spent | dict(metrics))
 
 
-def _run_stage(job: Job, name: str, images: ImageSet) -> None:
+def _run_stage(job: Job, name: str, images: ImageSet, interrupts: Interrupts) -> None:
     """Fit one stage, predict every image, write the results."""
     cfg, folder, started = job.cfg, job.folder(name), time.monotonic()
     upstream = job.upstream_folders(name)
-    if upstream:
-        check_upstream(job, name, upstream[0], images)
     pl.seed_everything(int(cfg.seed), verbose=False)
     module, streams = _parts(cfg, name)
     streams = dict(module.prepare(images, upstream[0] if upstream else None, streams))
@@ -183,9 +219,14 @@ def _run_stage(job: Job, name: str, images: ImageSet) -> None:
     callbacks: list[pl.Callback] = [PredictionWriter(folder, shapes)]
     if images.labels is not None:
         callbacks.append(TruthMonitor(images.labels, int(cfg.dataset.num_clusters)))
-    trainer = _trainer(job, name, callbacks)
+    trainer = _trainer(job, name, callbacks, interrupts)
     resume = bool(cfg.resume) and folder.checkpoint.is_file()
+    weights_bytes = sum(each.nbytes for each in module.state_dict().values())
+    folder.check_space(  # predictions; a checkpoint with its optimizer beside the one before
+        sum(4 * math.prod(shape) for shape in shapes.values()) + 6 * weights_bytes
+    )
     if trainer.is_global_zero:
+        folder.clear_temporary()
         stamp(job, folder, keep=resume)
         folder.stamp(images.fingerprint, len(images), upstream[0] if upstream else None)
         logger.info("%s: %s %s", name, "goes on in" if resume else "starts in", folder.path)
@@ -285,7 +326,8 @@ def _parts(cfg: DictConfig, name: str) -> tuple[Stage, dict[str, Stream]]:
 
 def _stage_run(job: Job, name: str, upstream: Sequence[RunFolder], *, oracle: bool) -> StageRun:
     cfg = job.cfg
-    chosen = {key: cfg[key] for key in ("dataset", "backbone", name)}
+    settings = OmegaConf.to_container(cfg, resolve=True)
+    chosen = masked("", {key: settings[key] for key in ("dataset", "backbone", name)})  # type: ignore[index,call-overload]
     return StageRun(
         stage=name,
         title=str(cfg[name].title),
@@ -294,7 +336,7 @@ def _stage_run(job: Job, name: str, upstream: Sequence[RunFolder], *, oracle: bo
         num_clusters=int(cfg.dataset.num_clusters),
         seed=int(cfg.seed),
         preset=job.preset,
-        overrides=job.overrides,
+        overrides=[masked_override(text) for text in job.overrides],
         settings={key: str(value) for key, value in flat(chosen).items()},
         map_method=str(cfg.map),
         oracle=oracle,
@@ -326,7 +368,9 @@ def _images(cfg: DictConfig, **other: Any) -> ImageSet:
     return images
 
 
-def _trainer(job: Job, name: str, callbacks: list[pl.Callback]) -> pl.Trainer:
+def _trainer(
+    job: Job, name: str, callbacks: list[pl.Callback], interrupts: Interrupts
+) -> pl.Trainer:
     cfg, path = job.cfg, job.folder(name).path
     loggers = [
         build(
@@ -340,19 +384,23 @@ def _trainer(job: Job, name: str, callbacks: list[pl.Callback]) -> pl.Trainer:
         )
         for settings in cfg.logger.values()
     ]
-    dashboards = [each for each in loggers if not isinstance(each, pl.loggers.CSVLogger)]
+    dashboards = [each for each in loggers if not isinstance(each, CurveLogger)]
+    whole: Any = OmegaConf.to_container(cfg, resolve=True)
     for each in dashboards:
         kept = ("seed", "dataset", "backbone", "reliable", name)
-        each.log_hyperparams(flat({key: cfg[key] for key in kept}) | {"preset": job.preset})
+        shown = flat(masked("", {key: whole[key] for key in kept}))
+        each.log_hyperparams(shown | {"preset": job.preset})
+    guard = NanGuard(name)
     callbacks += [
         StageProgress(name),
-        NanGuard(name),
-        ModelCheckpoint(
-            dirpath=path,
-            filename="last",
-            every_n_epochs=int(cfg[name].checkpoint_epochs),
-            save_on_train_epoch_end=True,  # whatever watch_epochs is, and after NanGuard
-            enable_version_counter=False,
+        guard,
+        Checkpoints(
+            job.folder(name).checkpoint,
+            guard,
+            interrupts,
+            every_epochs=int(cfg[name].checkpoint_epochs),
+            every_minutes=float(cfg.checkpoint_minutes),
+            seed=int(cfg.seed),
         ),
     ]
     if dashboards:
@@ -366,6 +414,7 @@ def _trainer(job: Job, name: str, callbacks: list[pl.Callback]) -> pl.Trainer:
         max_epochs=int(cfg[name].epochs),
         check_val_every_n_epoch=int(cfg[name].watch_epochs),
         callbacks=callbacks,
+        plugins=[CheckpointFile()],
         logger=loggers,
         default_root_dir=str(path),
         use_distributed_sampler=False,
@@ -373,6 +422,8 @@ def _trainer(job: Job, name: str, callbacks: list[pl.Callback]) -> pl.Trainer:
         enable_model_summary=False,
         log_every_n_steps=1,
     )
+    # Lightning's own handlers stop before anything is saved, and broadcast inside a handler.
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     return trainer
 
 
@@ -437,6 +488,7 @@ def _quiet() -> None:
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for known in (
+        "resuming from a checkpoint that ended before the epoch",  # the sampler goes on there
         "does not have many workers",  # images are in memory, whole batches at a time
         "Checkpoint directory .* exists and is not empty",
         "Experiment logs directory .* exists and is not empty",
@@ -448,20 +500,46 @@ def _quiet() -> None:
 
 def _with_clear_errors(job: Job) -> float | None:
     try:
-        return run_stages(job)
-    except UsageError as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        if job.sweep:  # Hydra goes on with the other trials and reports the failed one at the end
+        return _run_stages_on_any_disk(job)
+    except Exception as error:
+        if isinstance(error, UsageError):
+            print(f"\nerror: {error}", file=sys.stderr)
+        if job.sweep:  # Hydra goes on with the other trials; sweep.py reports it at the end
+            if trials := os.environ.get("SPICE_PL_TRIALS"):
+                given = " ".join(masked_override(text) for text in job.overrides)
+                with Path(f"{trials}.failed").open("a", encoding="utf-8") as file:
+                    file.write(json.dumps([given, f"{type(error).__name__}: {error}"]) + "\n")
             raise
-        raise SystemExit(2) from error
+        if isinstance(error, UsageError):
+            raise SystemExit(2) from error
+        raise
+    except Stopped:
+        if _is_first_rank():
+            command = job.command(without=("resume", "overwrite"), last=["resume=true"])
+            print(f"\nstopped; what was made is kept. Go on with\n  {command}", file=sys.stderr)
+        raise
+
+
+def _run_stages_on_any_disk(job: Job) -> float | None:
+    try:
+        return run_stages(job)
+    except OSError as error:
+        if is_disk_full(error):
+            raise UsageError(
+                f"no space left to write {error.filename or 'a file'} under {job.cfg.runs_dir} "
+                f"({error.strerror}); files that stand there are whole. Free some space, then "
+                "go on with resume=true"
+            ) from error
+        raise
 
 
 def _run_rank(file: str) -> None:
     """Run one rank of a job that the parent wrote to a file."""
+    launch.end_with_parent()
     level = logging.INFO if _is_first_rank() else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s")
     try:
-        run_stages(Job.load(file))
+        _run_stages_on_any_disk(Job.load(file))
     except UsageError as error:  # every rank has it; the parent says it once
         Path(f"{file}.error{os.environ['RANK']}").write_text(str(error), encoding="utf-8")
         raise SystemExit(2) from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import json
 import os
 import sys
 import tempfile
@@ -18,13 +20,17 @@ class CompareTrials(Callback):
     """Print the table of a sweep's runs; write it as compare.* into the folder of sweeps."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Make the list that trials write to; launchers hand the environment on."""
+        """Make the lists that trials write to; launchers hand the environment on."""
         handle, name = tempfile.mkstemp(prefix="spice-pl-trials-")
         os.close(handle)
         os.environ[TRIALS] = name
+        # Hydra ends a sweep with a failed trial by an exception, and calls no hook.
+        atexit.register(self.on_multirun_end, config)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Compare what the trials have named."""
+        """Compare what the trials have named; report those that failed."""
+        if TRIALS not in os.environ:  # done
+            return
         from spice_pl.compare import compare, finished_runs, show
         from spice_pl.errors import UsageError
 
@@ -37,3 +43,14 @@ class CompareTrials(Callback):
             print(f"no table of this sweep: {error}", file=sys.stderr)
         else:
             show(lines, Path(str(config.hydra.sweep.dir)))
+        failed = Path(f"{file}.failed")  # a line a trial, [settings, error]
+        if failed.is_file():
+            found = [json.loads(line) for line in failed.read_text(encoding="utf-8").splitlines()]
+            failed.unlink()
+            print(
+                f"\n{len(found)} of the trials failed, the others are finished; once it is "
+                "mended, the same command with resume=true makes what is missing:",
+                file=sys.stderr,
+            )
+            for overrides, reason in found:
+                print(f"  {overrides}\n    {reason}", file=sys.stderr)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from spice_pl.data.sampler import KeyedBatches
 from spice_pl.errors import UsageError
 
 
 class NanGuard(pl.Callback):
     """Remember the first step with a loss that is not finite; stop at the end of its epoch.
 
-    The check is one comparison on the device; the processor waits for it once an epoch only.
-    Lightning saves checkpoints after all other callbacks, so the last one on disk is good.
+    The check is one comparison on the device; the processor waits for it once an epoch only, and
+    before each checkpoint, so the one on disk is good.
 
     Args:
         stage: its name, for the message.
@@ -41,6 +43,14 @@ class NanGuard(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop if a loss was not finite on any rank."""
+        self.check(trainer, pl_module)
+
+    def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop if a loss so far was not finite on any rank, or a weight is not.
+
+        Raises:
+            UsageError: says where, and what to try.
+        """
         first, self.first = self.first, None
         worst = first if first is not None else torch.tensor(-1, device=pl_module.device)
         if trainer.world_size > 1:
@@ -48,13 +58,29 @@ class NanGuard(pl.Callback):
         if int(worst) >= 0:
             raise UsageError(
                 f"{self.stage}: the loss is not a number at epoch {trainer.current_epoch}, batch "
-                f"{int(worst)}; the checkpoint of the epoch before is kept. Lower "
-                f"{self.stage}.module.lr or use trainer.precision=32-true, then resume=true"
+                f"{int(worst)} ({_batch_images(trainer, int(worst))}); the last checkpoint is from "
+                f"before it. Lower {self.stage}.module.lr or use trainer.precision=32-true, then "
+                "resume=true"
             )
         # A gradient that is no number leaves its batch's loss finite: look at what it made.
         if not all(bool(weight.isfinite().all()) for weight in pl_module.parameters()):
             raise UsageError(
-                f"{self.stage}: a weight is not a number after epoch {trainer.current_epoch}; the "
-                f"checkpoint of the epoch before is kept. Lower {self.stage}.module.lr or use "
+                f"{self.stage}: a weight is not a number in epoch {trainer.current_epoch}; the "
+                f"last checkpoint is from before it. Lower {self.stage}.module.lr or use "
                 "trainer.precision=32-true, then resume=true"
             )
+
+
+def _batch_images(trainer: pl.Trainer, batch_idx: int) -> str:
+    """Name the images of a batch of the present epoch: positions in the data set, some of them."""
+    loaders = trainer.train_dataloader
+    named = loaders if isinstance(loaders, dict) else {"images": loaders}
+    texts = []
+    for name, loader in named.items():
+        sampler = copy.copy(getattr(loader, "sampler", None))
+        if isinstance(sampler, KeyedBatches):
+            sampler.skip = batch_idx
+            index, _ = next(iter(sampler))
+            some = ", ".join(map(str, index[:8].tolist()))
+            texts.append(f"{name} {some}{', ...' if len(index) > 8 else ''}")
+    return "; ".join(texts) or "images unknown"

@@ -53,7 +53,10 @@ class StageProgress(ProgressBar):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin the bar, where training begins or goes on."""
         self.total = int(trainer.num_training_batches) * (trainer.max_epochs or 1)
-        self.first = trainer.current_epoch * int(trainer.num_training_batches)
+        batches_done = trainer.fit_loop.epoch_loop.batch_progress.current.completed
+        self.first = trainer.current_epoch * int(trainer.num_training_batches) + (
+            batches_done % max(1, int(trainer.num_training_batches))
+        )
         self.done, self.started, self.shown = self.first, time.monotonic(), -1
         self.bar: Progress | None = None
         if self.enabled and sys.stderr.isatty():
@@ -95,7 +98,7 @@ class StageProgress(ProgressBar):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show the loss, and elsewhere than on a terminal a line every tenth."""
-        values = _values(trainer)
+        values = _values(trainer, pl_module)
         if self.bar is not None:
             self.bar.update(self.task, values=values)
             return
@@ -121,7 +124,9 @@ class StageProgress(ProgressBar):
             self.bar.stop()  # type: ignore[union-attr]
 
 
-def _values(trainer: pl.Trainer) -> str:
+def _values(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
     shown = ("train/loss", "val/selection_loss", "train/confident_fraction", "truth/acc")
-    metrics = trainer.callback_metrics
+    # The epoch's own means are logged after this; these are the first rank's.
+    sums = getattr(pl_module, "epoch_sums", {})
+    metrics = trainer.callback_metrics | {name: each[0] / each[1] for name, each in sums.items()}
     return "  ".join(f"{name} {float(metrics[name]):.3f}" for name in shown if name in metrics)

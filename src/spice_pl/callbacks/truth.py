@@ -92,8 +92,8 @@ class TruthMonitor(pl.Callback):
         for scores, own in zip(self.head_scores, clusters, strict=True):
             scores.update(own, labels)
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log the accuracy of the reliable labels that stage 3 learns from."""
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log the accuracy of the reliable labels that stage 3 learned from."""
         index = getattr(pl_module, "reliable_index", None)
         if index is not None:
             known = index[self.labels[index] >= 0]

@@ -103,6 +103,19 @@ class ViewsDataModule(pl.LightningDataModule):
         self.seed, self.stage = seed, stage
         self.predict_batch_size, self.num_watched = predict_batch_size, num_watched
         self._pixels = PixelDataset(images)
+        self._batches_done = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Return how many batches of the present epoch are done; the order itself is keyed."""
+        trainer = self.trainer
+        if trainer is None:
+            return {"batches_done": 0}
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.completed
+        return {"batches_done": 0 if done == trainer.num_training_batches else done}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on behind the batches that an earlier part of the run has taken."""
+        self._batches_done = state_dict["batches_done"]
 
     def train_dataloader(self) -> DataLoader[Pixels] | CombinedLoader:
         """Return the stream's loader, or all streams side by side."""
@@ -152,6 +165,7 @@ class ViewsDataModule(pl.LightningDataModule):
             drop_last=stream.drop_last,
             rank=self._rank[0],
             world_size=self._rank[1],
+            skip=self._batches_done,
         )
         if stream.partners is None:
             return batches

@@ -33,6 +33,7 @@ class KeyedBatches(Sampler[tuple[Tensor, Tensor]]):
         drop_last: leave out a batch that is not full; else it is a smaller one.
         rank: this process among `world_size`.
         world_size: number of processes.
+        skip: batches of the first epoch drawn that an earlier part of the run has taken.
 
     Raises:
         UsageError: the subset cannot fill one batch, or ranks cannot share a batch evenly.
@@ -50,6 +51,7 @@ class KeyedBatches(Sampler[tuple[Tensor, Tensor]]):
         drop_last: bool = True,
         rank: int = 0,
         world_size: int = 1,
+        skip: int = 0,
     ) -> None:
         self.num_samples = len(subset) if num_samples is None else num_samples
         self.group_size = self.num_samples if group_size is None else group_size
@@ -72,7 +74,7 @@ class KeyedBatches(Sampler[tuple[Tensor, Tensor]]):
             )
         self.subset, self.batch_size, self.seed, self.stream = subset, batch_size, seed, stream
         self.drop_last, self.rank, self.world_size = drop_last, rank, world_size
-        self.epoch = 0
+        self.epoch, self.skip = 0, skip
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration draws; Lightning calls it."""
@@ -85,12 +87,16 @@ class KeyedBatches(Sampler[tuple[Tensor, Tensor]]):
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         index, rounds = self._order()
+        skip, self.skip = self.skip, 0
         for group in range(self.num_samples // self.group_size):
             start = group * self.group_size
             for offset in range(0, self.group_size, self.batch_size):
                 end = min(offset + self.batch_size, self.group_size)
                 if self.drop_last and end - offset < self.batch_size:
                     break
+                skip -= 1
+                if skip >= 0:
+                    continue
                 mine = slice(start + offset + self.rank, start + end, self.world_size)
                 yield index[mine], rounds[mine]  # (b,), (b,)
 

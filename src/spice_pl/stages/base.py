@@ -49,6 +49,16 @@ class Stage(pl.LightningModule):
     _sizes: Tensor
     _seen: list[tuple[Tensor, Tensor]]
 
+    def __init__(self) -> None:
+        super().__init__()
+        # Name to (sum of weighted values, sum of weights) of this epoch so far, (2,) each.
+        self.epoch_sums: dict[str, Tensor] = {}
+
+    @property
+    def resumable(self) -> bool:
+        """Whether the state between these two batches is all in a checkpoint."""
+        return True
+
     @property
     def feature_dim(self) -> int:
         """D, the width of the encoder's features."""
@@ -120,6 +130,10 @@ class Stage(pl.LightningModule):
         """Return the prediction of a batch; a callback writes it."""
         return self.predict(batch)
 
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """Log the epoch's means."""
+        return [EpochMeans()]
+
     def on_train_end(self) -> None:
         """Give every rank rank 0's buffers: running BatchNorm statistics are local to ranks."""
         if self.trainer.world_size > 1:
@@ -127,7 +141,17 @@ class Stage(pl.LightningModule):
                 buffer.copy_(self.gathered(buffer)[0])
 
     def record(self, name: str, value: Tensor | float, weight: int = 1) -> None:
-        """Log the weighted mean of a value over an epoch's batches and over ranks."""
+        """Log the weighted mean of a value over an epoch's batches and over ranks.
+
+        While training, the sums are ours and not Lightning's: a checkpoint inside an epoch holds
+        them.
+        """
+        if self.trainer.training:
+            value = torch.as_tensor(value, dtype=torch.float32, device=self.device).detach()
+            sums = torch.stack([value * weight, value.new_tensor(weight)])
+            before = self.epoch_sums.get(name)
+            self.epoch_sums[name] = sums if before is None else before.to(sums.device) + sums
+            return
         self.log(name, value, on_step=False, on_epoch=True, batch_size=weight, sync_dist=True)
 
     def across_ranks(self, rows: Tensor) -> Tensor:
@@ -149,3 +173,40 @@ class Stage(pl.LightningModule):
         stacked = self.all_gather(tensor)
         assert isinstance(stacked, Tensor)  # noqa: S101 - Lightning answers in kind
         return stacked
+
+
+class EpochMeans(pl.Callback):
+    """Log what a stage recorded in an epoch; carry its sums over a stop inside the epoch.
+
+    A checkpoint holds the sums of each rank, so that a resumed run adds in the same order.
+    """
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log the means of all ranks and start anew."""
+        stage: Stage = pl_module  # type: ignore[assignment]
+        if not stage.epoch_sums:
+            return
+        sums = torch.stack(list(stage.epoch_sums.values()))  # (n, 2)
+        if trainer.world_size > 1:
+            sums = stage.gathered(sums).sum(dim=0)
+        for name, (total, weight) in zip(stage.epoch_sums, sums, strict=True):
+            stage.log(name, total / weight, on_epoch=True, batch_size=1)
+        stage.epoch_sums = {}
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Write the sums of all ranks, (R, 2) each."""
+        stage: Stage = pl_module  # type: ignore[assignment]
+        sums = {
+            name: stage.gathered(each).reshape(-1, 2) for name, each in stage.epoch_sums.items()
+        }
+        checkpoint["epoch_sums"] = {name: each.cpu() for name, each in sums.items()}
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Take this rank's sums."""
+        stage: Stage = pl_module  # type: ignore[assignment]
+        saved = checkpoint.get("epoch_sums", {})
+        stage.epoch_sums = {name: each[trainer.global_rank] for name, each in saved.items()}

@@ -144,6 +144,11 @@ class ProtoHeadModule(Stage):
         )
         self._views: list[tuple[Tensor, Tensor, Tensor]] = []
 
+    @property
+    def resumable(self) -> bool:
+        """Between two cycles: the embedded views of a buffer are in no checkpoint."""
+        return not self._views
+
     def forward(self, images: Tensor) -> Tensor:
         """Return the selected head's probabilities (B, K) of images (B, 3, S, S)."""
         probs: Tensor = self.selected(self.weights()["encoder"](images).float())

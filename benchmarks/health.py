@@ -1,0 +1,87 @@
+"""Does a long run stay healthy? Memory and open files over thousands of steps of every stage.
+
+`python benchmarks/health.py --steps 2000` trains a small network on the digits, notes memory in use
+and open files every 50 steps, and fits a line to the second half: what a step leaves behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from hydra import compose, initialize_config_dir
+
+from spice_pl import run
+from spice_pl.callbacks.progress import StageProgress
+from spice_pl.job import Job
+
+CONF = Path(__file__).parents[1] / "conf"
+SMALL = (
+    *("backbone=resnet_small", "backbone.blocks=[1]", "backbone.widths=[8]", "preset=null"),
+    *("augment=handwriting", "dataset=digits", "trainer.accelerator=cpu"),
+    *("trainer.precision=32-true", "reliable.agreement=0.1", "reliable.confidence=0.1"),
+    *("moco.streams.images.batch_size=32", "moco.module.queue_size=512"),
+    *("proto.streams.images.batch_size=32", "proto.module.buffer_size=320"),
+    *("proto.module.num_heads=2", "proto.module.repeats=1", "proto.module.head_batch_size=32"),
+    *("fixmatch.streams.labelled.batch_size=4", "fixmatch.streams.unlabelled.batch_size=16"),
+    "fixmatch.module.steps_per_epoch=100",
+)
+BATCHES = {"moco": 56, "proto": 50, "fixmatch": 100}  # of an epoch, with these sizes
+
+
+class Watch(StageProgress):
+    """Progress that also notes memory and open files."""
+
+    notes: dict[str, list[tuple[int, float, int]]] = {}  # noqa: RUF012 - shared on purpose
+
+    def on_train_batch_end(self, trainer: Any, *more: Any) -> None:
+        """Note every 50th step."""
+        super().on_train_batch_end(trainer, *more)
+        if self.done % 50 == 0:
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            memory = pages * resource.getpagesize() / 2**20
+            files = len(os.listdir("/proc/self/fd"))
+            self.notes.setdefault(self.name, []).append((self.done, memory, files))
+
+
+def main() -> None:
+    """Run the stages, print a table, then JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=2000)
+    steps = parser.parse_args().steps
+    run.StageProgress = Watch  # type: ignore[misc]
+    with tempfile.TemporaryDirectory() as folder:
+        epochs = [f"{name}.epochs={-(-steps // count)}" for name, count in BATCHES.items()]
+        overrides = [*SMALL, *epochs, f"runs_dir={folder}", f"cache_dir={folder}/cache"]
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            run.run_stages(Job(compose("config", overrides), tuple(overrides), "none", False))
+    print("\n| stage | steps | MB at half | MB at the end | bytes a step | open files |")
+    print("|:--|--:|--:|--:|--:|--:|")
+    found = {}
+    for name, notes in Watch.notes.items():
+        step, memory, files = (np.array(column) for column in zip(*notes, strict=True))
+        half = step >= step[-1] / 2
+        slope = float(np.polyfit(step[half], memory[half], 1)[0] * 2**20)
+        found[name] = {
+            "steps": int(step[-1]),
+            "mb_at_half": float(memory[half][0]),
+            "mb_at_end": float(memory[-1]),
+            "bytes_a_step": slope,
+            "open_files": [int(files[half].min()), int(files[half].max())],
+        }
+        each = found[name]
+        print(
+            f"| {name} | {each['steps']} | {each['mb_at_half']:.1f} | {each['mb_at_end']:.1f} "
+            f"| {slope:.0f} | {files[half].min()} to {files[half].max()} |"
+        )
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

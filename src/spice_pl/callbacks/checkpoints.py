@@ -1,0 +1,163 @@
+"""One checkpoint a stage, written between two batches, from which a run goes on bit for bit."""
+
+from __future__ import annotations
+
+import io
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
+
+from spice_pl.artifacts import atomic
+from spice_pl.callbacks.nan import NanGuard
+from spice_pl.data.keyed import keyed_seed
+from spice_pl.errors import UsageError
+from spice_pl.interrupts import Interrupts, Stopped
+from spice_pl.stages.base import Stage
+
+
+class Checkpoints(pl.callbacks.Checkpoint):
+    """Save every `every_epochs` epochs, every `every_minutes`, when asked to stop, and at the end.
+
+    The state between two batches is weights, optimizers, schedules, counters and the epoch's sums;
+    views and order are keyed, and torch's generator is keyed anew before each batch. A new file
+    takes the place of the old one when it is whole, so a stage has one checkpoint at any time.
+
+    Args:
+        path: of the file.
+        guard: refuses to save a state that is not finite.
+        interrupts: says when to stop.
+        every_epochs: epochs between two checkpoints, at most.
+        every_minutes: minutes between two checkpoints, about.
+        seed: of the run.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        guard: NanGuard,
+        interrupts: Interrupts,
+        *,
+        every_epochs: int,
+        every_minutes: float,
+        seed: int,
+    ) -> None:
+        self.path, self.guard, self.interrupts = path, guard, interrupts
+        self.every_epochs, self.every_minutes, self.seed = every_epochs, every_minutes, seed
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin, or go on inside an epoch: then Lightning leaves out the epoch's first hook."""
+        self.interrupts.deferred = True
+        self._saved_at, self._saved_epoch = time.monotonic(), trainer.current_epoch
+        stage: Stage = pl_module  # type: ignore[assignment]
+        epoch: Any = trainer.fit_loop.epoch_progress.current
+        if epoch.started > epoch.processed:
+            sums = dict(stage.epoch_sums)
+            for each in trainer.callbacks:  # type: ignore[attr-defined]
+                each.on_train_epoch_start(trainer, stage)
+            stage.on_train_epoch_start()
+            stage.epoch_sums = sums  # they hold what these hooks recorded
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Save where it is time to; stop if asked."""
+        epoch, rank = trainer.current_epoch, trainer.global_rank
+        torch.manual_seed(keyed_seed(self.seed, epoch, batch_idx, rank))
+        stop, save = self._agreed(trainer, epoch)
+        if (stop or save) and pl_module.resumable:
+            self._save(trainer, pl_module)
+            if stop:
+                raise Stopped
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save the end of the training."""
+        self._save(trainer, pl_module)
+        self.interrupts.deferred = False
+        if self._agreed(trainer, trainer.current_epoch)[0]:
+            raise Stopped
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Stop at once from now on."""
+        self.interrupts.deferred = False
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Count the logged steps as Lightning will: it adds one when it goes on inside an epoch."""
+        checkpoint["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
+
+    def _agreed(self, trainer: pl.Trainer, epoch: int) -> tuple[bool, bool]:
+        """Whether to stop and whether to save, the same on all ranks."""
+        stop = self.interrupts.asked is not None
+        save = (
+            epoch - self._saved_epoch >= self.every_epochs
+            or time.monotonic() - self._saved_at >= 60 * self.every_minutes
+        )
+        if trainer.world_size > 1:
+            wish = torch.tensor(2 * stop + save, device=trainer.strategy.root_device)
+            wishes = int(trainer.strategy.reduce(wish, reduce_op="max"))
+            stop, save = wishes >= 2, wishes >= 1
+        return stop, save
+
+    def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.guard.check(trainer, pl_module)
+        for logger in trainer.loggers:  # a curve is never behind its checkpoint
+            logger.save()
+        trainer.save_checkpoint(self.path)
+        self._saved_at, self._saved_epoch = time.monotonic(), trainer.current_epoch
+
+
+class CheckpointFile(TorchCheckpointIO):
+    """Writes a checkpoint whole or not at all; reads no other than a whole one."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
+    ) -> None:
+        """Write beside the old file, then take its place."""
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        with atomic(Path(path)) as temporary:
+            temporary.write_bytes(content.getbuffer())
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read tensors and plain containers, never code.
+
+        Raises:
+            UsageError: the file is damaged.
+        """
+        return read_checkpoint(Path(path))
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint whose every part has the checksum (CRC-32) it was written with.
+
+    Raises:
+        UsageError: the file is damaged.
+    """
+    try:
+        with zipfile.ZipFile(path) as parts:
+            damaged = parts.testzip()
+        if damaged is not None:
+            raise ValueError(f"the checksum of {damaged} is wrong")
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(found, dict):
+            raise ValueError("it holds no state")
+    except FileNotFoundError:
+        raise
+    # A damaged file can break zipfile's and torch's readers in any way.
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise UsageError(
+            f"{path} is damaged and cannot be gone on from ({reason}); overwrite=true starts its "
+            "stage anew, or put a copy of the file in its place"
+        ) from error
+    return found
