@@ -105,6 +105,21 @@ def test_handlers_are_given_back() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_signal_that_other_code_made_an_error_of_is_still_a_stop() -> None:
+    def careless() -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            raise AttributeError("half a list")
+
+    with pytest.raises(Stopped), Interrupts():
+        careless()
+    while_saving = Interrupts()
+    while_saving.deferred = True  # what fails then is an error of its own
+    with pytest.raises(AttributeError), while_saving:
+        careless()
+
+
 # Damage
 
 

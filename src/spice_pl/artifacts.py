@@ -223,7 +223,7 @@ class RunFolder:
         """Read weights that `write_weights` wrote.
 
         Raises:
-            UsageError: the file is missing.
+            UsageError: the file is missing or damaged.
         """
         file = self.path / name
         if not file.is_file():

@@ -30,6 +30,7 @@ class Interrupts:
     def __init__(self) -> None:
         self.asked: signal.Signals | None = None
         self.deferred = False
+        self._raised = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupts:
@@ -45,10 +46,14 @@ class Interrupts:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self._raised and isinstance(error, Exception):
+            # It was raised in the middle of code that made another error of it.
+            raise Stopped from error
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.asked is not None:  # a second time: whoever asks will not wait
             raise SystemExit(128 + number)
         self.asked = signal.Signals(number)
         if not self.deferred:
+            self._raised = True
             raise Stopped

@@ -16,9 +16,9 @@ from spice_pl.errors import UsageError
 # Where what settings may make is defined: networks, views, data sets, stages, loggers, trainers.
 # Whole packages would be too much: torch.hub.load and torch.utils.cpp_extension.load run any code.
 ALLOWED_TARGETS = (
-    *("spice_pl.callbacks.", "spice_pl.data.", "spice_pl.nn.", "spice_pl.stages."),
-    *("spice_pl.tasks.", "torch.nn.", "torch.optim.", "torchvision.models."),
-    *("torchvision.transforms.", "pytorch_lightning.callbacks."),
+    *("spice_pl.callbacks.", "spice_pl.data.", "spice_pl.functional.", "spice_pl.nn."),
+    *("spice_pl.stages.", "spice_pl.tasks.", "torch.nn.", "torch.optim."),
+    *("torchvision.models.", "torchvision.transforms.", "pytorch_lightning.callbacks."),
     *("pytorch_lightning.loggers.", "pytorch_lightning.plugins.", "pytorch_lightning.profilers."),
     *("pytorch_lightning.strategies.", "pytorch_lightning.trainer."),
 )

@@ -175,8 +175,11 @@ class Stage(pl.LightningModule):
         return stacked
 
 
-class EpochMeans(pl.Callback):
+class EpochMeans(pl.callbacks.Checkpoint):
     """Log what a stage recorded in an epoch; carry its sums over a stop inside the epoch.
+
+    Lightning calls checkpoint callbacks last: what the stage's own hook at the end of an epoch
+    records is logged too.
 
     A checkpoint holds the sums of each rank, so that a resumed run adds in the same order.
     """
