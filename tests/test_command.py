@@ -146,6 +146,27 @@ def test_sweep_shares_the_stages_before_the_one_it_varies(
     assert sorted(text.count("proto.module.lr=0.001") for text in settings) == [0, 1]
 
 
+@pytest.mark.slow
+def test_failed_trial_is_told_at_the_end_and_resume_makes_what_is_missing(
+    tiny: Sequence[str], tmp_path: Path
+) -> None:
+    done = train("-m", "stage=moco", "moco.module.temperature=0,0.2", *tiny)
+    assert done.returncode == 1
+    _, told, after = done.stderr.rpartition("1 of the trials failed, the others are finished")
+    assert told
+    assert "moco.module.temperature=0 " in after
+    assert "UsageError: moco.module.temperature 0 is not positive" in after
+    made = list((tmp_path / "runs/photos/moco").iterdir())
+    assert [path.name for path in made] == ["seed0,moco.module.temperature=0.2"]
+    checkpoint = made[0] / "last.ckpt"
+    written = checkpoint.stat().st_mtime_ns
+    done = train("-m", "stage=moco", "moco.module.temperature=0.2,0.3", "resume=true", *tiny)
+    assert done.returncode == 0, done.stderr
+    assert "of the trials failed" not in done.stderr
+    assert checkpoint.stat().st_mtime_ns == written
+    assert len(list((tmp_path / "runs/photos/moco").iterdir())) == 2
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_gpus_that_are_not_there_are_named(tiny: Sequence[str]) -> None:
     with pytest.raises(UsageError, match="accelerator=gpu finds no GPU; use trainer=auto"):

@@ -148,7 +148,7 @@ class Stage(pl.LightningModule):
         """
         if self.trainer.training:
             value = torch.as_tensor(value, dtype=torch.float32, device=self.device).detach()
-            sums = torch.stack([value * weight, value.new_tensor(weight)])
+            sums = torch.stack([value * weight, torch.full_like(value, weight)])
             before = self.epoch_sums.get(name)
             self.epoch_sums[name] = sums if before is None else before.to(sums.device) + sums
             return
