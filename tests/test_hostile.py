@@ -62,7 +62,7 @@ def attacks(trace: Path) -> dict[str, Any]:
         "our own launcher": {"_target_": "spice_pl.launch.launch_ranks", "num_ranks": 1, "job": ""},
         "our own build": {"_target_": "spice_pl.settings.build", "cfg": {}, "value": inner},
         "a method": {"_target_": "spice_pl.data.folder.Path.touch", "_args_": [str(trace)]},
-        "an instance's method": {"_target_": "spice_pl.data.folder.logger.error", "msg": "x"},
+        "an instance's method": {"_target_": "spice_pl.data.store.logger.error", "msg": "x"},
         "a method of an allowed class": {"_target_": "torch.nn.Module.train", "self": None},
         "checkpoint": {
             "_target_": "spice_pl.stages.moco.MoCoModule.load_from_checkpoint",
