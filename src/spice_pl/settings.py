@@ -25,7 +25,10 @@ ALLOWED_TARGETS = (
 # What a class or function says of values that do not fit it.
 REFUSALS = (TypeError, AttributeError, ArithmeticError, LookupError, RuntimeError)
 # Allowed by this name alone: timm's other functions can be asked to load pickles.
-ALLOWED_NAMES = ("timm.create_model", "pytorch_lightning.Trainer")
+ALLOWED_NAMES = (
+    *("timm.create_model", "pytorch_lightning.Trainer"),
+    "spice_pl.interop.load_encoder",  # reads weights only
+)
 SECRET = re.compile(
     r"(^|[._])(token|secret|password|passwd|credentials?|api_?key|private_?key)$", re.IGNORECASE
 )
