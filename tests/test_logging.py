@@ -58,7 +58,7 @@ def test_tensorboard_and_offline_wandb_tell_the_whole_run(
         "+logger.tensorboard.name=''",
         "+logger.tensorboard.version=tensorboard",
     )
-    done = train("logger=wandb", *board, *tiny, timeout=240)
+    done = train("logger=wandb", *board, *tiny, timeout=400)
     assert done.returncode == 0, done.stderr
     folders = {
         stage: RunFolder(tmp_path / "runs" / "photos" / stage / "seed0") for stage in STAGE_KEYS
@@ -72,7 +72,7 @@ def test_tensorboard_and_offline_wandb_tell_the_whole_run(
     # A run that is gone on with is the same run.
     folder = folders["moco"]
     (folder.path / "metrics.json").unlink()
-    again = train("stage=moco", "resume=true", "logger=wandb", *tiny, timeout=240)
+    again = train("stage=moco", "resume=true", "logger=wandb", *tiny, timeout=400)
     assert again.returncode == 0, again.stderr
     records = wandb_records(folder)
     assert len(records) == 2
