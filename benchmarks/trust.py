@@ -4,6 +4,8 @@ For each finished run of stage 2 or 3 on a data set with labels: the measures of
 the ACC that its metrics.json holds.
 
     python benchmarks/trust.py runs/digits/*/* runs/mnist5k/*/*
+
+Lines of other runs stay in the record.
 """
 
 from __future__ import annotations
@@ -15,11 +17,11 @@ import sys
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
-from scipy.stats import spearmanr
 
 from spice_pl.artifacts import RunFolder
+from spice_pl.errors import UsageError
 from spice_pl.job import Job
-from spice_pl.reports.trust import NAMES
+from spice_pl.reports.trust import NAMES, record, track
 from spice_pl.run import run_stages
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,7 +30,7 @@ FIELDS = ("dataset", "stage", "run", *NAMES, "acc")
 KEPT = ("dataset=", "dataset.", "backbone", "experiment=", "proto.", "fixmatch.", "reliable.")
 
 
-def measured(path: Path) -> dict[str, str] | None:
+def measured(path: Path, more: list[str]) -> dict[str, str] | None:
     """Run `stage=trust` on a run and return its line of the record."""
     folder = RunFolder(path)
     if not folder.finished or not (path / "probs.npy").is_file():
@@ -42,7 +44,7 @@ def measured(path: Path) -> dict[str, str] | None:
         *(text for text in metrics["overrides"] if text.startswith(KEPT)),
         *("stage=trust", f"trust.upstream={stage}", f"run={path.name}", f"runs_dir={runs_dir}"),
         f"cache_dir={runs_dir}/cache",
-        "overwrite=true",
+        *("overwrite=true", *more),
     ]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         run_stages(Job(compose("config", overrides), tuple(overrides), "none", sweep=False))
@@ -55,17 +57,26 @@ def measured(path: Path) -> dict[str, str] | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path)
-    lines = [line for path in sorted(parser.parse_args().runs) if (line := measured(path))]
-    with RECORD.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
-    for name in NAMES:
-        pairs = [(float(line[name]), float(line["acc"])) for line in lines if line[name]]
-        if len(pairs) > 2:
-            rho = float(spearmanr(*zip(*pairs, strict=True)).statistic)
-            print(json.dumps({"measure": name, "rho": round(rho, 3), "runs": len(pairs)}))
-    print(f"{len(lines)} runs in {RECORD}", file=sys.stderr)
+    parser.add_argument("--set", action="append", default=[], help="a setting of these runs")
+    chosen = parser.parse_args()
+    with RECORD.open(newline="", encoding="utf-8") as file:
+        lines = {tuple(line[key] for key in FIELDS[:3]): line for line in csv.DictReader(file)}
+    for path in sorted(chosen.runs):
+        try:
+            line = measured(path, chosen.set)
+        except UsageError as error:
+            print(f"left out: {path}: {error}", file=sys.stderr)
+            continue
+        if line:
+            lines[tuple(line[key] for key in FIELDS[:3])] = line
+            with RECORD.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(lines[key] for key in sorted(lines))
+    for name, pair in record().items():
+        found = track(*pair)
+        rho = None if found.rho is None else round(found.rho, 3)
+        print(json.dumps({"measure": name, "rho": rho, "runs": found.num_runs}))
 
 
 if __name__ == "__main__":

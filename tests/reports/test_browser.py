@@ -57,6 +57,7 @@ class Opened:
     def __init__(self, browser: Any, data: ReportData, folder: Path, **settings: Any) -> None:
         self.said: list[str] = []
         context = browser.new_context(**{"reduced_motion": "reduce", **settings})
+        context.set_default_timeout(120_000)  # ms; a machine that tests may be busy
         self.page = context.new_page()
         self.page.on("console", lambda message: self.said.append(message.text))
         self.page.on("pageerror", lambda error: self.said.append(str(error)))
