@@ -292,8 +292,6 @@ def _write_portable(job: Job, name: str, module: Stage, images: ImageSet) -> Non
     encoder, plain = (
         OmegaConf.to_container(each, resolve=True) for each in (backbone, cfg.augment.plain)
     )
-    # One that was read from a checkpoint says itself how to build it without that file.
-    encoder = getattr(parts["encoder"], "settings", encoder)
     settings = portable_settings(encoder, parts["head"], plain)
     if settings is None:
         logger.info("%s: no %s for a head of your own", name, portable.FILE_NAME)
