@@ -58,7 +58,7 @@ def attacks(trace: Path) -> dict[str, Any]:
         "library": {"_target_": "torch.ops.load_library", "path": str(trace)},
         "through torch": {"_target_": "torch.os.system", "command": touch},
         "through an allowed module": {"_target_": "torch.nn.functional.torch.os.mkdir"},
-        "through our module": {"_target_": "spice_pl.data.folder.os.mkdir", "path": str(trace)},
+        "through our module": {"_target_": "spice_pl.data.store.os.mkdir", "path": str(trace)},
         "our own launcher": {"_target_": "spice_pl.launch.launch_ranks", "num_ranks": 1, "job": ""},
         "our own build": {"_target_": "spice_pl.settings.build", "cfg": {}, "value": inner},
         "a method": {"_target_": "spice_pl.data.folder.Path.touch", "_args_": [str(trace)]},
