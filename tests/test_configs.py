@@ -14,7 +14,7 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from tests.conftest import CONF, compose
 
-from spice_pl.settings import ALLOWED_TARGETS
+from spice_pl.settings import ALLOWED_NAMES, ALLOWED_TARGETS
 from spice_pl.stages.base import Stage
 
 STAGES = ("moco", "proto", "fixmatch")
@@ -120,7 +120,7 @@ def test_every_key_is_an_argument_of_what_it_configures(overrides: list[str]) ->
     found = list(targets(resolved))
     assert len(found) > 10
     for where, node in found:
-        assert node["_target_"].startswith(ALLOWED_TARGETS), where
+        assert node["_target_"].startswith((*ALLOWED_TARGETS, *ALLOWED_NAMES)), where
         parameters = inspect.signature(get_object(node["_target_"])).parameters
         keys = {key for key in node if not key.startswith("_")}
         if where == ".dataset":

@@ -88,6 +88,8 @@ class FeatureStage(Stage):
         features = self.across_ranks(torch.cat(self._watched)).cpu()  # (W, D)
         if self.num_clusters is None or len(features) <= max(self.num_clusters, NUM_NEIGHBORS):
             return
+        if not bool(features.isfinite().all()):
+            return  # the loss is not a number either, and the guard against that says so
         embeddings = F.normalize(features)
         first, second = (
             torch.from_numpy(kmeans_clusters(embeddings.numpy(), self.num_clusters, seed))
