@@ -157,7 +157,7 @@ def test_failed_trial_is_told_at_the_end_and_resume_makes_what_is_missing(
     assert "moco.module.temperature=0 " in after
     assert "UsageError: moco.module.temperature 0 is not positive" in after
     made = list((tmp_path / "runs/photos/moco").iterdir())
-    assert [path.name for path in made] == ["seed0,moco.module.temperature=0.2"]
+    assert len(made) == 1  # the trial that failed left nothing
     checkpoint = made[0] / "last.ckpt"
     written = checkpoint.stat().st_mtime_ns
     done = train("-m", "stage=moco", "moco.module.temperature=0.2,0.3", "resume=true", *tiny)

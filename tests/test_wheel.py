@@ -57,7 +57,7 @@ def test_the_installed_command_clusters_a_folder(installed: Path, tmp_path: Path
         installed / "python", "-c", "import spice_pl; print(spice_pl.__file__)", cwd=tmp_path
     )
     assert Path(where.strip()).is_relative_to(installed.parent)
-    assert "dataset=    cifar10 | " in run(installed / "spice", "--help", cwd=tmp_path)
+    assert "cifar10 | " in run(installed / "spice", "--help", cwd=tmp_path)
     write_folder(tmp_path / "photos", classes=False)
     job: Sequence[str] = ("dataset=folder", "dataset.root=photos", *TINY)
     assert "report.html" in run(installed / "spice", *job, cwd=tmp_path)
