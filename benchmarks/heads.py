@@ -2,15 +2,16 @@
 
     python benchmarks/heads.py [--pairs 5] [--threads 1] [--precision 32-true] [--paper]
 
-Two questions on the processor, a table for both and, as the last line, all figures as JSON:
+Three questions on the processor, a table for all and, as the last line, all figures as JSON:
 
 1. heads only: the M-step on cached features, ten heads over one.
 2. whole cycle: `ProtoHeadModule` under a Trainer (views, encoder, E-step, M-step, selection) with
    the settings of conf/, ten heads over one. With --paper also at the paper's width (ResNet18,
    512 features, 32 pixels) on a small buffer, minutes more.
+3. passes: images through the encoder in a cycle of 5,000, encoded anew for each head and repeat
+   over encoded once; its wall time is the question of benchmarks/proto.py.
 
 Sides are timed in turn, so that other programs disturb both; ratios are medians over the pairs.
-What encoding every view once saves is the question of benchmarks/proto.py.
 """
 
 import argparse
@@ -75,6 +76,11 @@ def main() -> None:
         what = f"whole cycle, {images.name}, M = {len(images)}"
         print(f"{what:34}{one:9.3f}s{ten:9.3f}s{ratio:8.2f}")
         result |= {key: ratio, f"{key}_seconds": ten}
+    from proto import count_passes  # here, since that script reads this one
+
+    once, anew = count_passes(5000)
+    print(f"encoder passes of a cycle, M = 5000: {once:,} once, {anew:,} anew{anew / once:8.2f}")
+    result |= {"encoder_passes": once, "encoder_passes_ratio": anew / once}
     rounded = {k: v if isinstance(v, int) else float(f"{v:.4g}") for k, v in result.items()}
     print(json.dumps(rounded))
 

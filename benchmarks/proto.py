@@ -155,6 +155,9 @@ class Watch(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Stop the watch."""
         self.seconds = time.process_time() - self.start
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Read what was logged when the epoch had ended."""
         self.losses = [
             float(trainer.callback_metrics[f"train/loss_head_{h}"]) for h in range(NUM_HEADS)
         ]

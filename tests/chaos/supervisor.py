@@ -50,7 +50,10 @@ FILES = (
     *("clusters.csv", "metrics.csv", "dataset.json", "model.spice"),
 )
 STATE = ("epoch", "global_step", "state_dict", "optimizer_states", "lr_schedulers")
-VOLATILE = ("seconds", "seconds_in_all", "peak_memory_mb", "overrides", "data_wait_fraction")
+VOLATILE = (
+    *("seconds", "seconds_in_all", "peak_memory_mb", "overrides", "data_wait_fraction"),
+    "machine",  # names the commit, which may move meanwhile
+)
 
 
 class Trap:
