@@ -243,7 +243,7 @@ def their_cycle(watch: Watch, encoder: nn.Module) -> tuple[Tensor, list[float]]:
                     features = encode(encoder, strong[own[chosen]])
                 losses.append(F.cross_entropy(head(features), label[chosen]))  # of probabilities
             optimizer.zero_grad()
-            torch.autograd.backward(torch.stack(losses).mean())
+            torch.autograd.backward(torch.stack(losses).sum())
             optimizer.step()
             totals = [
                 total + float(loss.detach()) for total, loss in zip(totals, losses, strict=True)
