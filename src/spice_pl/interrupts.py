@@ -46,8 +46,8 @@ class Interrupts:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        if self._raised and isinstance(error, Exception):
-            # It was raised in the middle of code that made another error of it.
+        if self._raised and (error is None or isinstance(error, Exception)):
+            # It was raised in the middle of code that made another error of it, or lost it.
             raise Stopped from error
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

@@ -103,8 +103,9 @@ def run_stages(job: Job) -> float | None:
         with Interrupts() as interrupts:
             metrics = _run_here(job, interrupts)
     else:
-        take_edits(job)
-        check_folders(job)
+        with Interrupts():
+            take_edits(job)
+            check_folders(job)
         todo = [name for name in job.stages if not job.reused(name)]
         if num_ranks > 1 and todo:
             if tasks := [name for name in todo if _is_task(job, name)]:
