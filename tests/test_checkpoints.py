@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +101,14 @@ def test_a_second_signal_stops_at_once() -> None:
 
 def test_handlers_are_given_back() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with Interrupts(), pytest.raises(Stopped):
+    with pytest.raises(Stopped), Interrupts():
         signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_stop_that_other_code_swallowed_is_still_a_stop() -> None:
+    with pytest.raises(Stopped), Interrupts(), suppress(SystemExit):
+        signal.raise_signal(signal.SIGTERM)
 
 
 def test_a_signal_that_other_code_made_an_error_of_is_still_a_stop() -> None:
