@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from sklearn.metrics import adjusted_rand_score
 from tests.stages.small import (
     STRONG,
     WEAK,
@@ -223,6 +224,30 @@ def test_head_and_epoch_of_the_lowest_label_free_loss_are_kept(tmp_path: Path) -
     prediction = module.predict(Views(torch.arange(N), {}))
     assert prediction.probs is not None
     torch.testing.assert_close(prediction.probs, watch.heads[epoch][h](features))
+
+
+def test_head_and_epoch_that_the_other_heads_agree_with_most_are_kept(tmp_path: Path) -> None:
+    module, streams = proto(tmp_path, lr=0.05, selection="consensus")
+    watch, epochs = Watch(), 4
+    fit(module, streams, watch, epochs=epochs)
+    features = plain_features(module.encoder)
+    table = torch.full((epochs, H), -1.0)
+    for epoch, heads in enumerate(watch.heads):
+        with torch.no_grad():
+            found = [head(features).argmax(dim=1).numpy() for head in heads]
+        for h, one in enumerate(found):
+            others = [adjusted_rand_score(one, other) for i, other in enumerate(found) if i != h]
+            if len(set(one.tolist())) == K:
+                table[epoch, h] = sum(others) / len(others)
+    epoch, h = divmod(int(table.argmax()), H)
+    assert table.max() > -1
+    assert (int(module.best_epoch), int(module.best_head)) == (epoch, h)
+    assert float(module.best_cost) == pytest.approx(1 - float(table.max()), abs=1e-5)
+
+
+def test_consensus_needs_another_head(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="num_heads is 1"):
+        proto(tmp_path, num_heads=1, selection="consensus")
 
 
 def test_truth_shows_the_chosen_head_beside_the_best_one(

@@ -21,7 +21,7 @@ class TruthMonitor(pl.Callback):
     """Log how the watched images are clustered, and how right the reliable labels are.
 
     `truth/acc`, `truth/nmi`, `truth/ari`; of a stage with many heads `truth/best_head_acc` and
-    `truth/epoch_head_acc`, the best of them and the one of the lowest label-free loss after this
+    `truth/epoch_head_acc`, the best of them and the one chosen without labels after this
     epoch (SPICE, Figure 6: their distance is the regret of the choice); of a stage without clusters
     `truth/knn_acc`, the share of images whose class is the most frequent one among their 20 nearest
     neighbours.

@@ -1,5 +1,6 @@
 """Curves of a run as polylines with their scale in words."""
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,11 @@ CHARTS: tuple[tuple[str, tuple[str, ...], bool], ...] = (
     ("share of clusters", ("val/largest_cluster_fraction", "val/smallest_cluster_fraction"), False),
     ("scores", ("truth/acc", "truth/nmi", "truth/ari", "truth/reliable_acc"), True),
 )
-HEAD_LOSS = "val/selection_loss_head_"
+# What a head was chosen by, and its sign: the lowest is kept of loss, the highest of consensus.
+HEADS = (
+    ("consensus", "val/consensus_head_", -1),
+    ("selection loss", "val/selection_loss_head_", 1),
+)
 
 
 @dataclass(frozen=True)
@@ -59,11 +64,11 @@ class Chart:
 
 
 @dataclass(frozen=True)
-class HeadLoss:
-    """How one head fared: its lowest selection loss, in which epoch, and whether it was kept."""
+class HeadChoice:
+    """How one head fared: its best value, in which epoch, and whether it was kept."""
 
     head: int
-    lowest: float
+    best: float
     epoch: int
     kept: bool
 
@@ -119,27 +124,28 @@ def chart(
     )
 
 
-def head_losses(logs: Logs) -> tuple[Chart, list[HeadLoss]] | None:
-    """The selection of a head (SPICE, Figure 6): the lowest loss of all heads and epochs is kept.
+def head_choice(logs: Logs) -> tuple[Chart, list[HeadChoice]] | None:
+    """The selection of a head (SPICE, Figure 6): the best of all heads and epochs is kept.
 
-    None where no stage logged the selection loss of its heads.
+    None where no stage logged what it chose its head by.
     """
-    for stage, metrics in logs.items():
+    for (stage, metrics), (name, prefix, sign) in itertools.product(logs.items(), HEADS):
         curves = {
-            int(name.removeprefix(HEAD_LOSS)): points
-            for name, points in metrics.items()
-            if name.startswith(HEAD_LOSS) and points
+            int(each.removeprefix(prefix)): points
+            for each, points in metrics.items()
+            if each.startswith(prefix) and points
         }
         if not curves:
             continue
-        lowest = {
-            head: min((value, epoch) for epoch, value in points)
+        best = {
+            head: min((sign * value, epoch) for epoch, value in points)
             for head, points in sorted(curves.items())
         }
-        kept = min(lowest, key=lambda head: (lowest[head][0], lowest[head][1], head))
+        kept = min(best, key=lambda head: (best[head][0], best[head][1], head))
         drawn = {f"head {head}": curves[head] for head in sorted(curves)}
-        return chart(stage, "selection loss of each head", drawn, kept=f"head {kept}"), [
-            HeadLoss(head, value, epoch, head == kept) for head, (value, epoch) in lowest.items()
+        return chart(stage, f"{name} of each head", drawn, kept=f"head {kept}"), [
+            HeadChoice(head, sign * value, epoch, head == kept)
+            for head, (value, epoch) in best.items()
         ]
     return None
 

@@ -18,7 +18,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
-from spice_pl.reports.curves import Logs, charts, head_losses
+from spice_pl.reports.curves import Logs, charts, head_choice
 from spice_pl.reports.map import Map
 from spice_pl.reports.published import published_results
 from spice_pl.reports.tables import NO_LABELS, ResultRow, duration_text, footnotes, score_text
@@ -213,7 +213,7 @@ def render_report(data: ReportData) -> str:
         footnotes=footnotes(data.rows) if data.rows else [NO_LABELS] * (data.labels is None),
         confusion=_confusion(data),
         charts=charts(data.logs),
-        heads=head_losses(data.logs),
+        heads=head_choice(data.logs),
         subsets=_subsets(data),
         skipped=data.skipped[:MAX_SKIPPED],
         served="save" in data.review,

@@ -23,6 +23,7 @@ from spice_pl.data.datamodule import Stream, Views
 from spice_pl.data.images import ImageSet
 from spice_pl.data.keyed import keyed_generator
 from spice_pl.errors import UsageError
+from spice_pl.functional.assignment import consensus
 from spice_pl.functional.losses import (
     double_softmax_cross_entropy,
     double_softmax_cross_entropy_per_head,
@@ -39,11 +40,12 @@ logger = logging.getLogger(__name__)
 
 BN_MODES = ("frozen", "reference")
 JOINT = ("none", "single_head", "multi_head")
+SELECTION = ("loss", "consensus")
 HeadLosses = Callable[[Tensor, Tensor], Tensor]  # logits (H, B, K), label (B,) -> (H,)
 
 
 class ProtoHeadModule(Stage):
-    """Train H heads at once in an expectation-maximisation loop; keep the best by its own loss.
+    """Train H heads at once in an expectation-maximisation loop; keep one, chosen without labels.
 
     The encoder is frozen: no gradient, BatchNorm in eval mode. So every view passes it once, and
     all heads and repeats read the same features. Ranks share the encoder's work; the heads, which
@@ -64,20 +66,23 @@ class ProtoHeadModule(Stage):
         select_ratio: share of M/K that gets the label.
         overlap: whether an image may carry several labels (Table VII).
         loss: "double_softmax" (Eq. 5), "ce" or "tce", what the M-step minimises (Table VII). Head
-            and epoch are chosen by Eq. 5 whatever it is.
+            and epoch are chosen by `selection` whatever it is.
         temperature: of "tce".
         entropy: weight of the entropy of a batch's mean prediction, which is maximised (Table VII).
         bn_mode: "frozen", or "reference" for BatchNorm in train mode as in the authors' code.
         joint: "none"; "single_head" and "multi_head" train the encoder too (Table VII), at `lr`.
         view_bank: n weak and n strong views an image, embedded once; None makes them anew each
             cycle.
+        selection: what chooses head and epoch: "loss", the lowest Eq. 5 on all training images
+            (the paper), or "consensus", the head whose clusters are most like the other heads'.
         seed: of the run; head h starts from 1000 · seed + h, so that runs share no head.
     """
 
-    best_loss: Tensor
+    best_cost: Tensor  # what `selection` minimises: the loss, or 1 - consensus
+    best_loss: Tensor  # of the head that is kept
     best_head: Tensor
     best_epoch: Tensor
-    epoch_head = 0  # of the lowest loss after this epoch
+    epoch_head = 0  # the one chosen after this epoch
 
     def __init__(
         self,
@@ -100,6 +105,7 @@ class ProtoHeadModule(Stage):
         bn_mode: str = "frozen",
         joint: str = "none",
         view_bank: int | None = None,
+        selection: str = "loss",
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -109,6 +115,7 @@ class ProtoHeadModule(Stage):
         _check_word("loss", loss, tuple(losses))
         _check_word("bn_mode", bn_mode, BN_MODES)
         _check_word("joint", joint, JOINT)
+        _check_word("selection", selection, SELECTION)
         moves = joint != "none" or bn_mode == "reference"
         if view_bank is not None and (view_bank < 1 or moves):
             raise UsageError(
@@ -119,6 +126,11 @@ class ProtoHeadModule(Stage):
             raise UsageError(f"proto.module.entropy {entropy} would empty clusters; use 0 or more")
         if joint == "single_head":
             num_heads = 1
+        if selection == "consensus" and num_heads < 2:
+            raise UsageError(
+                f"proto.module.selection=consensus compares heads and num_heads is {num_heads}; "
+                "use 2 or more, or selection=loss"
+            )
         self.automatic_optimization = False
         width = int(backbone.num_features)  # type: ignore[arg-type]
         self.encoder = backbone.requires_grad_(joint != "none")
@@ -128,12 +140,14 @@ class ProtoHeadModule(Stage):
             width, hidden_dim or width, num_clusters, num_heads, 1000 * seed + first_head
         )
         self.selected = self.heads.head(0).requires_grad_(False)
+        self.register_buffer("best_cost", torch.tensor(math.inf))
         self.register_buffer("best_loss", torch.tensor(math.inf))
         self.register_buffer("best_head", torch.tensor(-1))
         self.register_buffer("best_epoch", torch.tensor(-1))
         self.num_clusters, self.lr, self.seed = num_clusters, lr, seed
         self.buffer_size, self.repeats, self.head_batch_size = buffer_size, repeats, head_batch_size
         self.select_ratio, self.view_bank = select_ratio, view_bank
+        self.selection = selection
         self.joint, self.moves, self.entropy = joint != "none", moves, entropy
         self.head_losses, self.has_floor = losses[loss], loss == "double_softmax"
         self.pseudo_labels = partial(
@@ -296,28 +310,39 @@ class ProtoHeadModule(Stage):
 
     @torch.no_grad()
     def _select(self) -> None:
-        """Keep head and epoch of the lowest loss on all training images (Section III-B, Remark)."""
+        """Keep head and epoch of the lowest loss on all training images (Section III-B, Remark).
+
+        Or, with `selection="consensus"`, of the clusters that the other heads agree with most.
+        """
         train_index = self.train_index.to(self.device)
         features = self.branches.plain(self.train_index)  # (N, D)
         embeddings = self.embeddings[train_index]
-        losses, empty = [], []
+        losses, clusters = [], []
         for head in range(self.heads.num_heads):  # one at a time: (N, K) and not (H, N, K)
             probs = self.heads.head(head)(features)
             slots, label = self.pseudo_labels(embeddings, probs)
             losses.append(double_softmax_cross_entropy(probs[slots], label))
-            sizes = torch.bincount(probs.argmax(dim=1), minlength=self.num_clusters)  # (K,)
-            empty.append((sizes == 0).sum())
-        loss, head_index = torch.stack(losses).min(dim=0)
+            clusters.append(probs.argmax(dim=1))
+        costs = torch.stack(losses)  # (H,)
+        if self.selection == "consensus":
+            alike = consensus(torch.stack(clusters), self.num_clusters)  # (H,)
+            costs = (1 - alike).to(costs)
+            for head, each in enumerate(alike):
+                self.record(f"val/consensus_head_{head}", each)
+        cost, head_index = costs.min(dim=0)
         self.epoch_head = int(head_index)
+        loss = losses[self.epoch_head]
+        sizes = torch.bincount(clusters[self.epoch_head], minlength=self.num_clusters)  # (K,)
         self.record("val/selection_loss", loss)
-        self.record("val/empty_clusters", torch.stack(empty)[head_index].float())
+        self.record("val/empty_clusters", (sizes == 0).sum().float())
         for head, each in enumerate(losses):
             self.record(f"val/selection_loss_head_{head}", each)
-        if loss < self.best_loss:
+        if cost < self.best_cost:
+            self.best_cost.copy_(cost)
             self.best_loss.copy_(loss)
             self.best_head.copy_(head_index)
             self.best_epoch.fill_(self.current_epoch)
-            self.selected.load_state_dict(self.heads.head(int(head_index)).state_dict())
+            self.selected.load_state_dict(self.heads.head(self.epoch_head).state_dict())
             self.branches.keep()
         self.record("val/best_selection_loss", self.best_loss)
 
