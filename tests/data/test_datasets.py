@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import shutil
 import struct
 import zipfile
 from collections.abc import Callable, Mapping
@@ -376,6 +377,24 @@ def test_tiny_imagenet(tmp_path: Path, packed: bool) -> None:
     assert split.labels is not None
     assert split.labels.tolist() == [0, 0, 0, 1, 1, 1, 1, 0]  # of val_annotations.txt
     assert split.images[:, 0, 9, 9].tolist()[6:] == [72, 84]
+
+
+def test_annotations_name_no_file_outside(tmp_path: Path) -> None:
+    base = write_tiny_imagenet(tmp_path / "tree")
+    shutil.copy(next(base.glob("train/*/images/*.JPEG")), tmp_path / "secret.JPEG")
+    escape = "../../../../secret.JPEG"
+    assert (base / "val/images" / escape).is_file()
+    with (base / "val/val_annotations.txt").open("a") as file:
+        file.write(f"{escape}\tn01\t0\t0\t1\t1\n")
+    with (base / "wnids.txt").open("a") as file:
+        file.write("../../n03\n")
+    split = tiny_imagenet(
+        str(base.parent), 64, str(tmp_path / "cache"), download=False, protocol="split"
+    )
+    assert len(split) == 8
+    ((name, reason),) = split.skipped
+    assert name == f"val/images/{escape}"
+    assert "lies outside" in reason
 
 
 def test_another_archive_is_refused(tmp_path: Path) -> None:

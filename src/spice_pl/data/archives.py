@@ -17,6 +17,7 @@ from typing import Any
 
 from spice_pl.data.decode import SUFFIXES, Decoded, read_image
 from spice_pl.data.images import ImageSet
+from spice_pl.data.scan import leaves
 from spice_pl.data.store import Source, Stored, open_store
 from spice_pl.data.table import class_labels
 from spice_pl.errors import UsageError
@@ -145,8 +146,11 @@ def hugging_face(
         image = encoded[i][image_column]
         if image is None:
             return "no image"
-        data = image["bytes"]
-        return read_image(data if data is not None else place / image["path"], image_size)
+        if image["bytes"] is not None:
+            return read_image(image["bytes"], image_size)
+        if leaves(image["path"]):
+            return f"{image['path']} lies outside the data set"
+        return read_image(place / image["path"], image_size)
 
     stored = open_store(
         [str(place.resolve()), rows._fingerprint, image_column],

@@ -17,7 +17,7 @@ import numpy as np
 from spice_pl.data.decode import Decoded, read_image
 from spice_pl.data.folder import open_files
 from spice_pl.data.images import ImageSet
-from spice_pl.data.scan import look
+from spice_pl.data.scan import leaves, look
 from spice_pl.data.store import Source, open_store
 from spice_pl.data.table import class_labels
 from spice_pl.errors import UsageError
@@ -175,10 +175,14 @@ class _Folder:
 
     def images(self, folder: str) -> list[str]:
         """Return the files of a folder, sorted."""
+        if leaves(folder):  # by a line of wnids.txt
+            return []
         return sorted(f"{folder}/{path.name}" for path in (self.top / folder).glob("*.JPEG"))
 
     def read(self, path: str) -> bytes:
         """Return a file's bytes."""
+        if leaves(path):  # by a line of val_annotations.txt
+            raise PermissionError(f"{path} lies outside {self.top}")
         return (self.top / path).read_bytes()
 
     def text(self, path: str) -> str:

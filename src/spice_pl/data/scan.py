@@ -156,6 +156,15 @@ def image_files(root: Path) -> list[str]:
     return scan_files(root).paths
 
 
+def leaves(path: str) -> bool:
+    """Whether a path that a data set names would lead out of its folder.
+
+    >>> leaves("val/images/1.JPEG"), leaves("val/../../1.JPEG"), leaves("/etc/passwd")
+    (False, True, True)
+    """
+    return Path(path).is_absolute() or ".." in Path(path).parts
+
+
 def size_and_time(path: str | Path) -> tuple[int, int]:
     """Return bytes and time of change of a file, or why there are none in place of bytes."""
     try:
