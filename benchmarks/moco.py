@@ -41,8 +41,8 @@ from spice_pl.data.augment import MoCoView, PlainView
 from spice_pl.data.datamodule import Stream, ViewsDataModule
 from spice_pl.data.images import ImageSet
 from spice_pl.nn.resnet import ResNet
-from spice_pl.run import _precision
 from spice_pl.stages.moco import MoCoModule
+from spice_pl.trainer import auto_precision
 
 CONF = Path(__file__).parents[1] / "conf"
 MEAN, STD = (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)  # CIFAR-10
@@ -96,7 +96,7 @@ def ours(
     clock, progress = Clock(), StageProgress("moco")
     trainer = pl.Trainer(
         accelerator="cpu",
-        precision=_precision("cpu"),  # type: ignore[arg-type]
+        precision=auto_precision("cpu"),  # type: ignore[arg-type]
         max_steps=steps + WARM_UP + 1,
         callbacks=[progress, clock],
         logger=False,
@@ -213,7 +213,7 @@ def main() -> None:
     torch.manual_seed(0)
     backbone = network(args.backbone)
     images = photographs(max(QUEUE, 8 * args.batch_size), args.pixels)
-    bf16 = _precision("cpu") == "bf16-mixed"
+    bf16 = auto_precision("cpu") == "bf16-mixed"
     size = (args.batch_size, args.steps)
 
     seconds: dict[str, list[float]] = {"ours": [], "plain": [], "compute": []}

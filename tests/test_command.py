@@ -14,6 +14,7 @@ from tests.process import train
 from spice_pl import run
 from spice_pl.artifacts import RunFolder
 from spice_pl.errors import UsageError
+from spice_pl.usage import conf_folder, usage
 
 
 def test_help_answers_without_the_heavy_imports() -> None:
@@ -24,6 +25,14 @@ def test_help_answers_without_the_heavy_imports() -> None:
     packages = set(re.findall(r"\|\s+(\w+)", done.stderr))
     assert "hydra" in packages
     assert packages.isdisjoint({"torch", "pytorch_lightning", "sklearn", "numpy"})
+
+
+def test_commands_in_messages_begin_with_what_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = make_job("seed=1")
+    assert job.command() == "python train.py seed=1"
+    monkeypatch.setenv("SPICE_PL_COMMAND", "spice")
+    assert job.command() == "spice seed=1"
+    assert "  spice dataset=folder dataset.root=DIR" in usage(conf_folder())
 
 
 @pytest.mark.parametrize("key", ["moco.module.learning_rate", "dataset.colours", "epochs"])

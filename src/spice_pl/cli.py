@@ -2,10 +2,12 @@
 
 import os
 import sys
+from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
 
+from spice_pl import command
 from spice_pl.usage import conf_folder, usage
 
 
@@ -24,6 +26,7 @@ def run_job(cfg: DictConfig) -> float | None:
 
 def main() -> None:
     """Answer --help, or run the job that the command line describes."""
+    os.environ[command.NAME] = "spice" if Path(sys.argv[0]).stem == "spice" else "python train.py"
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(usage(conf_folder()))
     else:

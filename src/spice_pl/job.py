@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from spice_pl.artifacts import RunFolder, atomic
+from spice_pl.command import command
 from spice_pl.data.images import ImageSet
 from spice_pl.edits import read_edits
 from spice_pl.errors import UsageError
@@ -104,7 +105,7 @@ class Job:
         left_out = tuple(f"{key}=" for key in without)
         same = [masked_override(text) for text in self.overrides if not text.startswith(left_out)]
         sweep = ["-m"] if self.sweep else []  # its folders have other names
-        return shlex.join(["python", "train.py", *sweep, *first, *same, *last])
+        return shlex.join([*command(), *sweep, *first, *same, *last])
 
     def reused(self, stage: str) -> bool:
         """Whether a stage is finished and stays as it is."""

@@ -29,6 +29,11 @@ def in_rank() -> bool:
     return "LOCAL_RANK" in os.environ or "SLURM_PROCID" in os.environ
 
 
+def is_first_rank() -> bool:
+    """Whether this process writes what all ranks have made; true of a process without ranks."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
+
+
 def launch_ranks(
     num_ranks: int, job: str, locks: Sequence[int] = (), grace_s: float = 10.0
 ) -> None:

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from spice_pl.artifacts import RunFolder
 from spice_pl.baselines import kmeans_clusters
+from spice_pl.command import command
 from spice_pl.data.images import ImageSet
 from spice_pl.data.keyed import keyed_generator
 from spice_pl.errors import UsageError
@@ -195,23 +196,29 @@ def _commit(root: Path) -> str | None:
         return None
 
 
-def _row(
-    run: StageRun, images: ImageSet, name: str, clusters: NDArray[np.int64], seconds: float
-) -> ResultRow:
+def score_row(name: str, clusters: NDArray[np.int64], images: ImageSet, **more: Any) -> ResultRow:
+    """Return the row of a table: clusters (N,) scored on the images whose class is known.
+
+    Args:
+        name: of the row.
+        clusters: of all images, (N,).
+        images: the data set; without labels the scores are None.
+        more: seed, seconds, oracle.
+    """
     scores: dict[str, Any] = {"acc": None, "nmi": None, "ari": None}
     if images.labels is not None:
         index = images.score_index[images.labels[images.score_index] >= 0]
         scores = clustering_scores(
             torch.from_numpy(clusters[index]), torch.from_numpy(images.labels[index])
         )
-    return ResultRow(
-        name,
-        **scores,
-        protocol=images.protocol,
-        seed=run.seed,
-        seconds=seconds,
-        oracle=run.oracle or any(_is_oracle(folder) for folder in run.upstream),
-    )
+    return ResultRow(name, **scores, protocol=images.protocol, **more)
+
+
+def _row(
+    run: StageRun, images: ImageSet, name: str, clusters: NDArray[np.int64], seconds: float
+) -> ResultRow:
+    oracle = run.oracle or any(_is_oracle(folder) for folder in run.upstream)
+    return score_row(name, clusters, images, seed=run.seed, seconds=seconds, oracle=oracle)
 
 
 def _is_oracle(folder: RunFolder) -> bool:
@@ -324,8 +331,8 @@ def _review_command(overrides: Sequence[str]) -> str:
     """The command that trains on from edits; the page fills in the braces."""
     chosen = ("stage=", "edits=", "run=", "overwrite=", "resume=", "dataset.num_clusters=")
     kept = [text for text in overrides if not text.startswith(chosen)]
-    command = shlex.join(["python", "train.py", "stage=fixmatch", *kept, "run=reviewed"])
-    return command + " edits={edits} dataset.num_clusters={num_clusters}"
+    line = shlex.join([*command(), "stage=fixmatch", *kept, "run=reviewed"])
+    return line + " edits={edits} dataset.num_clusters={num_clusters}"
 
 
 def last_logged(folder: RunFolder) -> dict[str, float]:

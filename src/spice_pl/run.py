@@ -1,4 +1,4 @@
-"""From settings to a finished run: check, build, fit, predict. Knows Hydra, as settings.py does.
+"""From settings to a finished run: check, build, fit, predict.
 
 `train.py` hands a composed config to `main`; with several devices every rank runs this file as
 `python -m spice_pl.run FILE` instead.
@@ -25,22 +25,18 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.callbacks import LearningRateMonitor
 from rich.console import Console
 
-from spice_pl import launch, portable
+from spice_pl import launch
 from spice_pl.artifacts import RunFolder, is_disk_full
-from spice_pl.callbacks.checkpoints import CheckpointFile, Checkpoints
-from spice_pl.callbacks.curves import CurveLogger
-from spice_pl.callbacks.dashboards import log_results, run_id
-from spice_pl.callbacks.nan import NanGuard
+from spice_pl.callbacks.dashboards import log_results
 from spice_pl.callbacks.predictions import PredictionWriter
-from spice_pl.callbacks.progress import StageProgress
 from spice_pl.callbacks.truth import TruthMonitor
 from spice_pl.data.datamodule import Stream, ViewsDataModule
 from spice_pl.data.images import ImageSet
 from spice_pl.data.subset import subset
 from spice_pl.errors import UsageError
+from spice_pl.handover import keep_numbers, write_portable
 from spice_pl.interrupts import Interrupts, Stopped
 from spice_pl.job import (
     Job,
@@ -51,13 +47,12 @@ from spice_pl.job import (
     stamp,
     take_edits,
 )
-from spice_pl.portable import ClusterNetwork, PortableModel, choose_known, portable_settings
 from spice_pl.reports.tables import ResultRow, results_rich
 from spice_pl.results import StageRun, last_logged, machine, versions, write_results
-from spice_pl.review import inherited_names, order_like, renumber_
 from spice_pl.settings import build, flat, masked, masked_override, missing
 from spice_pl.stages.base import Stage
 from spice_pl.tasks.base import Context
+from spice_pl.trainer import make_trainer, num_ranks, progress
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +93,7 @@ def run_stages(job: Job) -> float | None:
     OmegaConf.set_struct(job.cfg, True)
     if absent := missing(job.cfg):
         raise UsageError(f"no value for {', '.join(absent)}; give it on the command line")
-    num_ranks = _num_ranks(job.cfg)
+    count = num_ranks(job.cfg)
     if launch.in_rank():
         with Interrupts() as interrupts:
             metrics = _run_here(job, interrupts)
@@ -107,7 +102,7 @@ def run_stages(job: Job) -> float | None:
             take_edits(job)
             check_folders(job)
         todo = [name for name in job.stages if not job.reused(name)]
-        if num_ranks > 1 and todo:
+        if count > 1 and todo:
             if tasks := [name for name in todo if _is_task(job, name)]:
                 raise UsageError(
                     f"stage={','.join(tasks)} trains nothing and runs in one process; use "
@@ -115,7 +110,7 @@ def run_stages(job: Job) -> float | None:
                 )
             with ExitStack() as held:
                 locks = [held.enter_context(job.folder(name).lock()) for name in todo]
-                launch.launch_ranks(num_ranks, job.dump(), locks)
+                launch.launch_ranks(count, job.dump(), locks)
             metrics = _metrics(job)
         else:
             with Interrupts() as interrupts:
@@ -133,7 +128,7 @@ def _run_here(job: Job, interrupts: Interrupts) -> dict[str, Any]:
         for name in training:
             module, streams = _parts(job.cfg, name)
             module.check(images, streams)
-    if job.cfg.overwrite and _is_first_rank():
+    if job.cfg.overwrite and launch.is_first_rank():
         for name in job.stages:  # all at once: a stop half-way leaves none that looks finished
             forget(job.folder(name))
     for name in job.stages:
@@ -153,7 +148,7 @@ def _run_here(job: Job, interrupts: Interrupts) -> dict[str, Any]:
             else:
                 _run_stage(job, name, load_images(), interrupts)
     metrics = _metrics(job)
-    if metrics and _is_first_rank():
+    if metrics and launch.is_first_rank():
         _show(job.folder(job.stages[-1]).path, metrics)
     return metrics
 
@@ -220,7 +215,7 @@ def _run_stage(job: Job, name: str, images: ImageSet, interrupts: Interrupts) ->
     callbacks: list[pl.Callback] = [PredictionWriter(folder, shapes)]
     if images.labels is not None:
         callbacks.append(TruthMonitor(images.labels, int(cfg.dataset.num_clusters)))
-    trainer = _trainer(job, name, callbacks, interrupts)
+    trainer = make_trainer(job, name, callbacks, interrupts)
     resume = bool(cfg.resume) and folder.checkpoint.is_file()
     weights_bytes = sum(each.nbytes for each in module.state_dict().values())
     folder.check_space(  # predictions; a checkpoint with its optimizer beside the one before
@@ -237,17 +232,17 @@ def _run_stage(job: Job, name: str, images: ImageSet, interrupts: Interrupts) ->
     trainer.predict(module, data, return_predictions=False)
     if trainer.is_global_zero:
         if module.has_clusters:
-            _keep_numbers(job, name, module, images, upstream)
+            keep_numbers(job, name, module, images, upstream)
         for part, weights in module.weights().items():
             folder.write_weights(f"{part}.safetensors", weights)
         if module.has_clusters:
-            _write_portable(job, name, module, images)
+            write_portable(job, name, module, images)
         write_results(
             _stage_run(job, name, upstream, oracle=module.oracle),
             images,
             last_logged(folder),  # callback_metrics is empty when resumed after the last epoch
-            seconds=time.monotonic() - started + _progress(trainer).seconds_before,
-            data_wait_fraction=_progress(trainer).data_wait_fraction,
+            seconds=time.monotonic() - started + progress(trainer).seconds_before,
+            data_wait_fraction=progress(trainer).data_wait_fraction,
             devices=trainer.world_size,
             precision=str(trainer.precision),
         )
@@ -258,63 +253,6 @@ def _run_stage(job: Job, name: str, images: ImageSet, interrupts: Interrupts) ->
         finish = getattr(getattr(each, "experiment", None), "finish", None)
         if finish is not None:  # W&B keeps one run open until it is told
             finish()
-
-
-def _keep_numbers(
-    job: Job, name: str, module: Stage, images: ImageSet, upstream: Sequence[RunFolder]
-) -> None:
-    """Number and name clusters as in an earlier run: `like`, or the one that had names here.
-
-    A run that lay here without names is no one's reference, and a new one keeps its own numbers.
-    """
-    folder, earlier = job.folder(name), None
-    if job.cfg.like:
-        earlier = RunFolder(Path(job.cfg.like))
-    elif folder.names and (folder.path / "clusters.csv").is_file():
-        earlier = folder
-    num_clusters = int(job.cfg.dataset.num_clusters)
-    if earlier is not None:
-        clusters = torch.from_numpy(folder.probs.argmax(axis=1))
-        order = order_like(earlier, clusters, images.keys, num_clusters)
-        renumber_(folder, module.weights()["head"], order)
-    names = inherited_names(upstream[0] if upstream else None, earlier)
-    if names:
-        kept = {str(k): text for k, text in names.items() if k < num_clusters}
-        folder.write_json("names.json", kept)
-
-
-def _write_portable(job: Job, name: str, module: Stage, images: ImageSet) -> None:
-    """Write model.spice, which clusters new images without this run's folder."""
-    cfg, folder = job.cfg, job.folder(name)
-    parts = dict(module.weights())
-    # An encoder read off a checkpoint says itself how to build it.
-    own = getattr(parts["encoder"], "settings", None)
-    backbone = OmegaConf.create(own) if own else cfg[name].module.get("backbone", cfg.backbone)
-    encoder, plain = (
-        OmegaConf.to_container(each, resolve=True) for each in (backbone, cfg.augment.plain)
-    )
-    settings = portable_settings(encoder, parts["head"], plain)
-    if settings is None:
-        logger.info("%s: no %s for a head of your own", name, portable.FILE_NAME)
-        return
-    model = PortableModel(
-        network=ClusterNetwork(build(cfg, cfg.augment.plain), parts["encoder"], parts["head"]),
-        settings=settings,
-        image_size=int(images.images.shape[-1]),
-        names=[folder.names.get(k, f"cluster {k}") for k in range(int(cfg.dataset.num_clusters))],
-        threshold=float(cfg.reliable.confidence),
-        about={
-            "dataset": images.name,
-            "fingerprint": images.fingerprint,
-            "num_images": len(images),
-            "protocol": images.protocol,
-            "stage": name,
-            "seed": int(cfg.seed),
-            "versions": versions(),
-        },
-        known=choose_known(images.keys, folder.features, folder.probs, int(cfg.known_images)),
-    )
-    model.save(folder.path / portable.FILE_NAME)
 
 
 def _parts(cfg: DictConfig, name: str) -> tuple[Stage, dict[str, Stream]]:
@@ -367,104 +305,6 @@ def _images(cfg: DictConfig, **other: Any) -> ImageSet:
     return images
 
 
-def _trainer(
-    job: Job, name: str, callbacks: list[pl.Callback], interrupts: Interrupts
-) -> pl.Trainer:
-    cfg, path = job.cfg, job.folder(name).path
-    loggers = [
-        build(
-            cfg,
-            {
-                key: text.format(stage=name) if isinstance(text, str) else text
-                for key, text in settings.items()
-            },
-            save_dir=str(path),
-            **_same_run(job, name, str(settings["_target_"])),
-        )
-        for settings in cfg.logger.values()
-    ]
-    dashboards = [each for each in loggers if not isinstance(each, CurveLogger)]
-    whole: Any = OmegaConf.to_container(cfg, resolve=True)
-    for each in dashboards:
-        kept = ("seed", "dataset", "backbone", "reliable", name)
-        shown = flat(masked("", {key: whole[key] for key in kept}))
-        each.log_hyperparams(shown | {"preset": job.preset})
-    guard = NanGuard(name)
-    callbacks += [
-        StageProgress(name),
-        guard,
-        Checkpoints(
-            job.folder(name).checkpoint,
-            guard,
-            interrupts,
-            every_epochs=int(cfg[name].checkpoint_epochs),
-            every_minutes=float(cfg.checkpoint_minutes),
-            seed=int(cfg.seed),
-        ),
-    ]
-    if dashboards:
-        callbacks.append(LearningRateMonitor("epoch"))
-    settings = dict(cfg.trainer)
-    if settings["precision"] == "auto":
-        settings["precision"] = _precision(str(settings["accelerator"]))
-    trainer: pl.Trainer = build(
-        cfg,
-        settings,
-        max_epochs=int(cfg[name].epochs),
-        check_val_every_n_epoch=int(cfg[name].watch_epochs),
-        callbacks=callbacks,
-        plugins=[CheckpointFile()],
-        logger=loggers,
-        default_root_dir=str(path),
-        use_distributed_sampler=False,
-        num_sanity_val_steps=0,
-        enable_model_summary=False,
-        log_every_n_steps=1,
-    )
-    # Lightning's own handlers stop before anything is saved, and broadcast inside a handler.
-    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
-    return trainer
-
-
-def _same_run(job: Job, name: str, target: str) -> dict[str, str]:
-    """What makes a resumed stage go on in its W&B run."""
-    if not target.endswith(".WandbLogger") or not _is_first_rank():
-        return {}
-    folder = job.folder(name)
-    resume = bool(job.cfg.resume) and folder.checkpoint.is_file()
-    return {"id": run_id(folder.path, keep=resume), "resume": "allow"}
-
-
-def _progress(trainer: pl.Trainer) -> StageProgress:
-    return next(each for each in trainer.callbacks if isinstance(each, StageProgress))  # type: ignore[attr-defined]
-
-
-def _precision(accelerator: str) -> str:
-    """bfloat16 where the hardware multiplies in it, else float32; emulation is far slower."""
-    if accelerator != "cpu" and torch.cuda.is_available():
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16-mixed" if native else "32-true"
-
-
-def _num_ranks(cfg: DictConfig) -> int:
-    """Processes to start on this machine; only strategies of the ddp family have several."""
-    if str(cfg.trainer.accelerator) in ("gpu", "cuda") and not torch.cuda.is_available():
-        raise UsageError(
-            f"trainer.accelerator={cfg.trainer.accelerator} finds no GPU; use trainer=auto, or "
-            "trainer=ddp_cpu for several processes on the processor"
-        )
-    if not str(cfg.trainer.strategy).startswith("ddp"):
-        return 1
-    devices = cfg.trainer.devices
-    return torch.cuda.device_count() if devices in (-1, "auto") else int(devices)
-
-
-def _is_first_rank() -> bool:
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
-
-
 def _show(path: Path, metrics: Mapping[str, Any]) -> None:
     if "rows" in metrics:
         Console().print(results_rich([ResultRow(**row) for row in metrics["rows"]]))
@@ -513,7 +353,7 @@ def _with_clear_errors(job: Job) -> float | None:
             raise SystemExit(2) from error
         raise
     except Stopped:
-        if _is_first_rank():
+        if launch.is_first_rank():
             command = job.command(without=("resume", "overwrite"), last=["resume=true"])
             print(f"\nstopped; what was made is kept. Go on with\n  {command}", file=sys.stderr)
         raise
@@ -535,7 +375,7 @@ def _run_stages_on_any_disk(job: Job) -> float | None:
 def _run_rank(file: str) -> None:
     """Run one rank of a job that the parent wrote to a file."""
     launch.end_with_parent()
-    level = logging.INFO if _is_first_rank() else logging.ERROR
+    level = logging.INFO if launch.is_first_rank() else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s")
     try:
         _run_stages_on_any_disk(Job.load(file))

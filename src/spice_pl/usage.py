@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from spice_pl.command import command
+
 TEXT = """\
 Cluster images without a single label (SPICE).
 
@@ -35,4 +37,5 @@ def usage(conf: Path) -> str:
     for group in sorted(folder for folder in conf.iterdir() if folder.is_dir()):
         options = sorted(option.stem for option in group.glob("*.yaml"))
         lines.append(f"  {group.name + '=':<12}{' | '.join(options)}")
-    return TEXT.format(groups="\n".join(lines))
+    text = TEXT.format(groups="\n".join(lines))
+    return text.replace("python train.py", " ".join(command()))

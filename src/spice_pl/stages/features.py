@@ -46,9 +46,13 @@ class FeatureStage(Stage):
         warmup_epochs: epochs in which lr rises evenly before.
         sgd_momentum: of SGD.
         weight_decay: of SGD, on all parameters.
+
+    Raises:
+        UsageError: `sizes` is empty or holds one below 8 pixels.
     """
 
     has_clusters = False
+    name: str  # of the stage, for messages
 
     def __init__(
         self,
@@ -63,6 +67,11 @@ class FeatureStage(Stage):
         weight_decay: float,
     ) -> None:
         super().__init__()
+        if sizes is not None and (not sizes or min(sizes) < 8):
+            raise UsageError(
+                f"{self.name}.module.sizes {sizes} must be sides of at least 8 pixels, or null for "
+                "views as they are"
+            )
         self.encoder, self.projection = backbone, projection
         self.num_clusters, self.sizes = num_clusters, sizes
         self.lr, self.warmup_epochs = lr, warmup_epochs
@@ -173,19 +182,6 @@ class FeatureStage(Stage):
             return (epoch + 1) / (self.warmup_epochs + 1)
         epochs = max(1, (self.trainer.max_epochs or 1) - self.warmup_epochs)
         return 0.5 * (1 + math.cos(math.pi * (epoch - self.warmup_epochs) / epochs))
-
-
-def check_sizes(stage: str, sizes: Sequence[int] | None) -> None:
-    """Refuse sizes that no view can have.
-
-    Raises:
-        UsageError: a size is below 8 pixels, or there is none.
-    """
-    if sizes is not None and (not sizes or min(sizes) < 8):
-        raise UsageError(
-            f"{stage}.module.sizes {sizes} must be sides of at least 8 pixels, or null for views "
-            "as they are"
-        )
 
 
 def _scaled(images: Tensor, size: int) -> Tensor:

@@ -21,7 +21,7 @@ from spice_pl.errors import UsageError
 from spice_pl.functional.contrastive import info_nce
 from spice_pl.functional.momentum import ema_update_
 from spice_pl.nn.queue import Queue
-from spice_pl.stages.features import FeatureStage, check_sizes
+from spice_pl.stages.features import FeatureStage
 
 
 class MoCoModule(FeatureStage):
@@ -45,6 +45,8 @@ class MoCoModule(FeatureStage):
         weight_decay: of SGD, on all parameters.
     """
 
+    name = "moco"
+
     def __init__(
         self,
         backbone: nn.Module,
@@ -64,7 +66,6 @@ class MoCoModule(FeatureStage):
     ) -> None:
         if temperature <= 0:
             raise UsageError(f"moco.module.temperature {temperature} is not positive; MoCo v2: 0.2")
-        check_sizes("moco", sizes)
         width = int(backbone.num_features)  # type: ignore[arg-type]
         super().__init__(
             backbone,

@@ -17,7 +17,7 @@ from spice_pl.data.datamodule import Stream, Views
 from spice_pl.data.images import ImageSet
 from spice_pl.errors import UsageError
 from spice_pl.functional.contrastive import nt_xent
-from spice_pl.stages.features import FeatureStage, check_sizes
+from spice_pl.stages.features import FeatureStage
 
 
 class SimCLRModule(FeatureStage):
@@ -36,6 +36,8 @@ class SimCLRModule(FeatureStage):
         weight_decay: of SGD, on all parameters.
     """
 
+    name = "simclr"
+
     def __init__(
         self,
         backbone: nn.Module,
@@ -52,7 +54,6 @@ class SimCLRModule(FeatureStage):
     ) -> None:
         if temperature <= 0:
             raise UsageError(f"simclr.module.temperature {temperature} is not positive; ours: 0.2")
-        check_sizes("simclr", sizes)
         width = int(backbone.num_features)  # type: ignore[arg-type]
         super().__init__(
             backbone,

@@ -21,11 +21,10 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 
 from spice_pl.baselines import kmeans_clusters
-from spice_pl.data.images import ImageSet
 from spice_pl.errors import UsageError
-from spice_pl.functional.assignment import clustering_scores
 from spice_pl.functional.neighbors import nearest_neighbors
-from spice_pl.reports.tables import ResultRow, results_markdown
+from spice_pl.reports.tables import results_markdown
+from spice_pl.results import score_row
 from spice_pl.tasks.base import Context
 
 logger = logging.getLogger(__name__)
@@ -71,9 +70,8 @@ class Baselines:
                 begun = time.monotonic()
                 clusters, note = self._cluster(method, values, context.num_clusters, context.seed)
                 spent = time.monotonic() - begun
-                rows.append(
-                    _row(f"{TITLES[method]} on {where}{note}", clusters, images, context, spent)
-                )
+                name = f"{TITLES[method]} on {where}{note}"
+                rows.append(score_row(name, clusters, images, seed=context.seed, seconds=spent))
                 logger.info("%s: %.1f s", rows[-1].name, spent)
         text = results_markdown(rows)
         context.folder.path.mkdir(parents=True, exist_ok=True)
@@ -143,19 +141,3 @@ def _nmf(rows: NDArray[np.float32], num_clusters: int, seed: int) -> NDArray[np.
     # A part's scale is arbitrary: compare shares of what each part explains.
     share = parts * model.components_.sum(axis=1)
     return np.asarray(share.argmax(axis=1), dtype=np.int64)
-
-
-def _row(
-    name: str,
-    clusters: NDArray[np.int64],
-    images: ImageSet,
-    context: Context,
-    seconds: float,
-) -> ResultRow:
-    scores: dict[str, Any] = {"acc": None, "nmi": None, "ari": None}
-    if images.labels is not None:
-        index = images.score_index[images.labels[images.score_index] >= 0]
-        scores = clustering_scores(
-            torch.from_numpy(clusters[index]), torch.from_numpy(images.labels[index])
-        )
-    return ResultRow(name, **scores, protocol=images.protocol, seed=context.seed, seconds=seconds)
