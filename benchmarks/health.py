@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 from hydra import compose, initialize_config_dir
 
-from spice_pl import run
+from spice_pl import run, trainer
 from spice_pl.callbacks.progress import StageProgress
 from spice_pl.job import Job
 
 CONF = Path(__file__).parents[1] / "conf"
 SMALL = (
-    *("backbone=resnet_small", "backbone.blocks=[1]", "backbone.widths=[8]", "preset=null"),
+    *("backbone=resnet_small", "backbone.blocks=[1]", "backbone.widths=[8]", "preset=none"),
     *("augment=handwriting", "dataset=digits", "trainer.accelerator=cpu"),
     *("trainer.precision=32-true", "reliable.agreement=0.1", "reliable.confidence=0.1"),
     *("moco.streams.images.batch_size=32", "moco.module.queue_size=512"),
@@ -32,7 +32,21 @@ SMALL = (
     *("fixmatch.streams.labelled.batch_size=4", "fixmatch.streams.unlabelled.batch_size=16"),
     "fixmatch.module.steps_per_epoch=100",
 )
-BATCHES = {"moco": 56, "proto": 50, "fixmatch": 100}  # of an epoch, with these sizes
+SEMI = (
+    *("streams.labelled.batch_size=4", "streams.unlabelled.batch_size=16"),
+    *("module.steps_per_epoch=100", "selector=variance"),
+)
+# What `stage=` asks for, in order: batches of an epoch with these sizes, settings of its own.
+STAGES: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
+    "all": ({"moco": 56, "proto": 50, "fixmatch": 100}, ()),
+    "simclr": ({"simclr": 56}, ("streams.images.batch_size=32",)),
+    "scan": ({"scan": 56}, ("streams.images.batch_size=32",)),
+    "selflabel": ({"selflabel": 56}, ("streams.images.batch_size=32", "module.confidence=0.1")),
+    "clusmatch": ({"clusmatch": 100}, (*SEMI, "module.kmeans_steps=100")),
+    "freematch": ({"freematch": 100}, SEMI),
+    "flexmatch": ({"flexmatch": 100}, SEMI),
+    "softmatch": ({"softmatch": 100}, SEMI),
+}
 
 
 class Watch(StageProgress):
@@ -54,13 +68,19 @@ def main() -> None:
     """Run the stages, print a table, then JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=2000)
-    steps = parser.parse_args().steps
-    run.StageProgress = Watch  # type: ignore[misc]
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=[*STAGES])
+    given = parser.parse_args()
+    trainer.StageProgress = Watch  # type: ignore[misc]
     with tempfile.TemporaryDirectory() as folder:
-        epochs = [f"{name}.epochs={-(-steps // count)}" for name, count in BATCHES.items()]
-        overrides = [*SMALL, *epochs, f"runs_dir={folder}", f"cache_dir={folder}/cache"]
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            run.run_stages(Job(compose("config", overrides), tuple(overrides), "none", False))
+        for stage in given.stages:
+            batches, settings = STAGES[stage]
+            own = [f"{name}.epochs={-(-given.steps // count)}" for name, count in batches.items()]
+            own += [f"{stage}.{text}" for text in settings]
+            overrides = [*SMALL, f"stage={stage}", *own]
+            overrides += [f"runs_dir={folder}", f"cache_dir={folder}/cache"]
+            with initialize_config_dir(str(CONF), version_base="1.3"):
+                cfg = compose("config", overrides)
+            run.run_stages(Job(cfg, tuple(overrides), "none", False))
     print("\n| stage | steps | MB at half | MB at the end | bytes a step | open files |")
     print("|:--|--:|--:|--:|--:|--:|")
     found = {}

@@ -15,6 +15,7 @@ from hydra import initialize_config_dir
 from numpy.typing import NDArray
 from omegaconf import DictConfig
 from PIL import Image
+from safetensors.torch import load_file
 
 from spice_pl.artifacts import RunFolder
 from spice_pl.job import Job
@@ -158,3 +159,13 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 def finished(straight: Finished, tmp_path: Path) -> Finished:
     """A copy of `straight` to change."""
     return straight.copy(tmp_path)
+
+
+def authors_names(folder: RunFolder) -> dict[str, torch.Tensor]:
+    """A finished stage 2 or 3 of ours under the names of the authors' stage 2."""
+    state = load_file(folder.path / "encoder.safetensors")
+    named = {f"module.feature_module.{key}": value for key, value in state.items()}
+    for key, value in load_file(folder.path / "head.safetensors").items():
+        name = key.replace("hidden", "lin1").replace("output", "lin2")
+        named[f"module.head.head_0.classifier.{name}"] = value
+    return named

@@ -9,23 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
-from tests.conftest import NUM_IMAGES, Finished, make_job, photographs
+from tests.conftest import NUM_IMAGES, Finished, authors_names, make_job, photographs
 
 import spice_pl
-from spice_pl.artifacts import RunFolder
 from spice_pl.errors import UsageError
 from spice_pl.run import run_stages
-
-
-def authors_names(folder: RunFolder) -> dict[str, torch.Tensor]:
-    """A finished stage 2 or 3 of ours under the names of the authors' stage 2."""
-    state = load_file(folder.path / "encoder.safetensors")
-    named = {f"module.feature_module.{key}": value for key, value in state.items()}
-    for key, value in load_file(folder.path / "head.safetensors").items():
-        name = key.replace("hidden", "lin1").replace("output", "lin2")
-        named[f"module.head.head_0.classifier.{name}"] = value
-    return named
 
 
 def test_an_imported_stage_2_gives_the_clusters_it_was_made_from(

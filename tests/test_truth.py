@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from tests.conftest import CONF, NUM_CLASSES, NUM_IMAGES, Finished, make_job
+from tests.conftest import CONF, NUM_CLASSES, NUM_IMAGES, Finished, authors_names, make_job
 from torch import Tensor
 
 from spice_pl import run
@@ -27,19 +27,23 @@ TRUE = np.arange(NUM_IMAGES, dtype=np.int64) % NUM_CLASSES
 
 
 def run_with(
-    labels: NDArray[np.int64] | None, straight: Finished, runs: Path, num_clusters: int
+    labels: NDArray[np.int64] | None,
+    straight: Finished,
+    runs: Path,
+    num_clusters: int,
+    *overrides: str,
 ) -> Finished:
-    """Run all stages on the images of `straight` with labels of our own."""
+    """Run all stages, or those that are asked for, on `straight`'s images with our labels."""
     made = run._images
 
-    def images(*args: Any) -> ImageSet:
-        found: ImageSet = made(*args)
+    def images(*args: Any, **more: Any) -> ImageSet:
+        found: ImageSet = made(*args, **more)
         return ImageSet(found.name, found.images, found.keys, found.fingerprint, labels=labels)
 
     finished = Finished(straight.overrides, runs)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "_images", images)
-        run.run_stages(finished.job(f"dataset.num_clusters={num_clusters}"))
+        run.run_stages(finished.job(f"dataset.num_clusters={num_clusters}", *overrides))
     return finished
 
 
@@ -130,6 +134,79 @@ def test_false_labels_change_scores_alone(true: Finished, false: Finished, stage
     assert logs[0] == logs[1]
 
 
+# The stages and tasks beside SPICE's three, each in one epoch of a few steps.
+
+STEPS = (
+    *("epochs=1", "module.steps_per_epoch=3"),
+    *("streams.labelled.batch_size=2", "streams.unlabelled.batch_size=10"),
+)
+SEMI = (*STEPS, "selector=variance")
+LEARNS = {
+    "simclr": ("epochs=1", "watch_epochs=1", "streams.images.batch_size=30"),
+    "embed": (),
+    "import": ("module.stem=conv3",),
+    "scan": ("epochs=2", "streams.images.batch_size=30"),
+    "selflabel": ("epochs=1", "streams.images.batch_size=30", "upstream=proto"),
+    "clusmatch": (*SEMI, "module.kmeans_steps=2"),
+    "freematch": SEMI,
+    "flexmatch": SEMI,
+    "softmatch": SEMI,
+}
+JUDGES: dict[str, tuple[str, ...]] = {"trust": ("task.num_nulls=2",), "predict": ()}
+
+
+@pytest.fixture(scope="module")
+def pair(straight: Finished, tmp_path_factory: pytest.TempPathFactory) -> tuple[Finished, Finished]:
+    """The three stages twice, to go on from with true labels and with shuffled ones."""
+    first, second = (straight.copy(tmp_path_factory.mktemp("pair")) for _ in range(2))
+    return first, second
+
+
+def ran(
+    pair: tuple[Finished, Finished], stage: str, settings: Sequence[str], file: Path
+) -> list[Path]:
+    """Run a stage with true and with shuffled labels; return its two folders."""
+    labels = (TRUE, np.random.default_rng(1).permutation(TRUE))
+    more = [f"{stage}.{text}" for text in settings]
+    if stage == "import":
+        torch.save(authors_names(pair[0].folder("proto")), file)
+        more.append(f"path={file}")
+    if stage == "predict":
+        more.append(f"predict.model={pair[0].folder('fixmatch').path}")
+    return [
+        run_with(each, start, start.runs, NUM_CLASSES, f"stage={stage}", *more).folder(stage).path
+        for each, start in zip(labels, pair, strict=True)
+    ]
+
+
+def handed_on(folder: Path) -> dict[str, bytes]:
+    """Everything that a stage hands on or a person reads as its answer, scores left out."""
+    kinds = ("*.safetensors", "*.npy", "*.spice", "clusters.csv", "predictions.csv", "trust.html")
+    return {file.name: file.read_bytes() for kind in kinds for file in folder.glob(kind)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [*LEARNS, *JUDGES])
+def test_other_stages_do_not_see_labels(
+    pair: tuple[Finished, Finished], stage: str, tmp_path: Path
+) -> None:
+    settings = (LEARNS | JUDGES)[stage]
+    found = [handed_on(folder) for folder in ran(pair, stage, settings, tmp_path / "file.pth")]
+    assert found[0]
+    assert [name for name in found[0] if found[0][name] != found[1].get(name)] == []
+    assert found[0].keys() == found[1].keys()
+
+
+@pytest.mark.slow
+def test_the_comparison_finds_a_stage_that_sees_labels(
+    pair: tuple[Finished, Finished], tmp_path: Path
+) -> None:
+    one, other = (handed_on(path) for path in ran(pair, "supervised", STEPS, tmp_path))
+    assert {"encoder.safetensors", "head.safetensors", "probs.npy"} <= {
+        name for name in one if one[name] != other[name]
+    }
+
+
 def test_no_setting_chooses_by_truth() -> None:
     files = sorted(CONF.rglob("*.yaml"))
     assert len(files) > 20
@@ -178,7 +255,7 @@ def test_no_callback_of_a_run_watches_truth(
     finished: Finished, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
-    make = run._trainer
+    make = run.make_trainer
 
     def trainer(*arguments: Any, **more: Any) -> Any:
         made = make(*arguments, **more)
@@ -186,7 +263,7 @@ def test_no_callback_of_a_run_watches_truth(
         seen.append(made)
         raise UsageError("seen")
 
-    monkeypatch.setattr(run, "_trainer", trainer)
+    monkeypatch.setattr(run, "make_trainer", trainer)
     with pytest.raises(UsageError, match="seen"):
         run.run_stages(finished.job("stage=moco", "overwrite=true"))
     assert len(seen) > 4
