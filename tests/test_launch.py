@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
-from tests.conftest import make_job
+from tests.conftest import Finished, make_job
 from tests.process import ROOT
 
 from spice_pl import launch
@@ -146,6 +146,49 @@ def test_all_ranks_of_a_trial_read_its_settings(
         assert read[0] == read[1]
         assert [float(each.cfg.moco.module.lr) for each in read] == [float(lr)] * 2
         assert f"moco.module.lr={lr}" in read[0].overrides
+
+
+@pytest.mark.parametrize(
+    ("environment", "is_rank"),
+    [
+        ({}, False),
+        ({"LOCAL_RANK": "0"}, True),  # torchrun's
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, True),  # one of srun's
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, False),  # a job of a single task
+        ({"SLURM_PROCID": "0"}, False),
+    ],
+)
+def test_who_is_a_rank(
+    environment: dict[str, str], is_rank: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert launch.in_rank() is is_rank
+
+
+def test_ranks_inside_a_task_of_slurm_do_not_count_its_tasks(
+    ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    folder = ranks("env > ${0%/*}/env$RANK; exit 0")
+    launch.launch_ranks(2, "")
+    seen = [path.read_text() for path in sorted(folder.glob("env*"))]
+    assert len(seen) == 2
+    assert all("SLURM_" not in text and "WORLD_SIZE=2" in text for text in seen)
+
+
+def test_a_rank_of_torchrun_checks_folders_itself(
+    finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.delenv(launch.PARENT, raising=False)
+    with pytest.raises(UsageError, match="made with other settings"):
+        run_stages(finished.job("stage=moco", "moco.module.lr=0.5"))
+    with pytest.raises(UsageError, match="let trainer=ddp start the processes"):
+        run_stages(finished.job("stage=fixmatch", "run=reviewed", "edits=edits.json"))
 
 
 def test_a_folder_stays_locked_while_a_rank_lives(ranks: Ranks, tmp_path: Path) -> None:

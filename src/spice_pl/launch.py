@@ -25,8 +25,13 @@ PARENT = "SPICE_PL_PARENT"  # process that launched the ranks
 
 
 def in_rank() -> bool:
-    """Whether this process is a rank already: ours, torchrun's or SLURM's."""
-    return "LOCAL_RANK" in os.environ or "SLURM_PROCID" in os.environ
+    """Whether this process is a rank already: ours, torchrun's or one of several tasks of srun."""
+    return "LOCAL_RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) > 1
+
+
+def is_ours() -> bool:
+    """Whether `launch_ranks` started this rank; its parent has checked folders and holds locks."""
+    return PARENT in os.environ
 
 
 def is_first_rank() -> bool:
@@ -59,13 +64,15 @@ def launch_ranks(
         threads = max(1, (os.cpu_count() or 1) // num_ranks)
         file.write_text(job, encoding="utf-8")
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        # Inside a task of SLURM, whose variables would make Lightning count its tasks as ranks.
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
         ranks: list[subprocess.Popen[bytes]] = []
         try:
             for rank in range(num_ranks):
                 ranks.append(
                     subprocess.Popen(  # noqa: S603 - our own interpreter, our own file
                         [sys.executable, "-m", "spice_pl.run", str(file)],
-                        env=os.environ
+                        env=inherited
                         # More threads than cores starve each other.
                         | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
                         | address

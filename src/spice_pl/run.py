@@ -96,6 +96,13 @@ def run_stages(job: Job) -> float | None:
     count = num_ranks(job.cfg)
     if launch.in_rank():
         with Interrupts() as interrupts:
+            if not launch.is_ours():
+                if job.cfg.edits:
+                    raise UsageError(
+                        "edits are made into a run by one process; leave torchrun or srun out and "
+                        "let trainer=ddp start the processes"
+                    )
+                check_folders(job)
             metrics = _run_here(job, interrupts)
     else:
         with Interrupts():
@@ -140,7 +147,7 @@ def _run_here(job: Job, interrupts: Interrupts) -> dict[str, Any]:
                 if upstream := job.upstream_folders(name):
                     check_upstream(job, name, upstream[0], load_images())
                 # The parent holds it for ranks. Trials that share a stage wait for it here.
-                if not launch.in_rank():
+                if launch.is_first_rank() and not launch.is_ours():
                     held.enter_context(job.folder(name).lock())
             if job.reused(name):
                 check_chain(job, name)
