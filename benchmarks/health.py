@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=[*STAGES])
     given = parser.parse_args()
-    trainer.StageProgress = Watch  # type: ignore[misc]
+    trainer.StageProgress = Watch  # type: ignore[misc,attr-defined]
     with tempfile.TemporaryDirectory() as folder:
         for stage in given.stages:
             batches, settings = STAGES[stage]

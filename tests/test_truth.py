@@ -20,6 +20,7 @@ from spice_pl.data.datamodule import ViewsDataModule
 from spice_pl.data.images import ImageSet
 from spice_pl.errors import UsageError
 from spice_pl.results import objective
+from spice_pl.trainer import make_trainer
 
 STAGES = ("moco", "proto", "fixmatch")
 NAMES = ("encoder.safetensors", "head.safetensors", "features.npy", "probs.npy", "clusters.csv")
@@ -255,10 +256,9 @@ def test_no_callback_of_a_run_watches_truth(
     finished: Finished, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
-    make = run.make_trainer
 
     def trainer(*arguments: Any, **more: Any) -> Any:
-        made = make(*arguments, **more)
+        made = make_trainer(*arguments, **more)
         seen.extend(made.callbacks)  # type: ignore[attr-defined]
         seen.append(made)
         raise UsageError("seen")

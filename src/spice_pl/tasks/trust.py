@@ -26,7 +26,7 @@ from spice_pl.data.images import ImageSet
 from spice_pl.data.keyed import keyed_uniform
 from spice_pl.errors import UsageError
 from spice_pl.functional.assignment import clustering_scores
-from spice_pl.nn.heads import ClusterHead, LinearHead, ParallelHeads
+from spice_pl.nn.heads import ParallelHeads, head_of
 from spice_pl.reports.trust import Check, NullCheck, TrustData, record, write_trust
 from spice_pl.tasks.base import Context
 
@@ -150,13 +150,13 @@ def read_head(folder: RunFolder) -> nn.Module | None:
     """The head of a run, by the names of its weights; None if it is one of another kind."""
     file = folder.path / "head.safetensors"
     state = load_file(file) if file.is_file() else {}
-    if set(state) == {"hidden.weight", "hidden.bias", "output.weight", "output.bias"}:
-        hidden_dim, feature_dim = state["hidden.weight"].shape
-        head: nn.Module = ClusterHead(feature_dim, hidden_dim, len(state["output.bias"]))
-    elif set(state) == {"weight", "bias"}:
-        head = LinearHead(state["weight"].shape[1], len(state["bias"]))
-    else:
+    ours = (
+        {"hidden.weight", "hidden.bias", "output.weight", "output.bias"},
+        {"weight", "bias"},
+    )
+    if set(state) not in ours:
         return None
+    head = head_of(state)
     load_strictly(head, state, str(file))
     return head
 
