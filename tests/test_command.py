@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from tests.conftest import make_job
 from tests.process import train
 
@@ -174,6 +175,28 @@ def test_failed_trial_is_told_at_the_end_and_resume_makes_what_is_missing(
     assert "of the trials failed" not in done.stderr
     assert checkpoint.stat().st_mtime_ns == written
     assert len(list((tmp_path / "runs/photos/moco").iterdir())) == 2
+
+
+@pytest.mark.slow
+def test_optuna_draws_trials_that_joblib_runs_side_by_side(
+    tiny: Sequence[str], tmp_path: Path
+) -> None:
+    pytest.importorskip("optuna", reason="pip install 'spice-pl[sweep]'")
+    done = train(
+        *("-m", "hydra/sweeper=optuna", "hydra/launcher=joblib", "stage=moco", *tiny),
+        *("hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=2", "hydra.launcher.n_jobs=2"),
+        *("hydra.sweeper.sampler.seed=0", "moco.module.lr=interval(0.001,0.1)"),
+        "moco.watch_epochs=1",
+    )
+    assert done.returncode == 0, done.stderr
+    runs = [RunFolder(path) for path in (tmp_path / "runs/photos/moco").iterdir()]
+    assert len({run.metrics["settings"]["moco.module.lr"] for run in runs}) == len(runs) == 2
+    assert all("truth/knn_acc" in run.metrics["logged"] for run in runs)  # and yet
+    losses = [run.metrics["logged"]["train/loss"] for run in runs]
+    assert [run.metrics["objective"] for run in runs] == losses
+    best = yaml.safe_load((tmp_path / "runs/sweeps/optimization_results.yaml").read_text())
+    assert best["best_value"] == min(losses)
+    assert (tmp_path / "runs/sweeps/compare.md").is_file()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
