@@ -50,7 +50,7 @@ class SpiceClusterer(ClusterMixin, BaseEstimator):  # type: ignore[misc]
             cannot be decoded have none.
         n_features_in_: P, after `fit` on flattened images.
 
-    Example:
+    Examples:
         >>> SpiceClusterer(n_clusters=12, settings=["moco.epochs=50"])
         SpiceClusterer(n_clusters=12, settings=['moco.epochs=50'])
     """

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -196,33 +197,37 @@ def table_csv(lines: Sequence[Line]) -> str:
 
 
 def page(lines: Sequence[Line]) -> str:
-    """Return the table as a page that opens offline."""
+    """Return the table as a page that opens offline; columns that say nothing are left out."""
+    shown = _telling(lines)
 
-    def row(cells: Sequence[str], tag: str) -> str:
-        columns = zip(COLUMNS, cells, strict=True)
+    def row(cells: Sequence[str], tag: str, kind: str = "") -> str:
         made = (
-            f"<{tag}{' class=n' if column in RIGHT else ''}>{escape(cell)}</{tag}>"
-            for column, cell in columns
+            f"<{tag}{' class=n' if COLUMNS[i] in RIGHT else ''}>{escape(cells[i])}</{tag[:2]}>"
+            for i in shown
         )
-        return f"<tr>{''.join(made)}</tr>"
+        return f"<tr{kind}>{''.join(made)}</tr>"
 
-    body = "\n".join(row(line.cells, "td") for line in lines)
-    below = "".join(f"<p>{escape(note)}</p>" for note in notes(lines))
+    body = "\n".join(row(line.cells, "td", "" if line.seeds else " class=hint") for line in lines)
+    below = "".join(f"<p class=hint>{escape(note)}</p>" for note in notes(lines))
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Runs compared</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>
-:root {{ color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif }}
-main {{ overflow-x: auto; padding: 1rem }}
-table {{ border-collapse: collapse }}
-th, td {{ padding: .3rem .7rem; text-align: left; border-bottom: 1px solid #8886 }}
-.n {{ text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }}
-</style></head><body><main><h1>Runs compared</h1>
-<table><thead>{row(COLUMNS, "th")}</thead>
+{files("spice_pl.reports").joinpath("templates/style.css").read_text(encoding="utf-8")}
+</style></head><body><header><h1>Runs compared</h1></header><main>
+<div class="scroll" role="region" aria-label="Runs compared" tabindex="0">
+<table><thead>{row(COLUMNS, "th scope=col")}</thead>
 <tbody>
 {body}
-</tbody></table>{below}</main></body></html>
+</tbody></table></div>{below}</main></body></html>
 """
+
+
+def _telling(lines: Sequence[Line]) -> list[int]:
+    """Columns in which some line says something."""
+    return [
+        i for i, _ in enumerate(COLUMNS) if any(line.cells[i] not in ("", "–") for line in lines)
+    ]
 
 
 def notes(lines: Sequence[Line]) -> list[str]:
@@ -248,9 +253,7 @@ def write(lines: Sequence[Line], folder: Path) -> list[Path]:
 def show(lines: Sequence[Line], folder: Path, console: Console | None = None) -> None:
     """Print the table and write its files."""
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
-    shown = [
-        i for i, _ in enumerate(COLUMNS) if any(line.cells[i] not in ("", "–") for line in lines)
-    ]
+    shown = _telling(lines)
     for i in shown:
         table.add_column(COLUMNS[i], justify="right" if COLUMNS[i] in RIGHT else "left")
     for line in lines:

@@ -23,7 +23,7 @@ class ClusteringScores(Metric):
         num_classes: C; it may differ from K.
         kwargs: of `torchmetrics.Metric`.
 
-    Example:
+    Examples:
         >>> scores = ClusteringScores(num_clusters=2, num_classes=2)
         >>> scores.update(torch.tensor([1, 1]), torch.tensor([0, 0]))
         >>> scores.update(torch.tensor([0, 0]), torch.tensor([1, -1]))

@@ -13,7 +13,8 @@ import platform
 import resource
 import shlex
 import time
-from collections.abc import Iterator, Mapping, Sequence
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,20 +25,28 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from spice_pl.artifacts import RunFolder
+from spice_pl.artifacts import RunFolder, atomic
 from spice_pl.baselines import kmeans_clusters
 from spice_pl.command import command
 from spice_pl.data.images import ImageSet
 from spice_pl.data.keyed import keyed_generator
 from spice_pl.errors import UsageError
 from spice_pl.functional.assignment import clustering_scores
+from spice_pl.functional.attention import cosine_attention, stretched
+from spice_pl.functional.prototypes import prototype_means, select_confident
 from spice_pl.functional.reliability import Balance, local_consistency, select_reliable
+from spice_pl.reports.attention import Attention
 from spice_pl.reports.map import feature_map
-from spice_pl.reports.page import ReportData, write_report
+from spice_pl.reports.page import ReportData, shown_wall, write_report
 from spice_pl.reports.tables import ResultRow, duration_text, results_markdown
 
 logger = logging.getLogger(__name__)
 
+# uint8 images (B, 3, S, S) -> the map (B, D, h, w) that features are pooled from, if there is one
+Places = Callable[[torch.Tensor], torch.Tensor | None]
+
+ATTENTION_FILE = "attention.npz"
+ATTENTION_BATCH = 64  # images at a time
 PACKAGES = ("spice-pl", "torch", "torchvision", "pytorch-lightning", "hydra-core")
 
 
@@ -85,6 +94,7 @@ def write_results(
     images: ImageSet,
     logged: Mapping[str, float],
     *,
+    places: Places,
     seconds: float,
     data_wait_fraction: float,
     devices: int,
@@ -140,6 +150,7 @@ def write_results(
     if "cluster_sizes" in metrics:
         table = results_markdown(rows)
         (run.folder.path / "table.md").write_text(table, encoding="utf-8")
+        write_attention(run.folder, images, run.num_clusters, places)
         shown = report_data(run.folder, run.upstream, images, metrics, run.map_method)
         write_report(shown, run.folder.path / "report.html")
     run.folder.write_json("metrics.json", metrics)
@@ -252,6 +263,54 @@ def _write_clusters(run: StageRun, images: ImageSet, clusters: NDArray[np.int64]
     }
 
 
+def write_attention(folder: RunFolder, images: ImageSet, num_clusters: int, places: Places) -> None:
+    """Write where the prototypes that the page shows look like their cluster; reads no label.
+
+    attention.npz holds index (n,) and maps (n, h, w) uint8; none where the backbone has no map.
+    """
+    table = folder.read_clusters()
+    wall = shown_wall(table.confidence, table.agreement, table.clusters, num_clusters)
+    index = np.concatenate([chosen.prototypes for chosen in wall.clusters]).astype(np.int64)  # (n,)
+    (folder.path / ATTENTION_FILE).unlink(missing_ok=True)
+    if not len(index):  # every image is "not sure"
+        return
+    confident = max(1, len(images) // (2 * num_clusters))  # half of an equal share, as in stage 2
+    centres = prototype_means(
+        F.normalize(torch.from_numpy(np.array(folder.features))),
+        select_confident(torch.from_numpy(np.array(folder.probs)), confident),
+    )  # (K, D), Eqs. 2 and 3
+    parts = []
+    for batch in np.split(index, range(ATTENTION_BATCH, len(index), ATTENTION_BATCH)):
+        maps = places(torch.from_numpy(np.array(images.images[batch])))
+        if maps is None:
+            logger.info("the backbone keeps no map of places; the page shows no attention")
+            index = index[:0]
+            break
+        attention = stretched(cosine_attention(maps.cpu(), centres[table.clusters[batch]]))
+        parts.append((255 * attention).round().to(torch.uint8).numpy())
+    shown = np.concatenate(parts) if len(index) else np.zeros((0, 1, 1), np.uint8)
+    with atomic(folder.path / ATTENTION_FILE) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, index=index, maps=shown)
+
+
+def read_attention(folder: RunFolder) -> Attention | None:
+    """Read what `write_attention` wrote; None where nobody did.
+
+    Raises:
+        UsageError: the file is damaged.
+    """
+    file = folder.path / ATTENTION_FILE
+    if not file.is_file():
+        return None
+    try:
+        with np.load(file, allow_pickle=False) as held:
+            return Attention(held["index"], held["maps"])
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise UsageError(
+            f"{file} is damaged ({error}); stage=report makes it and the page anew"
+        ) from error
+
+
 def report_data(
     folder: RunFolder,
     upstream: Sequence[RunFolder],
@@ -301,6 +360,7 @@ def report_data(
             if (curves := _curves(each))
         },
         map=places,
+        attention=read_attention(folder),
         names=folder.names,
         cost=_cost(metrics, upstream),
         review={

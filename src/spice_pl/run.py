@@ -32,6 +32,7 @@ from spice_pl.artifacts import RunFolder, is_disk_full
 from spice_pl.callbacks.dashboards import log_results
 from spice_pl.callbacks.predictions import PredictionWriter
 from spice_pl.callbacks.truth import TruthMonitor
+from spice_pl.data.augment import View
 from spice_pl.data.datamodule import Stream, ViewsDataModule
 from spice_pl.data.images import ImageSet
 from spice_pl.data.subset import subset
@@ -47,8 +48,9 @@ from spice_pl.job import (
     stamp,
     take_edits,
 )
+from spice_pl.nn.places import fine_feature_map
 from spice_pl.reports.tables import ResultRow, results_rich
-from spice_pl.results import StageRun, last_logged, machine, versions, write_results
+from spice_pl.results import Places, StageRun, last_logged, machine, versions, write_results
 from spice_pl.settings import build, flat, masked, masked_override, missing
 from spice_pl.stages.base import Stage
 from spice_pl.tasks.base import Context
@@ -248,6 +250,7 @@ def _run_stage(job: Job, name: str, images: ImageSet, interrupts: Interrupts) ->
             _stage_run(job, name, upstream, oracle=module.oracle),
             images,
             last_logged(folder),  # callback_metrics is empty when resumed after the last epoch
+            places=_places(plain, module),
             seconds=time.monotonic() - started + progress(trainer).seconds_before,
             data_wait_fraction=progress(trainer).data_wait_fraction,
             devices=trainer.world_size,
@@ -260,6 +263,17 @@ def _run_stage(job: Job, name: str, images: ImageSet, interrupts: Interrupts) ->
         finish = getattr(getattr(each, "experiment", None), "finish", None)
         if finish is not None:  # W&B keeps one run open until it is told
             finish()
+
+
+def _places(plain: View, module: Stage) -> Places:
+    """Return what makes maps of places of images, with the encoder that is handed on."""
+    encoder = module.weights()["encoder"].eval()
+
+    def places(images: torch.Tensor) -> torch.Tensor | None:
+        prepared = plain(images.to(module.device), torch.empty(0, device=module.device))
+        return fine_feature_map(encoder, prepared)
+
+    return places
 
 
 def _parts(cfg: DictConfig, name: str) -> tuple[Stage, dict[str, Stream]]:

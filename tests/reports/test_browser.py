@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.reports.test_attention import looked
 from tests.reports.test_page import noise, report
 
 from spice_pl.reports.map import Map
@@ -126,6 +127,24 @@ def test_tiles_are_reached_by_keyboard_and_open(browser: Any, tmp_path: Path) ->
     assert ".png" in page.inner_text("#one-title")
     page.keyboard.press("Escape")
     assert page.locator("dialog[open]").count() == 0
+
+
+def test_where_it_looks_is_switched_by_keyboard(browser: Any, tmp_path: Path) -> None:
+    opened = Opened(browser, report(attention=looked()), tmp_path)
+    page, drawn = opened.page, "tile => getComputedStyle(tile, '::after').backgroundImage"
+    tile = page.locator("[data-look]").first
+    assert tile.evaluate(drawn) == "none"
+    page.focus("#look")
+    page.keyboard.press("Space")
+    assert tile.evaluate(drawn).startswith('url("data:image/png')
+    tile.press("Enter")
+    assert "the upper right" in page.inner_text("dialog[open] dl")
+    big = page.locator("dialog .big").evaluate("box => getComputedStyle(box).backgroundImage")
+    assert big.count("url(") == 2
+    page.keyboard.press("Escape")
+    page.uncheck("#look")
+    assert tile.evaluate(drawn) == "none"
+    assert opened.said == []
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

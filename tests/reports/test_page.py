@@ -12,6 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from spice_pl.reports import page
+from spice_pl.reports.curves import charts
 from spice_pl.reports.map import Map
 from spice_pl.reports.page import ReportData, render_report, write_report
 from spice_pl.reports.tables import NO_LABELS, ResultRow
@@ -299,6 +300,22 @@ def test_curves_leave_out_what_is_not_finite_and_keep_their_ends() -> None:
     assert "nan" not in lines[0]
 
 
+def test_adaptive_thresholds_are_drawn_over_time_with_their_mean() -> None:
+    levels = {f"train/threshold_{k}": [(0, 0.1), (1, 0.1 * (k + 1))] for k in range(5)}
+    drawn = next(c for c in charts({"freematch": levels}) if c.title == "confidence asked for")
+    assert [line.name for line in drawn.lines] == [*(f"cluster {k}" for k in range(5)), "mean"]
+    mean = drawn.lines[-1]
+    assert (mean.last, mean.kept) == ("0.3", True)
+    assert mean.points == "0.0,100.0 300.0,50.0"  # from 0.1, the lowest, to the middle of 0.1-0.5
+    assert drawn.words.endswith("between 0.1 and 0.5: mean 0.3 at the end")
+    text = " ".join(render_report(report(logs={"freematch": levels})).split())
+    assert "freematch: confidence asked for" in text
+    assert "<li><i></i>mean over clusters; each cluster in grey</li>" in text
+    assert "confidence asked for" not in render_report(
+        report(logs={"moco": {"train/loss": [(0, 1)]}})
+    )
+
+
 def test_long_lists_are_counted_not_listed() -> None:
     skipped = [(f"broken-{i}.png", "truncated") for i in range(1_234)]
     text = render_report(report(skipped=skipped))
@@ -309,12 +326,14 @@ def test_long_lists_are_counted_not_listed() -> None:
     assert "4 clusters by 5901 classes are too many for a table" in many
 
 
-@pytest.mark.parametrize(("num_clusters", "side"), [(10, 32), (200, 8)])
-def test_sixty_thousand_images_fit_into_a_mail(
-    num_clusters: int, side: int, tmp_path: Path
+@pytest.mark.parametrize(
+    ("num_images", "num_clusters", "side"), [(60_000, 10, 32), (100_000, 200, 8)]
+)
+def test_sixty_and_a_hundred_thousand_images_fit_into_a_mail(
+    num_images: int, num_clusters: int, side: int, tmp_path: Path
 ) -> None:
     places = Map(np.arange(5_000), np.random.default_rng(0).random((5_000, 2)), "a plane")
-    data = report(60_000, num_clusters, images=lambda index: noise(index, side), map=places)
+    data = report(num_images, num_clusters, images=lambda index: noise(index, side), map=places)
     path = write_report(data, tmp_path / "report.html")
     assert path.stat().st_size < 15_000_000
 

@@ -113,7 +113,7 @@ def knn_accuracy(features: Tensor, labels: Tensor, num_neighbors: int = 20) -> f
     Returns:
         Accuracy in [0, 1]; the smaller class wins a tie. NaN without two samples.
 
-    Example:
+    Examples:
         >>> features = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]])
         >>> knn_accuracy(features, torch.tensor([0, 0, 1, 1]), num_neighbors=1)
         1.0

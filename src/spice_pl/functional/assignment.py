@@ -27,7 +27,7 @@ def count_table(clusters: Tensor, labels: Tensor, num_clusters: int, num_classes
     Raises:
         ValueError: the shapes disagree or an id is out of range.
 
-    Example:
+    Examples:
         >>> count_table(torch.tensor([0, 0, 1]), torch.tensor([1, 1, -1]), 2, 2)
         tensor([[0, 2],
                 [0, 0]])
@@ -56,7 +56,7 @@ def match_clusters(table: Tensor) -> Tensor:
     Returns:
         Class of each cluster (K,), int64, on the CPU; -1 for the clusters left over where K > C.
 
-    Example:
+    Examples:
         >>> match_clusters(torch.tensor([[0, 5], [1, 0], [7, 6]]))
         tensor([ 1, -1,  0])
     """
@@ -82,7 +82,7 @@ def scores_from_counts(table: Tensor) -> dict[str, float]:
     Raises:
         ValueError: the table is empty.
 
-    Example:
+    Examples:
         >>> scores_from_counts(torch.tensor([[0, 3], [2, 1]]))["acc"]
         0.8333333333333334
     """
@@ -109,7 +109,7 @@ def clustering_scores(clusters: Tensor, labels: Tensor) -> dict[str, float]:
     Raises:
         ValueError: the shapes disagree, an id is out of range, or no sample has a label.
 
-    Example:
+    Examples:
         >>> clustering_scores(torch.tensor([1, 1, 0]), torch.tensor([0, 0, 1]))
         {'acc': 1.0, 'nmi': 1.0, 'ari': 1.0}
     """
@@ -133,7 +133,7 @@ def consensus(clusters: Tensor, num_clusters: int) -> Tensor:
     Raises:
         ValueError: fewer than 2 clusterings, or an id is out of range.
 
-    Example:
+    Examples:
         >>> consensus(torch.tensor([[0, 0, 1, 1], [1, 1, 0, 0], [0, 1, 0, 1]]), 2)
         tensor([ 0.2500,  0.2500, -0.5000])
     """

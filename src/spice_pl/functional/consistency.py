@@ -24,7 +24,7 @@ def weighted_cross_entropy(logits: Tensor, label: Tensor, weight: Tensor) -> Ten
     Raises:
         ValueError: the shapes disagree.
 
-    Example:
+    Examples:
         >>> weighted_cross_entropy(torch.zeros(2, 2), torch.tensor([0, -1]), torch.tensor([1.0, 0]))
         tensor(0.3466)
     """
@@ -52,7 +52,7 @@ def negative_cross_entropy(logits: Tensor, ruled_out: Tensor) -> Tensor:
     Raises:
         ValueError: the shapes disagree.
 
-    Example:
+    Examples:
         >>> negative_cross_entropy(torch.zeros(1, 4), torch.tensor([[False, True, False, True]]))
         tensor(0.6931)
     """
@@ -85,7 +85,7 @@ def self_adaptive_fairness(
     Returns:
         Σ a log b ≤ 0, scalar, in nats; 0 where the mask is empty.
 
-    Example:
+    Examples:
         >>> uniform = torch.full((2,), 0.5)
         >>> probs = torch.tensor([[0.9, 0.1], [0.1, 0.9]])
         >>> self_adaptive_fairness(probs, torch.tensor([True, True]), uniform, uniform)

@@ -25,7 +25,7 @@ def info_nce(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> T
     Raises:
         ValueError: temperature is not positive, or the shapes disagree.
 
-    Example:
+    Examples:
         >>> query = torch.tensor([[1.0, 0.0]])
         >>> info_nce(query, query, torch.tensor([[1.0], [0.0]]), temperature=0.2)  # log 2
         tensor(0.6931)
@@ -56,7 +56,7 @@ def alignment(query: Tensor, key: Tensor) -> Tensor:
     Returns:
         Scalar in [0, 4].
 
-    Example:
+    Examples:
         >>> alignment(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]))
         tensor(2.)
     """
@@ -74,7 +74,7 @@ def uniformity(embeddings: Tensor) -> Tensor:
     Returns:
         Scalar in [-8, 0]; 0 when all embeddings are one point.
 
-    Example:
+    Examples:
         >>> uniformity(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))  # one pair at distance 2
         tensor(-8.)
     """
@@ -100,7 +100,7 @@ def nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
     Raises:
         ValueError: temperature is not positive, or the shapes disagree.
 
-    Example:
+    Examples:
         >>> views = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
         >>> nt_xent(views, views, temperature=1.0)  # log((e + 2) / e)
         tensor(0.5514)

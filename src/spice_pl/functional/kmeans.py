@@ -37,7 +37,7 @@ def cosine_kmeans(
     Raises:
         ValueError: K is out of range or a feature is not finite.
 
-    Example:
+    Examples:
         >>> rows = torch.tensor([[1.0, 0.0], [2.0, 0.1], [0.0, 3.0], [0.1, 1.0]])
         >>> clusters, _ = cosine_kmeans(rows, 2)
         >>> bool(clusters[0] == clusters[1] != clusters[2] == clusters[3])

@@ -27,7 +27,7 @@ def double_softmax_cross_entropy(probs: Tensor, label: Tensor) -> Tensor:
     Raises:
         ValueError: the shapes disagree.
 
-    Example:
+    Examples:
         >>> probs = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
         >>> double_softmax_cross_entropy(probs, torch.tensor([0, 1]))
         tensor(0.3133)
@@ -48,7 +48,7 @@ def double_softmax_cross_entropy_per_head(probs: Tensor, label: Tensor) -> Tenso
     Raises:
         ValueError: the shapes disagree.
 
-    Example:
+    Examples:
         >>> probs = torch.tensor([[[1.0, 0.0]], [[0.5, 0.5]]])
         >>> double_softmax_cross_entropy_per_head(probs, torch.tensor([0]))
         tensor([0.3133, 0.6931])
@@ -67,7 +67,7 @@ def double_softmax_floor(num_clusters: int) -> float:
     Returns:
         The floor in nats.
 
-    Example:
+    Examples:
         >>> [round(double_softmax_floor(num_clusters), 3) for num_clusters in (10, 20, 200)]
         [1.461, 2.078, 4.307]
     """
@@ -88,7 +88,7 @@ def double_softmax_gradient_ratio(probs: Tensor, label: Tensor) -> Tensor:
     Returns:
         Ratio (..., K).
 
-    Example:
+    Examples:
         >>> double_softmax_gradient_ratio(torch.tensor([0.5, 0.5]), torch.tensor(0))
         tensor([0.5000, 0.5000])
     """
@@ -118,7 +118,7 @@ def tempered_cross_entropy_per_head(
     Raises:
         ValueError: temperature is not positive, or the shapes disagree.
 
-    Example:
+    Examples:
         >>> logits = torch.tensor([[[0.8, 0.2]]]).log()
         >>> tempered_cross_entropy_per_head(logits, torch.tensor([0]))  # -log 0.8
         tensor([0.2231])
@@ -139,7 +139,7 @@ def mean_prediction_entropy(probs: Tensor) -> Tensor:
     Returns:
         Entropy (...) in nats, between 0 and log K; (H,) for (H, B, K).
 
-    Example:
+    Examples:
         >>> mean_prediction_entropy(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))  # log 2
         tensor(0.6931)
     """
@@ -166,7 +166,7 @@ def consistency_cross_entropy(
     Raises:
         ValueError: the shapes disagree.
 
-    Example:
+    Examples:
         >>> weak = torch.tensor([[0.96, 0.04], [0.6, 0.4]])
         >>> consistency_cross_entropy(torch.zeros(2, 2), weak, threshold=0.95)  # (log 2) / 2
         (tensor(0.3466), tensor([ True, False]))

@@ -19,7 +19,7 @@ def ema_update_(target: nn.Module, source: nn.Module, momentum: float) -> None:
     Raises:
         ValueError: momentum is out of range or the architectures differ.
 
-    Example:
+    Examples:
         >>> follower, leader = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
         >>> _ = nn.init.zeros_(follower.weight), nn.init.ones_(leader.weight)
         >>> ema_update_(follower, leader, momentum=0.75)

@@ -21,7 +21,7 @@ def unit_rows(features: Tensor) -> Tensor:
     Returns:
         Embeddings (..., D); half precision becomes float32.
 
-    Example:
+    Examples:
         >>> unit_rows(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
         tensor([[0.6000, 0.8000],
                 [0.0000, 0.0000]])
@@ -62,7 +62,7 @@ def nearest_neighbors(
     Raises:
         ValueError: k or chunk_size out of range.
 
-    Example:
+    Examples:
         >>> keys = torch.tensor([[1.0, 0.0], [0.0, 1.0], [3.0, 4.0]])
         >>> nearest_neighbors(torch.tensor([[0.0, 2.0]]), keys, k=2)
         (tensor([[1.0000, 0.8000]]), tensor([[1, 2]]))

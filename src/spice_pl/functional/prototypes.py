@@ -32,7 +32,7 @@ def select_confident(probs: Tensor, num_confident: int) -> Tensor:
     Raises:
         ValueError: num_confident is not between 1 and M.
 
-    Example:
+    Examples:
         >>> probs = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]])
         >>> select_confident(probs, num_confident=2)
         tensor([[0, 2],
@@ -58,7 +58,7 @@ def prototype_means(embeddings: Tensor, confident: Tensor) -> Tensor:
     Returns:
         Prototypes (..., K, D), not normalised.
 
-    Example:
+    Examples:
         >>> embeddings = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
         >>> prototype_means(embeddings, torch.tensor([[0, 1], [2, 2]]))
         tensor([[ 0.5000,  0.5000],
@@ -100,7 +100,7 @@ def prototype_pseudo_labels(
         ValueError: the shapes disagree, M // K < 2, or a ratio asks for less than one image per
             cluster or for more than there are.
 
-    Example:
+    Examples:
         >>> embeddings = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]])
         >>> probs = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.5, 0.5], [0.2, 0.8]])
         >>> prototype_pseudo_labels(embeddings, probs)

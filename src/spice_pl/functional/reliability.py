@@ -36,7 +36,7 @@ def local_consistency(
     Raises:
         ValueError: the lengths disagree, or num_neighbors is not between 1 and N.
 
-    Example:
+    Examples:
         >>> embeddings = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.1, 0.9], [0.0, 1.0]])
         >>> local_consistency(embeddings, torch.tensor([0, 0, 0, 1]), num_neighbors=2)
         tensor([1.0000, 1.0000, 0.5000, 0.5000])
@@ -81,7 +81,7 @@ def reliable_mask(
     Raises:
         ValueError: as in `local_consistency` and `select_reliable`.
 
-    Example:
+    Examples:
         >>> embeddings = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.1, 0.9], [0.0, 1.0]])
         >>> probs = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.6, 0.4], [0.0, 1.0]])
         >>> reliable_mask(embeddings, probs, num_neighbors=2)
@@ -132,7 +132,7 @@ def select_reliable(
     Raises:
         ValueError: the lengths disagree or balance is unknown.
 
-    Example:
+    Examples:
         >>> ones, clusters = torch.ones(4), torch.tensor([0, 0, 2, 2])
         >>> select_reliable(ones, torch.tensor([1.0, 1.0, 1.0, 0.5]), clusters).sum()
         tensor(2)
@@ -166,7 +166,7 @@ def agreement_for_count(
     Raises:
         ValueError: count is less than 1.
 
-    Example:
+    Examples:
         >>> agreement_for_count(torch.tensor([1.0, 0.5, 0.25]), torch.ones(3), count=2)
         0.5
     """

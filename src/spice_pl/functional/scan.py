@@ -27,7 +27,7 @@ def scan_loss(
     Raises:
         ValueError: the shapes disagree.
 
-    Example:
+    Examples:
         >>> sure = 100 * torch.eye(4)
         >>> loss, _, _ = scan_loss(sure, sure)
         >>> loss / 5  # -log 4
@@ -59,7 +59,7 @@ def self_label_loss(
     Returns:
         Weighted mean loss in nats, scalar, 0 where no sample is sure; and the mask (B,).
 
-    Example:
+    Examples:
         >>> loss, mask = self_label_loss(torch.zeros(2, 4), torch.full((2, 4), 0.25))
         >>> float(loss), mask.any().item()
         (0.0, False)

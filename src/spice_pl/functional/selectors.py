@@ -87,7 +87,7 @@ def clusmatch_labels(
     Raises:
         ValueError: what the branch reads is missing, or the budget is 0 samples a cluster.
 
-    Example:
+    Examples:
         >>> probs = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.0, 1.0]])
         >>> clusmatch_labels(None, probs, 2, fraction=0.5)
         tensor([ 0, -1, -1,  1])
@@ -209,7 +209,7 @@ def best_of_each(score: Tensor, clusters: Tensor, num_clusters: int, fraction: f
     Raises:
         ValueError: the budget is 0 samples a cluster, or fraction is above 1.
 
-    Example:
+    Examples:
         >>> best_of_each(torch.tensor([1.0, 3.0, 2.0, 0.0]), torch.tensor([0, 0, 0, 1]), 2, 0.5)
         tensor([-1,  0, -1,  1])
     """

@@ -21,7 +21,7 @@ class ClusterHead(nn.Module):
         hidden_dim: E.
         num_clusters: K.
 
-    Example:
+    Examples:
         >>> head = ClusterHead(feature_dim=8, hidden_dim=8, num_clusters=3)
         >>> head(torch.zeros(2, 8)).sum(dim=1).allclose(torch.ones(2))
         True
@@ -60,7 +60,7 @@ class ParallelHeads(nn.Module):
     Raises:
         ValueError: num_heads is less than 1.
 
-    Example:
+    Examples:
         >>> heads = ParallelHeads(feature_dim=8, hidden_dim=8, num_clusters=3, num_heads=10)
         >>> heads(torch.zeros(2, 8)).shape  # the same images for every head
         torch.Size([10, 2, 3])

@@ -17,7 +17,7 @@ class Queue(nn.Module):
         feature_dim: D.
         size: Q.
 
-    Example:
+    Examples:
         >>> queue = Queue(feature_dim=2, size=3)
         >>> queue.enqueue(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
         >>> queue.keys[:, :2]

@@ -48,7 +48,7 @@ class ResNet(nn.Module):
     Raises:
         ValueError: blocks and widths differ in length, or are empty, or stem or block is unknown.
 
-    Example:
+    Examples:
         >>> import torch
         >>> backbone = ResNet(blocks=(1, 1, 1), widths=(8, 16, 32))
         >>> backbone(torch.zeros(2, 3, 32, 32)).shape, backbone.num_features

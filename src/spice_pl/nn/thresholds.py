@@ -50,7 +50,7 @@ class FixedThreshold(Threshold):
     Args:
         confidence: η.
 
-    Example:
+    Examples:
         >>> FixedThreshold(0.95)(torch.tensor([[0.96, 0.04], [0.6, 0.4]]))
         tensor([1., 0.])
     """
@@ -98,7 +98,7 @@ class FreeMatchThreshold(Threshold):
         num_clusters: K.
         momentum: share of the statistics that stays.
 
-    Example:
+    Examples:
         >>> threshold = FreeMatchThreshold(num_clusters=2, momentum=0.0)
         >>> threshold.update(torch.arange(2), torch.tensor([[0.9, 0.1], [0.7, 0.3]]))
         >>> threshold.levels()  # mean confidence 0.8, times mean probability over its largest
@@ -137,7 +137,7 @@ class FlexMatchThreshold(Threshold):
         num_clusters: K.
         confidence: η, of the clusters that are learnt best.
 
-    Example:
+    Examples:
         >>> threshold = FlexMatchThreshold(num_clusters=2)
         >>> threshold.begin(num_images=3)
         >>> sure = torch.tensor([[0.99, 0.01], [0.99, 0.01], [0.01, 0.99]])
@@ -185,7 +185,7 @@ class SoftMatchThreshold(Threshold):
         num_sigmas: n_σ; the weight falls with (n_σ (confidence − μ) / σ)² / 2 below μ.
         momentum: share of the statistics that stays.
 
-    Example:
+    Examples:
         >>> threshold = SoftMatchThreshold(num_clusters=2, momentum=0.0)
         >>> probs = torch.tensor([[0.9, 0.1], [0.1, 0.9], [0.7, 0.3], [0.3, 0.7]])
         >>> threshold.update(torch.arange(4), probs)
@@ -242,7 +242,7 @@ class ClusMatchThreshold(Threshold):
         empty_rows: "hold" leaves the row of a cluster that the batch does not hold; "decay", as
             the authors' code, moves it towards 0 and so its positive threshold towards 1.
 
-    Example:
+    Examples:
         >>> threshold = ClusMatchThreshold(num_clusters=4)
         >>> threshold.levels()  # 1 / K
         tensor([0.2500, 0.2500, 0.2500, 0.2500])

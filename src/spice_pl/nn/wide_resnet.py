@@ -29,7 +29,7 @@ class WideResNet(nn.Module):
     Raises:
         ValueError: the depth is not a whole number of blocks per group.
 
-    Example:
+    Examples:
         >>> import torch
         >>> backbone = WideResNet(depth=10, widen_factor=1)
         >>> backbone(torch.zeros(2, 3, 32, 32)).shape, backbone.num_features

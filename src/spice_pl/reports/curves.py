@@ -13,6 +13,7 @@ Logs = Mapping[str, Mapping[str, Points]]
 # One chart: its title, the logged names it shows, whether truth was needed.
 CHARTS: tuple[tuple[str, tuple[str, ...], bool], ...] = (
     ("loss", ("train/loss", "train/loss_labelled", "train/loss_unlabelled"), False),
+    ("further losses", ("train/loss_kmeans", "train/loss_negative", "train/loss_fairness"), False),
     (
         "agreement and confidence",
         ("val/agreement", "val/confidence", "train/confident_fraction", "train/reliable_fraction"),
@@ -27,6 +28,8 @@ HEADS = (
     ("consensus", "val/consensus_head_", -1),
     ("selection loss", "val/selection_loss_head_", 1),
 )
+THRESHOLD = "train/threshold_"  # and the cluster that asks for this confidence
+SPOKEN_LINES = 4  # more are summed up
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """Curves that share an axis."""
+    """Curves that share an axis; `key` says what the one in front is, where it has one."""
 
     stage: str
     title: str
@@ -52,11 +55,15 @@ class Chart:
     last_step: int
     truth: bool
     num_not_finite: int
+    key: str = ""
 
     @property
     def words(self) -> str:
         """What a person who cannot see the chart has to know."""
-        ends = "; ".join(f"{line.name} {line.last} at the end" for line in self.lines)
+        said = self.lines
+        if len(said) > SPOKEN_LINES:
+            said = [line for line in said if line.kept]
+        ends = "; ".join(f"{line.name} {line.last} at the end" for line in said)
         return (
             f"{self.title} of {self.stage}, epochs {self.first_step} to {self.last_step}, "
             f"between {self.lowest} and {self.highest}: {ends}"
@@ -81,11 +88,37 @@ def charts(logs: Logs) -> list[Chart]:
             curves = {_short(name): metrics[name] for name in names if metrics.get(name)}
             if curves:
                 found.append(chart(stage, title, curves, truth=truth))
+        if levels := _levels(metrics):
+            key = "mean over clusters; each cluster in grey"
+            found.append(chart(stage, "confidence asked for", levels, kept="mean", key=key))
     return found
 
 
+def _levels(metrics: Mapping[str, Points]) -> dict[str, Points]:
+    """The adaptive thresholds of every cluster over time, and their mean; none without them."""
+    levels = {
+        f"cluster {name.removeprefix(THRESHOLD)}": points
+        for name, points in metrics.items()
+        if name.startswith(THRESHOLD) and points
+    }
+    if not levels:
+        return {}
+    by_epoch: dict[int, list[float]] = {}
+    for points in levels.values():
+        for epoch, value in points:
+            by_epoch.setdefault(epoch, []).append(value)
+    mean = [(epoch, sum(values) / len(values)) for epoch, values in sorted(by_epoch.items())]
+    return levels | {"mean": mean}
+
+
 def chart(
-    stage: str, title: str, curves: Mapping[str, Points], *, truth: bool = False, kept: str = ""
+    stage: str,
+    title: str,
+    curves: Mapping[str, Points],
+    *,
+    truth: bool = False,
+    kept: str = "",
+    key: str = "",
 ) -> Chart:
     """Draw curves on one axis; what is not finite is left out and counted."""
     finite = {
@@ -121,6 +154,7 @@ def chart(
         last_step=end,
         truth=truth,
         num_not_finite=len(steps) - sum(map(len, finite.values())),
+        key=key,
     )
 
 
@@ -143,7 +177,8 @@ def head_choice(logs: Logs) -> tuple[Chart, list[HeadChoice]] | None:
         }
         kept = min(best, key=lambda head: (best[head][0], best[head][1], head))
         drawn = {f"head {head}": curves[head] for head in sorted(curves)}
-        return chart(stage, f"{name} of each head", drawn, kept=f"head {kept}"), [
+        key = f"head {kept}, kept; the others in grey"
+        return chart(stage, f"{name} of each head", drawn, kept=f"head {kept}", key=key), [
             HeadChoice(head, sign * value, epoch, head == kept)
             for head, (value, epoch) in best.items()
         ]

@@ -18,6 +18,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
+from spice_pl.reports.attention import Attention, shade, where
 from spice_pl.reports.curves import Logs, charts, head_choice
 from spice_pl.reports.map import Map
 from spice_pl.reports.published import published_results
@@ -73,6 +74,8 @@ class ReportData:
         class_names: name of each label, or None.
         logs: by stage and metric, what was logged as (epoch, value).
         map: where images lie on a plane, or None.
+        attention: maps of the prototypes; without an image where the backbone keeps none, None
+            where nobody looked.
         names: what a person called a cluster.
         cost: what the run took, in words.
         review: what editing needs besides: the command that goes on from edits; for a page that
@@ -103,6 +106,7 @@ class ReportData:
     class_names: Sequence[str] | None = None
     logs: Logs = field(default_factory=dict)
     map: Map | None = None
+    attention: Attention | None = None
     names: Mapping[int, str] = field(default_factory=dict)
     cost: Mapping[str, str] = field(default_factory=dict)
     review: Mapping[str, Any] = field(default_factory=dict)
@@ -132,6 +136,8 @@ class Picture:
     confidence: str
     agreement: str
     truth: str | None
+    shade: float | None = None  # percent, in the sheet of shades; None without a map
+    looks_at: str = ""
 
 
 @dataclass(frozen=True)
@@ -160,6 +166,8 @@ class Sheet:
     number: int
     uri: str
     num_pictures: int
+    shades: str = ""
+    num_shades: int = 0
 
 
 @dataclass(frozen=True)
@@ -185,12 +193,9 @@ class Subset:
 
 def render_report(data: ReportData) -> str:
     """Return the page as HTML; nothing is loaded from outside and no other script can run."""
-    per_row = max(1, min(12, MAX_PICTURES // (4 * data.num_clusters)))
-    wall = choose_wall(
-        data.confidence, data.agreement, data.clusters, data.num_clusters, per_row=per_row
-    )
+    wall = shown_wall(data.confidence, data.agreement, data.clusters, data.num_clusters)
     groups = [chosen.shown for chosen in wall.clusters]
-    sheets, side = _sheets(data.images, groups)
+    sheets, side = _sheets(data.images, groups, data.attention)
     pictures = [_pictures(data, index, sheet) for sheet, index in enumerate(groups)]
     headline = next((row for row in data.rows if not row.oracle), None)
     environment = template_environment()
@@ -221,6 +226,14 @@ def render_report(data: ReportData) -> str:
         script_hash=content_hash(script),
         payload=Markup(_payload(data, wall)),  # noqa: S704 - JSON without <, > and &
     )
+
+
+def shown_wall(
+    confidence: FloatArray, agreement: FloatArray, clusters: IntArray, num_clusters: int
+) -> Wall:
+    """Choose the pictures of the page; arguments as in `choose_wall`."""
+    per_row = max(1, min(12, MAX_PICTURES // (4 * num_clusters)))
+    return choose_wall(confidence, agreement, clusters, num_clusters, per_row=per_row)
 
 
 def write_report(data: ReportData, path: Path) -> Path:
@@ -274,7 +287,9 @@ def _visible(value: object) -> object:
 
 
 def _sheets(
-    images: Callable[[NDArray[np.intp]], NDArray[np.uint8]], groups: Sequence[Index]
+    images: Callable[[NDArray[np.intp]], NDArray[np.uint8]],
+    groups: Sequence[Index],
+    attention: Attention | None,
 ) -> tuple[list[Sheet], int]:
     """One sheet a group, with the largest pictures that fit into SHEETS_BYTES, and their side."""
     limit = 128 if sum(map(len, groups)) <= MAX_PICTURES else 64  # bounds the memory
@@ -284,10 +299,14 @@ def _sheets(
         uris = ["" if group is None else sprite(group, side) for group in tiles]
         if sum(map(len, uris)) <= SHEETS_BYTES:
             break
-    return [
-        Sheet(number, uri, len(index))
-        for number, (uri, index) in enumerate(zip(uris, groups, strict=True))
-    ], side
+    sheets = []
+    for number, (uri, index) in enumerate(zip(uris, groups, strict=True)):
+        maps = None if attention is None else attention.of(index.tolist())
+        if maps is None or not len(maps):
+            sheets.append(Sheet(number, uri, len(index)))
+        else:
+            sheets.append(Sheet(number, uri, len(index), shade(maps), len(maps)))
+    return sheets, side
 
 
 def _fitted(images: NDArray[np.uint8], limit: int) -> NDArray[np.uint8]:
@@ -297,18 +316,26 @@ def _fitted(images: NDArray[np.uint8], limit: int) -> NDArray[np.uint8]:
 
 
 def _pictures(data: ReportData, index: Index, sheet: int) -> list[Picture]:
+    maps = () if data.attention is None else data.attention.of(index.tolist())
     return [
         Picture(
             image=int(i),
             sheet=sheet,
-            offset=round(100 * position / max(len(index) - 1, 1), 4),
+            offset=_percent(position, len(index)),
             key=str(data.keys[i]),
             confidence=f"{data.confidence[i]:.2f}",
             agreement=f"{data.agreement[i]:.2f}",
             truth=None if data.labels is None else _class_name(data, int(data.labels[i])),
+            shade=_percent(position, len(maps)) if position < len(maps) else None,
+            looks_at=where(maps[position]) if position < len(maps) else "",
         )
         for position, i in enumerate(index)
     ]
+
+
+def _percent(position: int, num_tiles: int) -> float:
+    """Where CSS puts a tile of a sheet."""
+    return round(100 * position / max(num_tiles - 1, 1), 4)
 
 
 def _cluster_views(

@@ -125,12 +125,19 @@ def record() -> dict[str, tuple[list[float], list[float]]]:
     return found
 
 
-def track(values: Sequence[float], accuracies: Sequence[float]) -> Track:
-    """Rank correlation (Spearman) and a scatter; no correlation where a side does not vary."""
+def track(values: Sequence[float], accuracies: Sequence[float], here: float | None = None) -> Track:
+    """Rank correlation (Spearman) and a scatter; no correlation where a side does not vary.
+
+    Args:
+        values: a measure of labelled runs.
+        accuracies: of the same runs.
+        here: the measure of the run that is judged, which the scatter has room for.
+    """
     rho = None
     if len(set(values)) > 1 and len(set(accuracies)) > 1:
         rho = float(spearmanr(values, accuracies).statistic)
-    low, high = (min(values), max(values)) if values else (0.0, 1.0)
+    placed = [*values, *(() if here is None else (here,))]
+    low, high = (min(placed), max(placed)) if values else (0.0, 1.0)
     return Track(
         rho=rho,
         num_runs=len(values),
@@ -145,6 +152,7 @@ def track(values: Sequence[float], accuracies: Sequence[float]) -> Track:
 
 def render_trust(data: TrustData) -> str:
     """Return the page as HTML without a script."""
+    own = {check.name: check.value for check in data.checks}
     nulls = (*data.null.nulls, data.null.real)
     low, high = min(*nulls, 0.0), max(nulls)
     span = (high - low) or 1.0
@@ -156,7 +164,7 @@ def render_trust(data: TrustData) -> str:
             names=NAMES,
             explained=EXPLAINED,
             missing=MISSING,
-            tracks={name: track(*pair) for name, pair in data.record.items()},
+            tracks={name: track(*pair, own.get(name)) for name, pair in data.record.items()},
             null_places=[round(100 * (each - low) / span, 1) for each in data.null.nulls],
             real_place=round(100 * (data.null.real - low) / span, 1),
         )

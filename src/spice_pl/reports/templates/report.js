@@ -31,16 +31,25 @@ const dialog = $("one");
 function showOne(tile) {
   const image = Number(tile.dataset.i), r = row(image), big = dialog.querySelector(".big");
   const style = getComputedStyle(tile);
-  if (data.review.image) { big.style.backgroundImage = `url("${data.review.image}${image}")`; big.style.backgroundSize = "100% 100%"; }
+  if (data.review.image) { big.style.backgroundImage = `url("${data.review.image}${image}")`; big.style.backgroundSize = "100% 100%"; big.style.backgroundPosition = "0 0"; }
   else { big.style.backgroundImage = style.backgroundImage; big.style.backgroundSize = style.backgroundSize; big.style.backgroundPosition = style.backgroundPosition; }
+  if (tile.dataset.look && lookAt.checked) {
+    const shade = getComputedStyle(tile, "::after");
+    for (const part of ["Image", "Size", "Position", "Repeat"]) big.style["background" + part] = shade["background" + part] + ", " + (big.style["background" + part] || "no-repeat");
+  }
   $("one-title").textContent = spoken(data.keys[r]);
   const list = dialog.querySelector("dl");
   list.replaceChildren();
   const facts = [["Cluster", nameOf(cluster[r])], ["Confidence", share(confidence[r])], ["Agreement", share(agreement[r])], ["Reliable", flags[r] & 1 ? "yes" : "no"]];
+  if (tile.dataset.look) facts.push(["Looks at", tile.dataset.look]);
   if (truthOf(r) !== null) facts.push(["Truth", truthOf(r)]);
   for (const [name, value] of facts) { const line = make("div"); line.append(make("dt", name), make("dd", spoken(value))); list.append(line); }
   dialog.showModal();
 }
+
+// Where the network looks, over the prototypes
+const lookAt = $("look");
+lookAt?.addEventListener("change", () => $("list").classList.toggle("looking", lookAt.checked));
 
 // Walls: one tab stop each, arrow keys within
 const walls = [...document.querySelectorAll(".cluster .wall")];

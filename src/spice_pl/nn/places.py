@@ -1,0 +1,82 @@
+"""The feature map that a backbone pools, whatever library the backbone is from.
+
+Shapes: B images, D features, S pixels a side, h x w places.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+FEWEST_PLACES = 7  # a side; coarser maps are refined by shifts
+
+
+@torch.inference_mode()
+def feature_map(backbone: nn.Module, images: Tensor) -> Tensor | None:
+    """Return the last map of a backbone, from which its features are pooled.
+
+    It is the last output of a part of the network that has D channels and more than one place. A
+    network that ends in tokens, such as a vision transformer, has none; nor has one that flattens
+    its map into more channels, such as VGG.
+
+    Args:
+        backbone: (B, 3, S, S) -> (B, D), with `num_features`, in eval mode.
+        images: (B, 3, S, S), prepared for it.
+
+    Returns:
+        (B, D, h, w), or None.
+    """
+    width = int(backbone.num_features)  # type: ignore[arg-type]
+    found: list[Tensor] = []
+
+    def keep(_: nn.Module, __: Any, output: Any) -> None:
+        if not isinstance(output, Tensor):
+            return
+        if output.ndim == 3:  # tokens: what was a map is one no more
+            found.clear()
+        elif output.ndim == 4 and output[0].numel() > width in (output.shape[1], output.shape[3]):
+            found[:] = [output]  # no copy: a ReLU in place may follow
+
+    handles = [module.register_forward_hook(keep) for module in backbone.modules()]
+    try:
+        backbone(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not found:
+        return None
+    last = found[0].float()
+    return last if last.shape[1] == width else last.permute(0, 3, 1, 2)  # Swin: channels last
+
+
+@torch.inference_mode()
+def fine_feature_map(backbone: nn.Module, images: Tensor) -> Tensor | None:
+    """Return `feature_map` with at least 7 x 7 places, read off shifted images where it has fewer.
+
+    Long et al. 2015 (FCN), Section 3.2, "shift and stitch": images moved by a fraction of the
+    network's stride give the places in between. What a shift uncovers repeats the border.
+
+    Args:
+        backbone: as in `feature_map`.
+        images: (B, 3, S, S), prepared for it.
+
+    Returns:
+        (B, D, h, w), or None.
+    """
+    coarse = feature_map(backbone, images)
+    if coarse is None or (times := -(-FEWEST_PLACES // min(coarse.shape[2:]))) == 1:
+        return coarse
+    (height, width), side = coarse.shape[2:], images.shape[-1]
+    stride = side / min(height, width)  # pixels
+    shifts = [round((each - (times - 1) / 2) * stride / times) for each in range(times)]
+    most = -min(shifts)
+    padded = F.pad(images, [most] * 4, mode="replicate")
+    fine = coarse.new_empty(*coarse.shape[:2], height * times, width * times)
+    for row, down in enumerate(shifts):
+        for column, right in enumerate(shifts):
+            top, left = most + down, most + right
+            moved = feature_map(backbone, padded[:, :, top : top + side, left : left + side])
+            assert moved is not None  # noqa: S101 - it was there a moment ago
+            fine[:, :, row::times, column::times] = moved
+    return fine

@@ -1,0 +1,46 @@
+"""The page of a finished run, made anew from what the run left.
+
+For a run whose clusters were named since, for another layout of its map, or for a newer release.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from spice_pl import portable
+from spice_pl.nn.places import fine_feature_map
+from spice_pl.reports.page import write_report
+from spice_pl.results import report_data, write_attention
+from spice_pl.tasks.base import Context
+
+logger = logging.getLogger(__name__)
+
+
+class Report:
+    """Write report.html of the upstream run; its numbers stay as they are.
+
+    Args:
+        map_method: "pca" or "tsne".
+        allow_targets: packages of your own that hold the model's network.
+    """
+
+    def __init__(self, map_method: str = "pca", allow_targets: Sequence[str] = ()) -> None:
+        self.map_method, self.allow_targets = map_method, allow_targets
+
+    def __call__(self, context: Context) -> None:
+        """Look anew where the prototypes resemble their cluster, and write the page."""
+        folder, images = context.upstream[0], context.images()
+        metrics = folder.metrics
+        if (folder.path / portable.FILE_NAME).is_file():
+            model = portable.load(folder.path, allow_targets=self.allow_targets)
+
+            def places(pixels: torch.Tensor) -> torch.Tensor | None:
+                plain = model.network.plain(pixels.to(model.device), torch.empty(0))
+                return fine_feature_map(model.network.encoder, plain)
+
+            write_attention(folder, images, int(metrics["num_clusters"]), places)
+        data = report_data(folder, context.upstream[1:], images, metrics, self.map_method)
+        logger.info("%s", write_report(data, folder.path / "report.html"))
