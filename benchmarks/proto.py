@@ -142,7 +142,7 @@ class Watch(pl.Callback):
         self.heads = [module.heads.head(h) for h in range(NUM_HEADS)]
         self.embeddings, self.settings = module.embeddings, (module.lr, module.head_batch_size)
         chosen = module.pseudo_labels
-        module.pseudo_labels = lambda *args: self._seen(chosen(*args))  # type: ignore[assignment]
+        module.pseudo_labels = lambda *args, **more: self._seen(chosen(*args, **more))  # type: ignore[assignment]
         self.counter = Counter(module.encoder)
         self.start = time.process_time()
 

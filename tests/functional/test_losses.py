@@ -165,3 +165,15 @@ def test_refuses_shapes_that_disagree() -> None:
 def test_refuses_a_temperature_that_is_not_positive() -> None:
     with pytest.raises(ValueError, match="temperature 0 is not positive; SPICE's TCE"):
         tempered_cross_entropy_per_head(torch.rand(1, 2, 3), torch.zeros(2, dtype=torch.long), 0)
+
+
+def test_balanced_loss_is_the_mean_of_the_clusters_that_have_samples() -> None:
+    probs, label = torch.rand(7, 4).softmax(-1), torch.tensor([0, 0, 0, 0, 0, 2, 2])
+    parts = [double_softmax_cross_entropy(probs[label == k], label[label == k]) for k in (0, 2)]
+    found = double_softmax_cross_entropy(probs, label, balanced=True)
+    torch.testing.assert_close(found, torch.stack(parts).mean())
+    equal = torch.tensor([0, 1, 2, 3])
+    torch.testing.assert_close(
+        double_softmax_cross_entropy(probs[:4], equal, balanced=True),
+        double_softmax_cross_entropy(probs[:4], equal),
+    )

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -9,6 +10,7 @@ from spice_pl.functional.neighbors import similarities, unit_rows
 from spice_pl.functional.prototypes import (
     prototype_means,
     prototype_pseudo_labels,
+    prototype_shares,
     select_confident,
 )
 
@@ -28,21 +30,28 @@ def ranked(scores: list[float], allowed: set[int]) -> list[int]:
 
 
 def slow_pseudo_labels(
-    embeddings: Tensor, probs: Tensor, confident: int, labels: int, overlap: bool
+    embeddings: Tensor,
+    probs: Tensor,
+    confident: int | list[int],
+    labels: int | list[int],
+    overlap: bool,
 ) -> list[list[int]]:
     """One head, plain loops and full sorts, cluster by cluster."""
+    confident, labels = (
+        [each] * probs.shape[1] if isinstance(each, int) else each for each in (confident, labels)
+    )
     everyone = set(range(len(embeddings)))
     vectors, columns = embeddings.tolist(), probs.T.tolist()
     free, prototypes = set(everyone), []
-    for column in columns:
-        chosen = ranked(column, everyone if overlap else free)[:confident]
+    for column, num in zip(columns, confident, strict=True):
+        chosen = ranked(column, everyone if overlap else free)[:num]
         free -= set(chosen)
-        prototypes.append([sum(vectors[i][d] for i in chosen) / confident for d in range(6)])
+        prototypes.append([sum(vectors[i][d] for i in chosen) / num for d in range(6)])
     free, result = set(everyone), []
-    for prototype in prototypes:
+    for prototype, num in zip(prototypes, labels, strict=True):
         length = math.hypot(*prototype)
         cosines = [sum(a * b for a, b in zip(v, prototype, strict=True)) / length for v in vectors]
-        chosen = ranked(cosines, everyone if overlap else free)[:labels]
+        chosen = ranked(cosines, everyone if overlap else free)[:num]
         free -= set(chosen)
         result.append(chosen)
     return result
@@ -90,6 +99,61 @@ def test_memory_is_bounded_by_chunks_that_change_nothing(
     found, _ = prototype_pseudo_labels(embeddings, probs, overlap=overlap)
     assert torch.equal(found, expected)
     assert largest <= max(chunk, 3 * 47)  # one cluster of three heads is the least
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("chunk", [1, 2**26])
+def test_unequal_clusters_agree_with_plain_loops(
+    overlap: bool, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prototypes, "SIMILARITIES_PER_CHUNK", chunk)
+    embeddings, probs = random_case()
+    shares = torch.tensor([[5.0, 2, 1, 1], [0, 0, 0, 1], [1, 1, 1, 1]])  # a row a head
+    budgets = [[22, 10, 6, 6], [2, 2, 2, 38], [11, 11, 11, 11]]  # 2 each and 36 by shares, by hand
+    index, label = prototype_pseudo_labels(embeddings, probs, overlap=overlap, shares=shares)
+    assert index.shape == label.shape == (3, 44)
+    for head, labels in enumerate(budgets):
+        confident = [max(1, each // 2) for each in labels]
+        expected = slow_pseudo_labels(embeddings, probs[head], confident, labels, overlap)
+        assert index[head].tolist() == list(itertools.chain(*expected))
+        assert label[head].bincount().tolist() == labels
+        alone = prototype_pseudo_labels(
+            embeddings, probs[head], overlap=overlap, shares=shares[head]
+        )
+        assert torch.equal(torch.stack(alone), torch.stack([index[head], label[head]]))
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_equal_shares_change_no_bit(overlap: bool) -> None:
+    embeddings, probs = random_case()
+    index, label = prototype_pseudo_labels(embeddings, probs, overlap=overlap)
+    same, names = prototype_pseudo_labels(
+        embeddings, probs, overlap=overlap, shares=torch.ones(4) / 4
+    )
+    assert torch.equal(same, index)
+    assert torch.equal(names, label.expand(3, -1))
+
+
+def test_shares_are_what_lies_nearest_to_each_prototype() -> None:
+    """Three groups of 30, 10 and 5, of which the head knows the middles only."""
+    generator = torch.Generator().manual_seed(0)
+    group = torch.arange(3).repeat_interleave(torch.tensor([30, 10, 5]))
+    embeddings = torch.eye(6)[group] + 0.05 * torch.randn(45, 6, generator=generator)
+    probs = (torch.eye(3)[group] + 0.1).expand(2, -1, -1)
+    shares = torch.full((3,), 1 / 3)  # too much for the last one, whose prototype is mixed at first
+    for _ in range(3):
+        shares = prototype_shares(embeddings, probs[0], shares=shares)
+    assert shares.tolist() == pytest.approx([30 / 45, 10 / 45, 5 / 45])
+    both = prototype_shares(embeddings, probs, shares=shares)
+    assert torch.equal(both, shares.expand(2, -1))
+
+
+def test_refuses_shares_that_ask_for_more_images_than_there_are() -> None:
+    embeddings, probs = random_case()
+    with pytest.raises(ValueError, match="one cluster takes 82 of 47 images"):
+        prototype_pseudo_labels(
+            embeddings, probs, select_ratio=2.0, shares=torch.tensor([1.0, 0, 0, 0])
+        )
 
 
 def test_toy_on_a_circle_by_hand() -> None:

@@ -281,15 +281,50 @@ def test_truth_shows_the_chosen_head_beside_the_best_one(
     assert logged["truth/epoch_head_acc"] == pytest.approx(accuracies[1])
 
 
-@pytest.mark.parametrize("head", [0, 2])
-def test_a_head_trains_as_if_it_were_alone(tmp_path: Path, head: int) -> None:
-    settings = {"lr": 0.01, "repeats": 3}
+@pytest.mark.parametrize(("head", "prior"), [(0, "uniform"), (2, "uniform"), (2, "estimated")])
+def test_a_head_trains_as_if_it_were_alone(tmp_path: Path, head: int, prior: str) -> None:
+    settings = {"lr": 0.01, "repeats": 3, "prior": prior}
     many, streams = proto(tmp_path, **settings)
     fit(many, streams, epochs=2)
     one, streams = proto(tmp_path, **settings, num_heads=1, first_head=head)
     fit(one, streams, epochs=2)
     for ours, theirs in zip(one.heads.parameters(), many.heads.parameters(), strict=True):
         torch.testing.assert_close(ours[0], theirs[head], rtol=0, atol=1e-5)
+    if prior == "estimated":  # learned by each head for itself, and kept in checkpoints
+        alone, together = one.state_dict()["shares"], many.state_dict()["shares"]
+        torch.testing.assert_close(alone[0], together[head])
+        torch.testing.assert_close(together.sum(dim=1), torch.ones(H))
+        assert len(torch.unique(together, dim=0)) == H
+
+
+def test_equal_shares_train_as_the_paper_does(tmp_path: Path) -> None:
+    paper, streams = proto(tmp_path)
+    fit(paper, streams)
+    given, streams = proto(tmp_path, prior=[2, 2, 2])
+    fit(given, streams)
+    assert same(state(paper.heads), state(given.heads))
+    torch.testing.assert_close(paper.best_loss, given.best_loss)
+
+
+def test_labels_of_every_head_follow_the_given_shares(tmp_path: Path) -> None:
+    module, streams = proto(tmp_path, prior=[9, 3, 0])
+    seen, chosen = [], module.pseudo_labels
+    module.pseudo_labels = lambda *args, **more: seen.append(chosen(*args, **more)) or seen[-1]  # type: ignore[assignment,func-returns-value]
+    trainer = fit(module, streams, epochs=1)
+    _, label = seen[0]  # (H, 39): 2 each and 33 by shares
+    assert [row.bincount().tolist() for row in label] == [[27, 10, 2]] * H
+    assert math.isfinite(float(trainer.callback_metrics["train/loss"]))
+
+
+@pytest.mark.parametrize("prior", [[1, 2], [1, -1, 1], [0, 0, 0], [1, math.nan, 1], "equal"])
+def test_a_prior_that_is_none_is_refused(tmp_path: Path, prior: Any) -> None:
+    message = (
+        "'equal' is none of uniform, estimated"
+        if prior == "equal"
+        else r"proto\.module\.prior \[.*\] must hold one share for each of 3 clusters"
+    )
+    with pytest.raises(UsageError, match=message):
+        proto(tmp_path, prior=prior)
 
 
 def test_a_hundred_heads_run(tmp_path: Path) -> None:
@@ -360,13 +395,14 @@ def test_heads_that_collapse_are_counted_and_lose_to_a_head_that_did_not(tmp_pat
     assert math.isfinite(float(trainer.callback_metrics["train/loss"]))
 
 
-def test_copies_of_one_image_fill_a_cluster_without_a_nan(tmp_path: Path) -> None:
+@pytest.mark.parametrize("prior", ["uniform", "estimated"])
+def test_copies_of_one_image_fill_a_cluster_without_a_nan(tmp_path: Path, prior: str) -> None:
     encoder = backbone(0)
     upstream = write_upstream(tmp_path, encoder)
     features = upstream.features.copy()
     features[: N // 2] = features[0]
     np.save(upstream.path / "features.npy", features)
-    module = ProtoHeadModule(backbone(1), K, head_batch_size=B, num_heads=H, repeats=2)
+    module = ProtoHeadModule(backbone(1), K, head_batch_size=B, num_heads=H, repeats=2, prior=prior)
     streams = module.prepare(image_set(), upstream, STREAMS)
     fit(module, streams)
     prediction = module.predict(Views(torch.arange(N), {}))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def double_softmax_cross_entropy(probs: Tensor, label: Tensor) -> Tensor:
+def double_softmax_cross_entropy(probs: Tensor, label: Tensor, *, balanced: bool = False) -> Tensor:
     """Cross-entropy of a second softmax over probabilities.
 
     Niu et al. 2022 (SPICE), Eq. 5: p' = softmax(logits) comes in, CE(softmax(p'), label) goes out.
@@ -20,6 +20,8 @@ def double_softmax_cross_entropy(probs: Tensor, label: Tensor) -> Tensor:
     Args:
         probs: (..., K), rows sum to one.
         label: (...), or any shape that broadcasts to it; cluster ids 0 to K - 1.
+        balanced: whether clusters count alike, however many samples carry their label; those that
+            no sample carries are left out.
 
     Returns:
         Mean loss in nats, scalar; over heads too, if there are any.
@@ -32,7 +34,12 @@ def double_softmax_cross_entropy(probs: Tensor, label: Tensor) -> Tensor:
         >>> double_softmax_cross_entropy(probs, torch.tensor([0, 1]))
         tensor(0.3133)
     """
-    return _cross_entropy(probs, label).mean()
+    losses = _cross_entropy(probs, label)
+    if not balanced:
+        return losses.mean()
+    label = label.expand(losses.shape)
+    sizes = torch.bincount(label.flatten(), minlength=probs.shape[-1])  # (K,)
+    return (losses / sizes[label]).sum() / (sizes > 0).sum()
 
 
 def double_softmax_cross_entropy_per_head(probs: Tensor, label: Tensor) -> Tensor:

@@ -2,10 +2,11 @@
 
 Niu et al. 2022 (SPICE), Eqs. 2-4. For each head by itself:
 probabilities → the confident images of each cluster → their mean, the prototype γ_k
-→ the images nearest to γ_k, which get the label k. So the labels are exactly balanced.
+→ the images nearest to γ_k, which get the label k. So the labels are exactly balanced, or follow
+the shares that are given.
 
 Shapes: H heads (or none), M images in the buffer, K clusters, D embedding width,
-C confident images per cluster, n pseudo-labels per cluster.
+C confident images per cluster, n pseudo-labels per cluster, S pseudo-labels of a head.
 """
 
 from collections.abc import Iterable, Iterator
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spice_pl.functional.budgets import cluster_budgets
 from spice_pl.functional.neighbors import SIMILARITIES_PER_CHUNK, similarities, unit_rows
 
 
@@ -43,7 +45,9 @@ def select_confident(probs: Tensor, num_confident: int) -> Tensor:
             f"num_confident {num_confident} is not between 1 and the {probs.shape[-2]} images; "
             "choose one in there"
         )
-    return _pick(_chunks(probs.mT, probs.shape[-2]), num_confident, overlap=True)
+    counts = torch.full((*probs.shape[:-2], probs.shape[-1]), num_confident)  # (H, K)
+    index = _pick(_chunks(probs.mT, probs.shape[-2]), counts, overlap=True)
+    return index.view(*counts.shape, num_confident)
 
 
 def prototype_means(embeddings: Tensor, confident: Tensor) -> Tensor:
@@ -64,9 +68,8 @@ def prototype_means(embeddings: Tensor, confident: Tensor) -> Tensor:
         tensor([[ 0.5000,  0.5000],
                 [-1.0000,  0.0000]])
     """
-    # A bag averages without a copy of the C rows of every head and cluster.
-    means = F.embedding_bag(confident.reshape(-1, confident.shape[-1]), embeddings, mode="mean")
-    return means.view(*confident.shape[:-1], -1)  # (..., K, D)
+    counts = torch.full(confident.shape[:-1], confident.shape[-1])  # (..., K)
+    return _means(embeddings, confident.flatten(), counts)
 
 
 def prototype_pseudo_labels(
@@ -76,11 +79,14 @@ def prototype_pseudo_labels(
     confident_ratio: float = 0.5,
     select_ratio: float = 1.0,
     overlap: bool = True,
+    shares: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Give each cluster's label to the images nearest to its prototype.
 
     SPICE, Eqs. 2-4, with n = int(select_ratio * (M // K)) labels per cluster, and
-    C = int(confident_ratio * select_ratio * (M // K)) images per prototype.
+    C = int(confident_ratio * select_ratio * (M // K)) images per prototype. With shares of unequal
+    clusters, ours, `cluster_budgets` parts the same K * n labels by them, and a cluster of n_k
+    labels has max(1, int(confident_ratio * n_k)) images in its prototype.
 
     Args:
         embeddings: (M, D), the images' features; l2-normalised here, if they are not yet.
@@ -90,11 +96,13 @@ def prototype_pseudo_labels(
         select_ratio: share of M // K images that a cluster labels.
         overlap: an image may carry several labels, or none. Otherwise clusters pick in the order
             0 to K - 1, and each image is used once for the prototypes and once for the labels.
+        shares: of the clusters, (K,) or (H, K), at least 0 with a positive sum; None: all equal.
 
     Returns:
         Index (H, K * n) or (K * n,) into the M images, cluster-major and nearest first; and the
-        label (K * n,), shared by the heads. Without overlap, an index of -1 marks a slot for which
-        no image was left (only where select_ratio > 1).
+        label (K * n,), shared by the heads, or of the index's shape where shares are given. Without
+        overlap, an index of -1 marks a slot for which no image was left (only where
+        select_ratio > 1).
 
     Raises:
         ValueError: the shapes disagree, M // K < 2, or a ratio asks for less than one image per
@@ -107,19 +115,61 @@ def prototype_pseudo_labels(
         (tensor([0, 1, 3, 2]), tensor([0, 0, 1, 1]))
     """
     _check_shapes(embeddings, probs)
-    num_confident, num_labels = _slots(probs, confident_ratio, select_ratio, overlap)
+    num_images, num_clusters = probs.shape[-2:]
+    confident, labels = _slots(probs, confident_ratio, select_ratio, overlap, shares)  # (H, K) each
     embeddings = unit_rows(embeddings)
-    num_images = len(embeddings)
-    confident = _pick(_chunks(probs.mT, num_images), num_confident, overlap)  # (H, K, C)
-    prototypes = prototype_means(embeddings, confident)  # (H, K, D)
+    prototypes = _prototypes(embeddings, probs, confident, overlap)  # (H, K, D)
     # A prototype's length is the same for all images, so the dot product ranks as the cosine does.
     nearness = (
         similarities(part.flatten(end_dim=-2), embeddings).view(*part.shape[:-1], num_images)
         for part in _chunks(prototypes, num_images)
     )  # (H, k, M) each
-    index = _pick(nearness, num_labels, overlap)  # (H, K, n)
-    label = torch.arange(probs.shape[-1], device=probs.device).repeat_interleave(num_labels)
-    return index.flatten(-2), label  # (H, K * n), (K * n,)
+    index = _pick(nearness, labels, overlap).view(*labels.shape[:-1], -1)  # (H, S)
+    counts = labels if shares is not None else labels.view(-1, num_clusters)[0]  # (H, K) or (K,)
+    names = torch.arange(num_clusters).expand_as(counts)
+    label = names.flatten().repeat_interleave(counts.flatten())
+    return index, label.view(*counts.shape[:-1], -1).to(probs.device)  # (H, S); (H, S) or (S,)
+
+
+def prototype_shares(
+    embeddings: Tensor,
+    probs: Tensor,
+    *,
+    confident_ratio: float = 0.5,
+    select_ratio: float = 1.0,
+    overlap: bool = True,
+    shares: Tensor | None = None,
+) -> Tensor:
+    """Estimate the clusters' shares of the images without labels.
+
+    Ours: the share of the images that each cluster's prototype is the nearest to, by cosine. The
+    prototypes are those of `prototype_pseudo_labels`, whose arguments and errors these are too.
+
+    Returns:
+        Shares (H, K) or (K,); rows sum to one.
+
+    Example:
+        >>> embeddings = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.8, 0.2], [0.0, 1.0]])
+        >>> probs = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.1, 0.9]])
+        >>> prototype_shares(embeddings, probs)
+        tensor([0.7500, 0.2500])
+    """
+    _check_shapes(embeddings, probs)
+    confident, _ = _slots(probs, confident_ratio, select_ratio, overlap, shares)
+    embeddings = unit_rows(embeddings)
+    prototypes = unit_rows(_prototypes(embeddings, probs, confident, overlap))  # (H, K, D)
+    num_images, num_clusters = probs.shape[-2:]
+    counts = [
+        torch.bincount(similarities(embeddings, each).argmax(dim=1), minlength=num_clusters)
+        for each in prototypes.view(-1, *prototypes.shape[-2:])  # a head at a time: (M, K)
+    ]
+    return (torch.stack(counts) / num_images).view(prototypes.shape[:-1])
+
+
+def _prototypes(embeddings: Tensor, probs: Tensor, confident: Tensor, overlap: bool) -> Tensor:
+    """Eqs. 2 and 3: means (H, K, D) of the `confident` (H, K) most probable images."""
+    picked = _pick(_chunks(probs.mT, len(embeddings)), confident, overlap)
+    return _means(embeddings, picked, confident)
 
 
 def _chunks(rows: Tensor, num_images: int) -> Iterator[Tensor]:
@@ -129,19 +179,45 @@ def _chunks(rows: Tensor, num_images: int) -> Iterator[Tensor]:
     return iter(torch.split(rows, size, dim=-2))
 
 
-def _pick(scores: Iterable[Tensor], num: int, overlap: bool) -> Tensor:
-    """Index (..., K, num) of the largest scores of each cluster, which come as (..., k, M)."""
-    if overlap:
-        return torch.cat([part.topk(num, dim=-1).indices for part in scores], dim=-2)
-    taken, picks = None, []
-    for part in scores:
-        for score in part.unbind(dim=-2):  # (..., M)
-            if taken is None:
-                taken = torch.zeros_like(score, dtype=torch.bool)
-            left, index = score.masked_fill(taken, -torch.inf).topk(num, dim=-1)  # (..., num)
-            taken.scatter_(-1, index, True)
-            picks.append(index.where(left > -torch.inf, -1))
-    return torch.stack(picks, dim=-2)
+def _means(embeddings: Tensor, index: Tensor, counts: Tensor) -> Tensor:
+    """Means (..., K, D) of the rows that `_pick` chose, counts (..., K) of them."""
+    # A bag averages without a copy of the rows of every head and cluster.
+    starts = _starts(counts).flatten().to(index.device)
+    means = F.embedding_bag(index, embeddings, starts, mode="mean")
+    return means.view(*counts.shape, -1)
+
+
+def _pick(scores: Iterable[Tensor], counts: Tensor, overlap: bool) -> Tensor:
+    """Index of the counts (..., K) largest scores of each cluster, which come as (..., k, M).
+
+    Returns one after another all picks of a cluster, the clusters of a head, the heads.
+    """
+    starts, first = _starts(counts), 0
+    picks = taken = torch.empty(0)
+    rows = (row for part in scores for row in part.split(1, dim=-2))  # (..., 1, M) each
+    for part in scores if overlap else rows:
+        if not first:
+            picks = torch.empty(int(counts.sum()), dtype=torch.long, device=part.device)
+        here = slice(first, first := first + part.shape[-2])
+        rank = torch.arange(int(counts[..., here].max()))
+        wanted = (rank < counts[..., here, None]).to(part.device)  # (..., k, most)
+        place = (starts[..., here, None] + rank).to(part.device)
+        if overlap:
+            index = part.topk(len(rank), dim=-1).indices  # (..., k, most)
+        else:
+            if here.start == 0:
+                taken = torch.zeros_like(part, dtype=torch.bool)  # (..., 1, M)
+            left, index = part.masked_fill(taken, -torch.inf).topk(len(rank), dim=-1)
+            taken.scatter_(-1, index, wanted | taken.gather(-1, index))
+            index = index.where(left > -torch.inf, -1)
+        picks[place[wanted]] = index[wanted]
+    return picks
+
+
+def _starts(counts: Tensor) -> Tensor:
+    """Where each cluster's picks begin, (..., K)."""
+    ends = counts.flatten().cumsum(dim=0)
+    return (ends - counts.flatten()).view_as(counts)
 
 
 def _check_shapes(embeddings: Tensor, probs: Tensor) -> None:
@@ -153,9 +229,13 @@ def _check_shapes(embeddings: Tensor, probs: Tensor) -> None:
 
 
 def _slots(
-    probs: Tensor, confident_ratio: float, select_ratio: float, overlap: bool
-) -> tuple[int, int]:
-    """Numbers (C, n) of images per cluster."""
+    probs: Tensor,
+    confident_ratio: float,
+    select_ratio: float,
+    overlap: bool,
+    shares: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Numbers of images that make a prototype and that get its label, (H, K) or (K,) each."""
     num_images, num_clusters = probs.shape[-2:]
     share = num_images // num_clusters
     if share < 2:  # no image would be left for a prototype
@@ -166,7 +246,19 @@ def _slots(
     num_labels = _num("select_ratio", select_ratio, share, num_images)
     most = num_images if overlap else share
     ratio = confident_ratio * select_ratio
-    return _num("confident_ratio * select_ratio", ratio, share, most), num_labels
+    num_confident = _num("confident_ratio * select_ratio", ratio, share, most)
+    shape = (*probs.shape[:-2], num_clusters)
+    if shares is None:
+        return torch.full(shape, num_confident), torch.full(shape, num_labels)
+    labels = cluster_budgets(shares.cpu(), num_clusters * num_labels, min(2, num_labels))
+    confident = (confident_ratio * labels.double()).long().clamp_min(1)
+    largest = int(max(confident.max(), labels.max()))
+    if largest > num_images or (not overlap and int(confident.sum(dim=-1).max()) > num_images):
+        raise ValueError(
+            f"with these shares one cluster takes {largest} of {num_images} images, or prototypes "
+            "share images that overlap=False keeps apart; lower select_ratio or confident_ratio"
+        )
+    return confident.expand(shape), labels.expand(shape)
 
 
 def _num(name: str, ratio: float, share: int, most: int) -> int:

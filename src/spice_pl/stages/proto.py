@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -31,7 +31,7 @@ from spice_pl.functional.losses import (
     mean_prediction_entropy,
     tempered_cross_entropy_per_head,
 )
-from spice_pl.functional.prototypes import prototype_pseudo_labels
+from spice_pl.functional.prototypes import prototype_pseudo_labels, prototype_shares
 from spice_pl.nn.heads import ParallelHeads
 from spice_pl.stages.base import Prediction, Stage
 from spice_pl.stages.branches import BankedViews, FrozenViews, MovingEncoder
@@ -41,7 +41,9 @@ logger = logging.getLogger(__name__)
 BN_MODES = ("frozen", "reference")
 JOINT = ("none", "single_head", "multi_head")
 SELECTION = ("loss", "consensus")
-HeadLosses = Callable[[Tensor, Tensor], Tensor]  # logits (H, B, K), label (B,) -> (H,)
+PRIORS = ("uniform", "estimated")
+SHARES_RATE = 0.1  # of the moving average of estimated shares, a cycle
+HeadLosses = Callable[[Tensor, Tensor], Tensor]  # logits (H, B, K), label (B,) or (H, B) -> (H,)
 
 
 class ProtoHeadModule(Stage):
@@ -75,6 +77,8 @@ class ProtoHeadModule(Stage):
             cycle.
         selection: what chooses head and epoch: "loss", the lowest Eq. 5 on all training images
             (the paper), or "consensus", the head whose clusters are most like the other heads'.
+        prior: "uniform", as the paper: clusters of equal size; K shares, which all heads follow; or
+            "estimated", a moving average of each head's `prototype_shares`. Ours.
         seed: of the run; head h starts from 1000 · seed + h, so that runs share no head.
     """
 
@@ -82,6 +86,7 @@ class ProtoHeadModule(Stage):
     best_loss: Tensor  # of the head that is kept
     best_head: Tensor
     best_epoch: Tensor
+    shares: Tensor | None
     epoch_head = 0  # the one chosen after this epoch
 
     def __init__(
@@ -106,6 +111,7 @@ class ProtoHeadModule(Stage):
         joint: str = "none",
         view_bank: int | None = None,
         selection: str = "loss",
+        prior: str | Sequence[float] = "uniform",
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -156,6 +162,16 @@ class ProtoHeadModule(Stage):
             select_ratio=select_ratio,
             overlap=overlap,
         )
+        self.estimate = partial(
+            prototype_shares,
+            confident_ratio=confident_ratio,
+            select_ratio=select_ratio,
+            overlap=overlap,
+        )
+        shares = _shares(prior, num_clusters)
+        # (H, K), kept in checkpoints; None for equal shares, which need no memory.
+        self.register_buffer("shares", None if shares is None else shares.repeat(num_heads, 1))
+        self.estimated = prior == "estimated"
         self._views: list[tuple[Tensor, Tensor, Tensor]] = []
 
     @property
@@ -180,7 +196,11 @@ class ProtoHeadModule(Stage):
         with torch.no_grad():
             probs = self.heads(weak)  # (H, M, K)
         # E-step, Eqs. 2-4: prototypes live in the embeddings of the untransformed images.
-        slots, label = self.pseudo_labels(self.embeddings[index], probs)
+        embeddings = self.embeddings[index]
+        if self.estimated and self.shares is not None:
+            found = self.estimate(embeddings, probs, shares=self.shares)  # (H, K)
+            self.shares.lerp_(found.to(self.shares.dtype), SHARES_RATE)
+        slots, label = self.pseudo_labels(embeddings, probs, shares=self.shares)
         losses = self._maximise(strong, slots, label, batch_idx)  # (H,)
         if batch_idx + 1 == self.trainer.num_training_batches:
             self._select()
@@ -283,17 +303,17 @@ class ProtoHeadModule(Stage):
         return torch.cat([self.across_ranks(part) for part in parts])
 
     def _maximise(self, strong: Tensor, slots: Tensor, label: Tensor, batch_idx: int) -> Tensor:
-        """M-step, Eq. 5: `repeats` passes over the slots, one order a pass shared by the heads."""
+        """M-step, Eq. 5: `repeats` passes over the slots (H, S), in one order for all heads."""
         optimizer = self.optimizers()
         generator = keyed_generator(self.seed, self.current_epoch, batch_idx)
         total, steps = torch.zeros(len(slots), device=slots.device), 0
         for _ in range(self.repeats):
-            order = torch.randperm(len(label), generator=generator).to(slots.device)
+            order = torch.randperm(slots.shape[1], generator=generator).to(slots.device)
             for chosen in torch.split(order, self.head_batch_size):
                 if len(chosen) < self.head_batch_size:
                     break  # the incomplete last batch is dropped
                 logits = self.heads.logits(self.branches.read(strong, slots[:, chosen]))
-                losses = self.head_losses(logits, label[chosen])  # (H, B, K) -> (H,), Eq. 5
+                losses = self.head_losses(logits, label[..., chosen])  # (H, B, K) -> (H,), Eq. 5
                 loss = losses.sum()  # each head learns as if alone: Adam forgets a factor 1/H
                 if self.entropy:
                     spread = mean_prediction_entropy(logits.softmax(dim=-1))  # (H,)
@@ -320,8 +340,11 @@ class ProtoHeadModule(Stage):
         losses, clusters = [], []
         for head in range(self.heads.num_heads):  # one at a time: (N, K) and not (H, N, K)
             probs = self.heads.head(head)(features)
-            slots, label = self.pseudo_labels(embeddings, probs)
-            losses.append(double_softmax_cross_entropy(probs[slots], label))
+            shares = None if self.shares is None else self.shares[head]
+            slots, label = self.pseudo_labels(embeddings, probs, shares=shares)
+            # Clusters count alike: a head must not win by clusters that it emptied.
+            balanced = shares is not None
+            losses.append(double_softmax_cross_entropy(probs[slots], label, balanced=balanced))
             clusters.append(probs.argmax(dim=1))
         costs = torch.stack(losses)  # (H,)
         if self.selection == "consensus":
@@ -359,7 +382,7 @@ class ProtoHeadModule(Stage):
 
 
 def _losses(temperature: float) -> dict[str, HeadLosses]:
-    """Losses of the M-step by their word, each (H,) from logits (H, B, K) and label (B,)."""
+    """Losses of the M-step by their word, as `HeadLosses`."""
 
     def double_softmax(logits: Tensor, label: Tensor) -> Tensor:
         return double_softmax_cross_entropy_per_head(logits.softmax(dim=-1), label)
@@ -369,6 +392,21 @@ def _losses(temperature: float) -> dict[str, HeadLosses]:
         "ce": tempered_cross_entropy_per_head,
         "tce": partial(tempered_cross_entropy_per_head, temperature=temperature),
     }
+
+
+def _shares(prior: str | Sequence[float], num_clusters: int) -> Tensor | None:
+    """Shares (K,) of the clusters that training starts with; None where they stay equal."""
+    if isinstance(prior, str):
+        _check_word("prior", prior, PRIORS)
+        return None if prior == "uniform" else torch.full((num_clusters,), 1 / num_clusters)
+    shares = torch.tensor(prior, dtype=torch.float32)  # (K,)
+    fits = shares.shape == (num_clusters,) and bool((shares >= 0).all())
+    if not fits or not 0 < float(shares.sum()) < math.inf:
+        raise UsageError(
+            f"proto.module.prior {list(prior)} must hold one share for each of {num_clusters} "
+            "clusters, none negative and not all 0; or give the word uniform or estimated"
+        )
+    return shares / shares.sum()
 
 
 def _check_word(name: str, word: str, words: tuple[str, ...]) -> None:
