@@ -207,10 +207,13 @@ def _changed(saved: Mapping[str, Any], cfg: DictConfig, name: str) -> list[str]:
     parts = ("seed", "dataset", "backbone", "augment", name)
     given = OmegaConf.to_container(cfg, resolve=True)
     old, new = (flat({key: each.get(key) for key in parts}) for each in (saved, masked("", given)))
+    free = ["dataset.cache_dir", "dataset.on_bad_image"]
+    if old.get("dataset.num_clusters") is None:  # stage 1 was trained before K was known
+        free += ["dataset.num_clusters", f"{name}.module.num_clusters"]
     return [
         f"{key}: {old.get(key)} -> {new.get(key)}"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and key not in ("dataset.cache_dir", "dataset.on_bad_image")
+        if old.get(key) != new.get(key) and key not in free
     ]
 
 

@@ -103,7 +103,7 @@ def write_results(
     """Score a stage's predictions and write metrics.json, which marks the folder as finished.
 
     A stage with clusters also gets clusters.csv, table.md and report.html; one without is scored
-    by k-means on its features, beside k-means on the pixels.
+    by k-means on its features, beside k-means on the pixels, if K is known.
     """
     before: dict[str, Any] = run.upstream[0].metrics if run.upstream else {}
     cost = seconds + float(before.get("seconds_in_all", 0.0))
@@ -136,7 +136,7 @@ def write_results(
         clusters = run.folder.probs.argmax(axis=1).astype(np.int64)  # (N,)
         rows.append(_row(run, images, run.title, clusters, cost))
         metrics |= _write_clusters(run, images, clusters)
-    else:
+    elif run.num_clusters:
         for what, data, spent in (
             ("pixels", images.images, 0.0),
             (f"{run.title} features", run.folder.features, cost),

@@ -58,6 +58,8 @@ from spice_pl.trainer import make_trainer, num_ranks, progress
 
 logger = logging.getLogger(__name__)
 
+ASKED = ("stage", "dataset.num_clusters", "overwrite")
+
 OmegaConf.register_new_resolver(
     "folder_name", lambda root: Path(str(root)).expanduser().resolve().name, replace=True
 )
@@ -95,6 +97,7 @@ def run_stages(job: Job) -> float | None:
     OmegaConf.set_struct(job.cfg, True)
     if absent := missing(job.cfg):
         raise UsageError(f"no value for {', '.join(absent)}; give it on the command line")
+    _check_num_clusters(job)
     count = num_ranks(job.cfg)
     if launch.in_rank():
         with Interrupts() as interrupts:
@@ -162,6 +165,20 @@ def _run_here(job: Job, interrupts: Interrupts) -> dict[str, Any]:
     return metrics
 
 
+def _check_num_clusters(job: Job) -> None:
+    """Refuse to train clusters without their number; stage 1 and tasks do without."""
+    given = job.cfg.dataset.num_clusters
+    clustering = [name for name in job.stages if job.upstream(name) and not _is_task(job, name)]
+    if given == "auto" or (given is None and clustering):
+        raise UsageError(
+            f"dataset.num_clusters={given} is no number; features tell how many clusters they "
+            "show, and you decide:\n"
+            f"  {job.command('stage=moco', 'dataset.num_clusters=null', without=ASKED)}\n"
+            f"  {job.command('stage=estimate_k', without=ASKED)}\n"
+            "then give dataset.num_clusters=K; the features are reused"
+        )
+
+
 def _metrics(job: Job) -> dict[str, Any]:
     """What the last stage left in metrics.json; empty after a task that leaves none."""
     folder = job.folder(job.stages[-1])
@@ -223,7 +240,7 @@ def _run_stage(job: Job, name: str, images: ImageSet, interrupts: Interrupts) ->
         shapes["probs.npy"] = (len(images), int(cfg.dataset.num_clusters))
     callbacks: list[pl.Callback] = [PredictionWriter(folder, shapes)]
     if images.labels is not None:
-        callbacks.append(TruthMonitor(images.labels, int(cfg.dataset.num_clusters)))
+        callbacks.append(TruthMonitor(images.labels, int(cfg.dataset.num_clusters or 0)))
     trainer = make_trainer(job, name, callbacks, interrupts)
     resume = bool(cfg.resume) and folder.checkpoint.is_file()
     weights_bytes = sum(each.nbytes for each in module.state_dict().values())
@@ -291,7 +308,7 @@ def _stage_run(job: Job, name: str, upstream: Sequence[RunFolder], *, oracle: bo
         title=str(cfg[name].title),
         folder=job.folder(name),
         upstream=upstream,
-        num_clusters=int(cfg.dataset.num_clusters),
+        num_clusters=int(cfg.dataset.num_clusters or 0),
         seed=int(cfg.seed),
         preset=job.preset,
         overrides=[masked_override(text) for text in job.overrides],

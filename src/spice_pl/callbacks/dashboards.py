@@ -55,8 +55,8 @@ def log_results(
     if not isinstance(logger, WandbLogger | TensorBoardLogger):
         return
     metrics = folder.metrics
-    last = metrics["rows"][-1]
-    scores = {f"truth/final_{name}": last[name] for name in ("acc", "nmi", "ari")}
+    last = metrics["rows"][-1] if metrics["rows"] else {}  # none of features without a K
+    scores = {f"truth/final_{name}": last.get(name) for name in ("acc", "nmi", "ari")}
     logger.log_metrics({key: value for key, value in scores.items() if value is not None}, step)
     if (folder.path / "clusters.csv").is_file():
         table = folder.read_clusters()

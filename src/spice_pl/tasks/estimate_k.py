@@ -1,0 +1,234 @@
+"""How many clusters features show, without labels: a curve over K.
+
+Shapes: N images, n of them sampled, D features, d principal components, K clusters.
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.cluster import KMeans
+from sklearn.decomposition import PCA
+from sklearn.metrics import adjusted_rand_score, silhouette_score
+from sklearn.preprocessing import normalize
+
+from spice_pl.artifacts import atomic
+from spice_pl.errors import UsageError
+from spice_pl.reports.lines import line_figure
+from spice_pl.tasks.base import Context
+
+logger = logging.getLogger(__name__)
+
+IMAGES_PER_CLUSTER = 8  # n / K at least: four in each half
+STABLE = 0.8  # of adjusted Rand; Tibshirani and Walther 2005 ask as much of prediction strength
+STRUCTURE = 0.25  # silhouette; Kaufman and Rousseeuw 1990: no substantial structure below it
+RESTARTS = 3  # of each k-means
+
+
+@dataclass(frozen=True)
+class Point:
+    """What the features say of one K.
+
+    Attributes:
+        num_clusters: K.
+        stability: mean adjusted Rand index of k-means on two halves, over the splits.
+        spread: its standard deviation.
+        null: the same of clouds without groups.
+        silhouette: mean, of k-means on all sampled images.
+    """
+
+    num_clusters: int
+    stability: float
+    spread: float
+    null: float
+    silhouette: float
+
+    @property
+    def gain(self) -> float:
+        """Stability beyond that of a cloud without groups."""
+        return self.stability - self.null
+
+
+@dataclass(frozen=True)
+class EstimateK:
+    """Write k.csv, k.svg and metrics.json about the features of the upstream stage.
+
+    Attributes:
+        largest: K on the curve, which begins at 2.
+        num_splits: pairs of halves at each K.
+        num_samples: n, images looked at.
+        num_components: d at most.
+    """
+
+    largest: int = 20
+    num_splits: int = 5
+    num_samples: int = 2000
+    num_components: int = 32
+
+    def __call__(self, context: Context) -> Mapping[str, Any]:
+        """Draw the curve, say what it shows.
+
+        Raises:
+            UsageError: a setting is out of range, or the features tell no images apart.
+        """
+        if self.num_splits < 2 or self.num_components < 1:
+            raise UsageError(
+                f"estimate_k.task.num_splits {self.num_splits} must be 2 or more and "
+                f"num_components {self.num_components} 1 or more"
+            )
+        folder = context.upstream[0]
+        rows = principal_components(
+            sampled(folder.features, self.num_samples, context.seed), self.num_components
+        )
+        largest = min(self.largest, len(rows) // IMAGES_PER_CLUSTER)
+        if largest < 2:
+            raise UsageError(
+                f"estimate_k needs {2 * IMAGES_PER_CLUSTER} images for the shortest curve, K = 2, "
+                f"and estimate_k.task.largest of 2 or more; here {len(rows)} and {self.largest}"
+            )
+        curve = [
+            look(rows, num_clusters, self.num_splits, context.seed)
+            for num_clusters in range(2, largest + 1)
+        ]
+        found = choose(curve, self.num_splits)
+        doubts = doubts_of(found, curve)
+        text = sentence(found, doubts)
+        write_curve(context, curve)
+        for point in curve:
+            logger.info(
+                "K = %2d  stability %.3f ± %.3f, without groups %.3f, silhouette %.3f",
+                *(point.num_clusters, point.stability, point.spread, point.null, point.silhouette),
+            )
+        logger.info("%s\n%s", text, context.folder.path / "k.svg")
+        return {
+            "read": f"{folder.path.parent.name}/{folder.path.name}",
+            "num_sampled": len(rows),
+            "estimated_num_clusters": found.num_clusters,
+            "clear": not doubts,
+            "sentence": text,
+            "curve": [asdict(point) for point in curve],
+        }
+
+
+def sampled(features: NDArray[np.float32], limit: int, seed: int) -> NDArray[np.float64]:
+    """At most `limit` rows (n, D); an array on disk is read there only.
+
+    Raises:
+        UsageError: they hold NaN, or are all the same.
+    """
+    chosen = np.arange(len(features))
+    if len(features) > limit:
+        chosen = np.sort(np.random.default_rng(seed).choice(len(features), limit, replace=False))
+    rows = np.asarray(features[chosen], dtype=np.float64)
+    if not np.isfinite(rows).all():
+        raise UsageError("the features hold NaN; make their stage anew")
+    if not len(rows) or (rows == rows[0]).all():
+        raise UsageError(
+            "every image has the same feature, so no number of clusters fits better than another; "
+            "train their stage anew with another seed or a lower lr"
+        )
+    return rows
+
+
+def principal_components(rows: NDArray[np.float64], num_components: int) -> NDArray[np.float64]:
+    """The first components (n, d) of rows (n, D) of length one."""
+    unit = normalize(rows)
+    pca = PCA(min(num_components, *unit.shape), svd_solver="full")
+    scores: NDArray[np.float64] = pca.fit_transform(unit)
+    return scores
+
+
+def look(rows: NDArray[np.float64], num_clusters: int, num_splits: int, seed: int) -> Point:
+    """Measure one K on rows (n, d).
+
+    Stability as Lange et al. 2004: if K groups are there, k-means finds the same in two halves of
+    the images. The cloud without groups is a Gaussian of the same variances: there, few large
+    clusters are stable too, along the axes in which the cloud is long.
+    """
+    generator = np.random.default_rng([seed, num_clusters])
+    found, without = [], []
+    for _ in range(num_splits):
+        found.append(agreement_of_halves(rows, num_clusters, generator))
+        cloud = generator.normal(size=rows.shape) * rows.std(axis=0)
+        without.append(agreement_of_halves(cloud, num_clusters, generator))
+    whole = _kmeans(num_clusters, generator).fit_predict(rows)
+    groups = len(np.unique(whole))  # fewer than K where images are copies of each other
+    return Point(
+        num_clusters,
+        float(np.mean(found)),
+        float(np.std(found)),
+        float(np.mean(without)),
+        float(silhouette_score(rows, whole)) if 1 < groups < len(rows) else 0.0,
+    )
+
+
+def agreement_of_halves(
+    rows: NDArray[np.float64], num_clusters: int, generator: np.random.Generator
+) -> float:
+    """Adjusted Rand index, over all rows, of k-means fitted on either half of them."""
+    order = generator.permutation(len(rows))
+    one, other = (
+        _kmeans(num_clusters, generator).fit(rows[half]).predict(rows)
+        for half in np.array_split(order, 2)
+    )
+    return float(adjusted_rand_score(one, other))
+
+
+def _kmeans(num_clusters: int, generator: np.random.Generator) -> KMeans:
+    return KMeans(num_clusters, n_init=RESTARTS, random_state=int(generator.integers(2**31)))
+
+
+def choose(curve: Sequence[Point], num_splits: int) -> Point:
+    """The smallest K whose gain lies within one standard error of the largest gain."""
+    best = max(curve, key=lambda point: point.gain)
+    enough = best.gain - best.spread / num_splits**0.5
+    return next(point for point in curve if point.gain >= enough)
+
+
+def doubts_of(found: Point, curve: Sequence[Point]) -> list[str]:
+    """What speaks against a clear K; empty where nothing does."""
+    doubts = []
+    if found.stability < STABLE:
+        doubts.append(f"halves of the images agree to {found.stability:.2f}, less than {STABLE}")
+    if found.silhouette < STRUCTURE:
+        doubts.append(f"the silhouette {found.silhouette:.2f} is less than {STRUCTURE}")
+    if found is curve[-1]:
+        doubts.append("the curve ends there; raise estimate_k.task.largest")
+    return doubts
+
+
+def sentence(found: Point, doubts: Sequence[str]) -> str:
+    """What to tell a person."""
+    if doubts:
+        return (
+            f"the data shows no clear K: {' and '.join(doubts)}. The best guess is "
+            f"{found.num_clusters}; choose by what the clusters are for"
+        )
+    return (
+        f"the data shows {found.num_clusters} clusters: halves of the images agree to "
+        f"{found.stability:.2f}, {found.null:.2f} without groups; silhouette {found.silhouette:.2f}"
+    )
+
+
+def write_curve(context: Context, curve: Sequence[Point]) -> None:
+    """Write k.csv and k.svg."""
+    with (
+        atomic(context.folder.path / "k.csv") as temporary,
+        temporary.open("w", newline="", encoding="utf-8") as file,
+    ):
+        writer = csv.DictWriter(file, [*asdict(curve[0])])
+        writer.writeheader()
+        writer.writerows(asdict(point) for point in curve)
+    curves = {
+        "stability": [(point.num_clusters, point.stability) for point in curve],
+        "without groups": [(point.num_clusters, point.null) for point in curve],
+        "silhouette": [(point.num_clusters, point.silhouette) for point in curve],
+    }
+    with atomic(context.folder.path / "k.svg") as temporary:
+        temporary.write_text(line_figure(curves, "K", "score"), encoding="utf-8")

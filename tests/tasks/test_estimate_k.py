@@ -1,0 +1,138 @@
+"""The number of clusters: groups that are there, that are not, and input that tells nothing."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from tests.conftest import make_job
+
+from spice_pl.artifacts import RunFolder
+from spice_pl.data.augment import PlainView
+from spice_pl.data.images import ImageSet
+from spice_pl.errors import UsageError
+from spice_pl.job import Job
+from spice_pl.run import run_stages
+from spice_pl.tasks.base import Context
+from spice_pl.tasks.estimate_k import EstimateK, Point, choose, doubts_of, look
+
+TASK = EstimateK(largest=7, num_splits=3)
+
+
+def groups(num_groups: int, apart: float, num_images: int = 160) -> NDArray[np.float32]:
+    generator = np.random.default_rng(0)
+    middle = apart * np.eye(12)[np.arange(num_images) % num_groups]
+    return (middle + generator.normal(size=(num_images, 12))).astype(np.float32)
+
+
+def context(path: Path, features: NDArray[np.float32]) -> Context:
+    made = RunFolder(path / "moco" / "seed0")
+    made.path.mkdir(parents=True)
+    np.save(made.path / "features.npy", features)
+
+    def images() -> ImageSet:
+        raise AssertionError("no image and no label is needed")
+
+    plain = PlainView((0.5,) * 3, (0.5,) * 3)
+    return Context(RunFolder(path / "estimate_k" / "seed0"), [made], images, plain, 0, seed=0)
+
+
+def test_groups_that_are_there_are_counted(tmp_path: Path) -> None:
+    job = context(tmp_path, groups(4, apart=12))
+    result = TASK(job)
+    assert (result["estimated_num_clusters"], result["clear"]) == (4, True)
+    assert "the data shows 4 clusters" in result["sentence"]
+    with (job.folder.path / "k.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["num_clusters"]) for row in rows] == [2, 3, 4, 5, 6, 7]
+    assert float(rows[2]["stability"]) == pytest.approx(1)
+    assert (job.folder.path / "k.svg").read_text().startswith("<svg")
+
+
+def test_one_cloud_shows_no_clear_number(tmp_path: Path) -> None:
+    result = TASK(context(tmp_path, groups(1, apart=12)))
+    assert not result["clear"]
+    assert result["sentence"].startswith("the data shows no clear K: ")
+
+
+def test_a_large_set_is_sampled(tmp_path: Path) -> None:
+    task = replace(TASK, num_samples=64, largest=20)
+    result = task(context(tmp_path, groups(4, apart=12)))
+    assert result["num_sampled"] == 64
+    assert result["curve"][-1]["num_clusters"] == 8  # an eighth of them
+    assert result["estimated_num_clusters"] == 4
+
+
+def point(num_clusters: int, stability: float, null: float = 0.2, silhouette: float = 0.3) -> Point:
+    return Point(num_clusters, stability, 0.06, null, silhouette)
+
+
+def test_smallest_number_within_a_standard_error_of_the_largest_gain() -> None:
+    """Gains .1, .6, .67, .7, .5 and an error of .06 / √4: .67 is enough."""
+    curve = [
+        point(2, 0.9, 0.8),
+        *(point(k, s) for k, s in ((3, 0.8), (4, 0.87), (5, 0.9), (6, 0.7))),
+    ]
+    assert choose(curve, num_splits=4).num_clusters == 4
+    assert choose(curve, num_splits=400).num_clusters == 5
+
+
+def test_each_doubt_is_said() -> None:
+    curve = [point(2, 0.79), point(3, 0.9, silhouette=0.24), point(4, 0.9), point(5, 0.9)]
+    doubts = [doubts_of(each, curve) for each in curve]
+    assert [len(each) for each in doubts] == [1, 1, 0, 1]
+    assert doubts[0] == ["halves of the images agree to 0.79, less than 0.8"]
+    assert doubts[1] == ["the silhouette 0.24 is less than 0.25"]
+    assert "raise estimate_k.task.largest" in doubts[3][0]
+
+
+def test_copies_of_two_images_give_numbers() -> None:
+    rows = np.repeat(np.eye(2), 20, axis=0)
+    with pytest.warns(match="distinct clusters"):
+        found = look(rows, 4, 2, seed=0)
+    assert found.stability == pytest.approx(1)
+    assert np.isfinite(found.null)
+    assert np.isfinite(found.silhouette)
+
+
+@pytest.mark.parametrize(
+    ("features", "task", "message"),
+    [
+        (np.full((40, 3), np.nan), TASK, "the features hold NaN; make their stage anew"),
+        (np.ones((40, 3)), TASK, "every image has the same feature, so no number"),
+        (np.eye(15), TASK, "needs 16 images for the shortest curve, K = 2, .* here 15 and 7"),
+        (np.eye(40), replace(TASK, largest=1), "largest of 2 or more; here 40 and 1"),
+        (np.eye(40), replace(TASK, num_splits=1), "num_splits 1 must be 2 or more"),
+    ],
+)
+def test_what_shows_nothing_is_refused(
+    tmp_path: Path, features: NDArray[np.float64], task: EstimateK, message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        task(context(tmp_path, features.astype(np.float32)))
+
+
+def test_stage_1_without_a_number_is_reused_once_it_is_known(tiny: Sequence[str]) -> None:
+    rest = [text for text in tiny if not text.startswith("dataset.num_clusters")]
+
+    def job(*more: str) -> Job:
+        return make_job(*rest, *more)
+
+    with pytest.raises(UsageError, match=r"=auto is no number(.|\n)*stage=estimate_k"):
+        run_stages(job("dataset.num_clusters=auto"))
+    with pytest.raises(UsageError, match="num_clusters=None is no number"):
+        run_stages(job("dataset.num_clusters=null"))
+    run_stages(job("dataset.num_clusters=null", "stage=moco"))
+    shape = ("estimate_k.task.largest=4", "estimate_k.task.num_splits=2")
+    run_stages(job("dataset.num_clusters=null", "stage=estimate_k", *shape))
+    known = job("dataset.num_clusters=3", "stages=[moco,proto]")
+    assert len(job("stage=estimate_k").folder("estimate_k").metrics["curve"]) == 3
+    written = known.folder("moco").metrics
+    run_stages(known)
+    assert known.folder("moco").metrics == written
+    assert known.folder("proto").probs.shape[1] == 3
