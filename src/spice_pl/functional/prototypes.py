@@ -194,7 +194,7 @@ def _pick(scores: Iterable[Tensor], counts: Tensor, overlap: bool) -> Tensor:
     """
     starts, first = _starts(counts), 0
     picks = taken = torch.empty(0)
-    rows = (row for part in scores for row in part.split(1, dim=-2))  # (..., 1, M) each
+    rows = (row for part in scores for row in torch.split(part, 1, dim=-2))  # (..., 1, M) each
     for part in scores if overlap else rows:
         if not first:
             picks = torch.empty(int(counts.sum()), dtype=torch.long, device=part.device)
