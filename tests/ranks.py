@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from spice_pl.callbacks.checkpoints import Checkpoints
 from spice_pl.data.datamodule import Views
+from spice_pl.launch import PARENT
 from spice_pl.stages.base import Stage
 from spice_pl.stages.fixmatch import ReliableFixMatchModule
 from spice_pl.stages.moco import MoCoModule
@@ -61,6 +65,23 @@ class DumpingFixMatch(ReliableFixMatchModule):
     def on_train_end(self) -> None:
         super().on_train_end()
         dump(self, "fixmatch", reliable=self.reliable_index, pseudo_labels=self.pseudo_labels)
+
+
+class StoppingMoCo(MoCoModule):
+    """Stage 1 whose job is asked to stop in its first batch, once."""
+
+    def training_step(self, batch: Views, batch_idx: int) -> Any:
+        marker = Path(os.environ["RANK_DUMPS"], "stopped")
+        if self.trainer.global_rank == 0 and not marker.exists():
+            marker.touch()
+            os.kill(int(os.environ[PARENT]), signal.SIGTERM)  # which tells its ranks
+            callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+            interrupts = next(c for c in callbacks if isinstance(c, Checkpoints)).interrupts
+            for _ in range(600):
+                if interrupts.asked is not None:
+                    break
+                time.sleep(0.1)
+        return super().training_step(batch, batch_idx)
 
 
 class BrokenMoCo(MoCoModule):

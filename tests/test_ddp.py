@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import csv
+import os
 import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +17,11 @@ import numpy as np
 import pytest
 import torch
 from tests.conftest import NUM_IMAGES, TINY, make_job, write_folder
-from tests.process import train
+from tests.process import ROOT, train
 
 from spice_pl.artifacts import RunFolder
+from spice_pl.callbacks.checkpoints import read_checkpoint
+from spice_pl.interrupts import RESUME_CODE
 from spice_pl.run import run_stages
 
 pytestmark = pytest.mark.slow
@@ -35,6 +42,7 @@ class Runs:
     single: Path
     one: Path
     dumps: Path
+    overrides: Sequence[str]
 
     def dump(self, stage: str, ranks: int, rank: int) -> dict[str, Any]:
         state = torch.load(self.dumps / f"{stage}-{ranks}-{rank}.pt", weights_only=True)
@@ -60,7 +68,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         shutil.copytree(root / "two/photos/moco", root / "one/photos/moco")
         run_stages(make_job(*overrides, f"runs_dir={root / 'one'}", "stage=proto"))
         run_stages(make_job(*overrides, f"runs_dir={root / 'single'}", "stage=moco"))
-    return Runs(*(root / each for each in ("two/photos", "single/photos", "one/photos", "dumps")))
+    two, single, one = (root / each / "photos" for each in ("two", "single", "one"))
+    return Runs(two, single, one, root / "dumps", overrides)
 
 
 @pytest.mark.parametrize("stage", ["moco", "proto", "fixmatch"])
@@ -149,6 +158,75 @@ def test_stage_2_on_two_ranks_equals_one_rank(runs: Runs) -> None:
     assert scores[0].keys() == scores[1].keys()
     for key, value in scores[1].items():
         assert scores[0][key] == pytest.approx(value, abs=1e-3), key
+
+
+def assert_same_stage_1(one: Path, other: Path) -> None:
+    """Compare two runs of stage 1 bit for bit."""
+    for name in ("encoder.safetensors", "features.npy", "metrics.csv"):
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+    states = [read_checkpoint(each / "last.ckpt")["state_dict"] for each in (one, other)]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+
+
+def test_two_ranks_that_were_stopped_inside_an_epoch_end_as_if_they_had_not_been(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK_DUMPS", str(tmp_path))
+    overrides = (*runs.overrides, f"runs_dir={tmp_path}", *TWO, "stage=moco")
+    stopping = "moco.module._target_=tests.ranks.StoppingMoCo"
+    done = train(*overrides, stopping)
+    assert done.returncode == RESUME_CODE, done.stderr
+    made = tmp_path / "photos/moco/seed0"
+    saved = read_checkpoint(made / "last.ckpt")
+    assert (saved["epoch"], saved["ViewsDataModule"]["batches_done"]) == (0, 1)
+    assert saved["epoch_sums"]["train/loss"].shape == (2, 2)  # those of each rank
+    done = train(*overrides, stopping, "resume=true")
+    assert done.returncode == 0, done.stderr
+    assert_same_stage_1(made, runs.two / "moco/seed0")
+
+
+def torchrun(*options: str, command: Sequence[str]) -> subprocess.Popen[str]:
+    """Start `torchrun OPTIONS train.py COMMAND`."""
+    return subprocess.Popen(  # noqa: S603 - our own interpreter and script
+        [
+            *(sys.executable, "-m", "torch.distributed.run"),
+            *(*options, str(ROOT / "train.py"), *command),
+        ],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_torchrun_does_what_our_own_launch_does(runs: Runs, tmp_path: Path, nodes: int) -> None:
+    """Two processes of one agent, and one process of each of two that meet on this machine."""
+    command = [*runs.overrides, f"runs_dir={tmp_path}", "trainer=ddp_cpu", "stage=moco"]
+    command += [f"trainer.devices={2 // nodes}", f"+trainer.num_nodes={nodes}"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    agents = [
+        torchrun(
+            *("--nnodes", str(nodes), "--node-rank", str(node)),
+            *("--nproc-per-node", str(2 // nodes)),
+            *("--master-addr", "127.0.0.1", "--master-port", str(port)),
+            command=command,
+        )
+        for node in range(nodes)
+    ]
+    try:
+        for agent in agents:
+            _, said = agent.communicate(timeout=240)
+            assert agent.returncode == 0, said
+    finally:
+        for agent in agents:
+            agent.kill()
+    folder = tmp_path / "photos/moco/seed0"
+    assert RunFolder(folder).metrics["devices"] == 2
+    assert_same_stage_1(folder, runs.two / "moco/seed0")
 
 
 def test_a_rank_that_fails_ends_the_job(tmp_path: Path) -> None:
