@@ -201,8 +201,11 @@ def torchrun(*options: str, command: Sequence[str]) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize("nodes", [1, 2])
-def test_torchrun_does_what_our_own_launch_does(runs: Runs, tmp_path: Path, nodes: int) -> None:
+def test_torchrun_does_what_our_own_launch_does(
+    runs: Runs, tmp_path: Path, nodes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two processes of one agent, and one process of each of two that meet on this machine."""
+    monkeypatch.setenv("RANK_DUMPS", str(tmp_path))
     command = [*runs.overrides, f"runs_dir={tmp_path}", "trainer=ddp_cpu", "stage=moco"]
     command += [f"trainer.devices={2 // nodes}", f"+trainer.num_nodes={nodes}"]
     with socket.socket() as free:
