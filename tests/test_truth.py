@@ -153,7 +153,11 @@ LEARNS = {
     "flexmatch": SEMI,
     "softmatch": SEMI,
 }
-JUDGES: dict[str, tuple[str, ...]] = {"trust": ("task.num_nulls=2",), "predict": ()}
+JUDGES: dict[str, tuple[str, ...]] = {
+    "estimate_k": ("task.largest=4",),
+    "trust": ("task.num_nulls=2",),
+    "predict": (),
+}
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +186,8 @@ def ran(
 
 def handed_on(folder: Path) -> dict[str, bytes]:
     """Everything that a stage hands on or a person reads as its answer, scores left out."""
-    kinds = ("*.safetensors", "*.npy", "*.spice", "clusters.csv", "predictions.csv", "trust.html")
+    kinds = ("*.safetensors", "*.npy", "*.spice", "clusters.csv", "predictions.csv", "k.csv")
+    kinds += ("trust.html", "k.svg")
     return {file.name: file.read_bytes() for kind in kinds for file in folder.glob(kind)}
 
 
