@@ -25,7 +25,7 @@ def cluster_budgets(shares: Tensor, total: int, floor: int = 2) -> Tensor:
     Raises:
         ValueError: shares are negative, not finite or all 0, or the total is below K floor.
 
-    Example:
+    Examples:
         >>> cluster_budgets(torch.tensor([10.0, 4.0, 1.0]), total=36)
         tensor([22, 10,  4])
     """

@@ -148,7 +148,7 @@ def prototype_shares(
     Returns:
         Shares (H, K) or (K,); rows sum to one.
 
-    Example:
+    Examples:
         >>> embeddings = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.8, 0.2], [0.0, 1.0]])
         >>> probs = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.1, 0.9]])
         >>> prototype_shares(embeddings, probs)
