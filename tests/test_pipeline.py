@@ -111,7 +111,7 @@ def test_all_stages_leave_their_artifacts(straight: Finished) -> None:
         *("metrics.csv", "metrics.json", ".hydra/config.yaml", ".hydra/overrides.yaml"),
     }
     clustered = {"clusters.csv", "head.safetensors", "probs.npy", "report.html", "table.md"}
-    clustered.add("model.spice")
+    clustered |= {"model.spice", "attention.npz"}
     for stage in STAGES:
         files = set(contents(straight.folder(stage).path))
         heads = {"heads.safetensors"} if stage == "proto" else set()
