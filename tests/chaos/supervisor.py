@@ -236,8 +236,12 @@ def chaos(root: Path, seed: int, kills: int) -> dict[str, Any]:
             how = draw.choice(["SIGKILL", "SIGKILL", "SIGTERM", "SIGINT", "full disk"])
             number = 0 if how == "full disk" else int(signal.Signals[how])
             anywhere = how != "full disk" and draw.random() < 0.3
+            training = how != "full disk" and draw.random() < 0.4
             act = disk_full if how == "full disk" else partial(signal.raise_signal, number)
             save_each_batch = draw.random() < 0.5
+            trap = Trap(-1 if anywhere else at, act)
+            if training and not anywhere:  # of the steps of all kinds few are inside an epoch
+                trap.at = draw.randint(2, 12)
             code, _ = fork(
                 [
                     *base,
@@ -246,7 +250,7 @@ def chaos(root: Path, seed: int, kills: int) -> dict[str, Any]:
                     *(["resume=true"] if part else []),
                 ],
                 log,
-                Trap(-1 if anywhere else at, act).install,
+                trap.install_in_training if training else trap.install,
                 draw.uniform(0.2, 1.0) * seconds / 2 if anywhere else None,
                 number,
             )
