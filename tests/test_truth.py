@@ -186,8 +186,10 @@ def ran(
 
 def handed_on(folder: Path) -> dict[str, bytes]:
     """Everything that a stage hands on or a person reads as its answer, scores left out."""
-    kinds = ("*.safetensors", "*.npy", "*.spice", "clusters.csv", "predictions.csv", "k.csv")
-    kinds += ("trust.html", "k.svg")
+    kinds = (
+        *("*.safetensors", "*.npy", "*.spice", "clusters.csv", "predictions.csv"),
+        *("trust.html", "k.csv", "k.svg"),
+    )
     return {file.name: file.read_bytes() for kind in kinds for file in folder.glob(kind)}
 
 
