@@ -348,8 +348,8 @@ class ProtoHeadModule(Stage):
             clusters.append(probs.argmax(dim=1))
         costs = torch.stack(losses)  # (H,)
         if self.selection == "consensus":
-            alike = consensus(torch.stack(clusters), self.num_clusters)  # (H,)
-            costs = (1 - alike).to(costs)
+            alike = consensus(torch.stack(clusters), self.num_clusters).to(costs)  # (H,)
+            costs = 1 - alike
             for head, each in enumerate(alike):
                 self.record(f"val/consensus_head_{head}", each)
         cost, head_index = costs.min(dim=0)

@@ -42,5 +42,7 @@ class Report:
                 return fine_feature_map(model.network.encoder, plain)
 
             write_attention(folder, images, int(metrics["num_clusters"]), places)
+        else:
+            logger.info("no %s there: where it looks stays as it was", portable.FILE_NAME)
         data = report_data(folder, context.upstream[1:], images, metrics, self.map_method)
         logger.info("%s", write_report(data, folder.path / "report.html"))
