@@ -236,7 +236,7 @@ def chaos(root: Path, seed: int, kills: int) -> dict[str, Any]:
             how = draw.choice(["SIGKILL", "SIGKILL", "SIGTERM", "SIGINT", "full disk"])
             number = 0 if how == "full disk" else int(signal.Signals[how])
             anywhere = how != "full disk" and draw.random() < 0.3
-            training = how != "full disk" and draw.random() < 0.4
+            training = how != "full disk" and draw.random() < 0.6
             act = disk_full if how == "full disk" else partial(signal.raise_signal, number)
             save_each_batch = draw.random() < 0.5
             trap = Trap(-1 if anywhere else at, act)
