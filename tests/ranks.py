@@ -18,6 +18,7 @@ from spice_pl.stages.base import Stage
 from spice_pl.stages.fixmatch import ReliableFixMatchModule
 from spice_pl.stages.moco import MoCoModule
 from spice_pl.stages.proto import ProtoHeadModule
+from spice_pl.stages.semi import SemiSupervisedModule
 from spice_pl.stages.simclr import SimCLRModule
 
 
@@ -65,6 +66,27 @@ class DumpingFixMatch(ReliableFixMatchModule):
     def on_train_end(self) -> None:
         super().on_train_end()
         dump(self, "fixmatch", reliable=self.reliable_index, pseudo_labels=self.pseudo_labels)
+
+
+class DumpingSemi(SemiSupervisedModule):
+    """ClusMatch and its family."""
+
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        dump(self, self.name, reliable=self.reliable_index, pseudo_labels=self.pseudo_labels)
+
+
+class Flat(nn.Module):
+    """A backbone without BatchNorm, whose statistics ranks do not share."""
+
+    def __init__(self, num_pixels: int, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.layer = nn.Linear(num_pixels, num_features)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features: Tensor = self.layer(images.flatten(1)).relu()
+        return features
 
 
 class StoppingMoCo(MoCoModule):

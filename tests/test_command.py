@@ -107,6 +107,13 @@ def test_folders_of_an_ablation_share_stage_1() -> None:
     ]
 
 
+def test_sweep_reads_an_upstream_that_is_composed_with_its_own_command_alone() -> None:
+    overrides = "stage=proto", "proto.upstream=embed", "proto.module.lr=0.5", "seed=3"
+    job = make_job(*overrides, "dataset.limit=900", sweep=True)
+    (upstream,) = job.upstream_folders("proto")
+    assert upstream.path.as_posix() == "runs/digits/embed/seed3,dataset.limit=900"
+
+
 def test_folders_of_a_sweep_do_not_depend_on_the_order_of_settings() -> None:
     one = folders("moco.epochs=3", "proto.epochs=4", sweep=True)
     other = folders("proto.epochs=4", "moco.epochs=3", sweep=True)

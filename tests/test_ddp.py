@@ -160,6 +160,40 @@ def test_stage_2_on_two_ranks_equals_one_rank(runs: Runs) -> None:
         assert scores[0][key] == pytest.approx(value, abs=1e-3), key
 
 
+def test_clusmatch_on_two_ranks_equals_one_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Selection, thresholds, k-means labels and weights; without upstream weights."""
+    monkeypatch.setenv("RANK_DUMPS", str(tmp_path))
+    root = write_folder(tmp_path / "photos", classes=True)
+    guess = np.full((NUM_IMAGES, 3), 0.05, dtype=np.float32)
+    guess[np.arange(NUM_IMAGES), np.arange(NUM_IMAGES) // 30] = 0.9  # paths sort by class
+    np.save(tmp_path / "probs.npy", guess)
+    overrides = (
+        *("stage=clusmatch", "dataset=folder", f"dataset.root={root}"),
+        *(f"cache_dir={tmp_path / 'cache'}", *TINY, "allow_targets=[tests]"),
+        *("clusmatch.module._target_=tests.ranks.DumpingSemi", "clusmatch.upstream=null"),
+        *("clusmatch.module.init=scratch", f"clusmatch.module.probs_file={tmp_path}/probs.npy"),
+        *("clusmatch.epochs=2", "clusmatch.module.steps_per_epoch=4"),
+        # fairness compares a rank's own batch with all ranks' shares: not linear in the batch
+        *("clusmatch.module.kmeans_steps=3", "clusmatch.module.losses.fairness=0"),
+        *("clusmatch.streams.labelled.batch_size=4", "clusmatch.streams.unlabelled.batch_size=10"),
+        "~clusmatch.module.backbone",
+        "+clusmatch.module.backbone={_target_:tests.ranks.Flat,num_pixels:192,num_features:6}",
+    )
+    done = train(*overrides, f"runs_dir={tmp_path / 'two'}", *TWO)
+    assert done.returncode == 0, done.stderr
+    run_stages(make_job(*overrides, f"runs_dir={tmp_path / 'one'}"))
+    one, first, second = (
+        torch.load(tmp_path / f"clusmatch-{ranks}-{rank}.pt", weights_only=True)
+        for ranks, rank in ((1, 0), (2, 0), (2, 1))
+    )
+    assert {"threshold.matrix", "kmeans_labels", "reliable", "ema_head.weight"} <= one.keys()
+    for key, value in one.items():
+        assert torch.equal(first[key], second[key]), key
+        torch.testing.assert_close(first[key], value, rtol=1e-3, atol=1e-4, msg=key)
+
+
 def assert_same_stage_1(one: Path, other: Path) -> None:
     """Compare two runs of stage 1 bit for bit."""
     for name in ("encoder.safetensors", "features.npy", "metrics.csv"):

@@ -84,8 +84,10 @@ class Job:
         return RunFolder(Path(cfg.runs_dir, str(cfg.dataset.name), stage, name))
 
     def _reaching(self, stage: str) -> list[str]:
-        # A stage may read another's settings by interpolation, as freematch those of fixmatch.
-        read = set(re.findall(r"\$\{(\w+)", OmegaConf.to_yaml(self.cfg[stage])))
+        # A stage may read another's settings by interpolation, as freematch those of fixmatch. One
+        # that was composed with its own command alone, as embed, has none here.
+        own = self.cfg[stage] if stage in self.cfg else OmegaConf.create()
+        read = set(re.findall(r"\$\{(\w+)", OmegaConf.to_yaml(own)))
         others = {
             key
             for key, value in self.cfg.items()

@@ -1,3 +1,5 @@
+import logging
+
 import pytest
 import torch
 
@@ -79,3 +81,51 @@ def test_refuses_more_neighbours_than_keys(k: int) -> None:
 def test_refuses_an_empty_chunk() -> None:
     with pytest.raises(ValueError, match="chunk_size 0 holds no query; raise it to at least 1"):
         nearest_neighbors(gaussian(2, 3), gaussian(4, 3), 1, chunk_size=0)
+
+
+def crowd(num_samples: int = 6000) -> torch.Tensor:
+    """Samples around twenty centres."""
+    centres = 2 * gaussian(20, 16)
+    return (centres[torch.arange(num_samples) % 20] + gaussian(num_samples, 16, seed=1)).float()
+
+
+def test_very_many_keys_are_searched_by_faiss_with_the_recall_that_it_says(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("faiss")
+    keys = crowd()
+    wanted_similarity, wanted = nearest_neighbors(keys, keys, 10)
+    monkeypatch.setattr(neighbors, "EXACT_UP_TO", 1000)
+    with caplog.at_level(logging.INFO):
+        similarity, index = nearest_neighbors(keys, keys, 10)
+    assert similarity.shape == index.shape == (6000, 10)
+    recall = sum(len({*a} & {*b}) for a, b in zip(index.tolist(), wanted.tolist(), strict=True))
+    assert 0.98 <= recall / wanted.numel() <= 1
+    assert float((similarity - wanted_similarity).abs().max()) < 0.1
+    (said,) = [record for record in caplog.records if "faiss" in record.message]
+    assert said.args is not None
+    assert said.args[3] >= neighbors.RECALL  # type: ignore[index,operator]
+    assert abs(float(said.args[3]) - recall / wanted.numel()) < 0.01  # type: ignore[index,arg-type]
+
+
+def test_cells_with_too_few_keys_are_filled_up_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("faiss")
+    keys = crowd(1500)
+    monkeypatch.setattr(neighbors, "EXACT_UP_TO", 1000)
+    monkeypatch.setattr(neighbors, "RECALL", 0.0)  # eight cells, some 80 of the samples
+    monkeypatch.setattr(neighbors, "_recall", lambda *_: 1.0)
+    _, index = nearest_neighbors(keys, keys, 200)
+    assert int(index.min()) >= 0
+    assert all(len(set(row)) == 200 for row in index.tolist())
+
+
+def test_without_faiss_the_search_stays_exact_and_says_what_would_help(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    keys = crowd(1200)
+    wanted = nearest_neighbors(keys, keys, 5)[1]
+    monkeypatch.setattr(neighbors, "EXACT_UP_TO", 1000)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert torch.equal(nearest_neighbors(keys, keys, 5)[1], wanted)
+    assert "1200 samples" in caplog.text
+    assert "spice-pl[ann]" in caplog.text

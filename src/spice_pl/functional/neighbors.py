@@ -1,13 +1,25 @@
-"""Exact nearest neighbours by cosine, in bounded memory.
+"""Nearest neighbours by cosine, in bounded memory; exact unless there are very many keys.
 
-Shapes: Q queries, N keys, D feature width, k neighbours.
+Shapes: Q queries, b queries of a chunk, N keys, D feature width, k neighbours.
 """
+
+import importlib.util
+import logging
+import math
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+logger = logging.getLogger(__name__)
+
+Search = Callable[[Tensor], tuple[Tensor, Tensor]]  # queries (b, D) -> similarity, index (b, k)
+
 SIMILARITIES_PER_CHUNK = 2**26  # 256 MiB in float32
+EXACT_UP_TO = 200_000  # keys on a processor; a product of 200,000 x 200,000 x 512 takes minutes
+RECALL = 0.99  # that an approximate search has to reach
+NUM_PROBES = 1000  # exact queries that its recall is measured on
 
 
 def unit_rows(features: Tensor) -> Tensor:
@@ -53,8 +65,7 @@ def nearest_neighbors(
         queries: (Q, D); rows are l2-normalised here, so raw features are welcome.
         keys: (N, D), likewise.
         k: neighbours per query, 1 to N.
-        chunk_size: queries at a time, so that memory grows with chunk_size * N and never Q * N;
-            by default as many as keep a chunk at 2^26 similarities.
+        chunk_size: see `neighbor_chunks`.
 
     Returns:
         Similarity (Q, k) in [-1, 1], nearest first, and index (Q, k) into the keys.
@@ -67,18 +78,101 @@ def nearest_neighbors(
         >>> nearest_neighbors(torch.tensor([[0.0, 2.0]]), keys, k=2)
         (tensor([[1.0000, 0.8000]]), tensor([[1, 2]]))
     """
+    values, indices = zip(*neighbor_chunks(queries, keys, k, chunk_size), strict=True)
+    return torch.cat(values), torch.cat(indices)  # (Q, k) each
+
+
+def neighbor_chunks(
+    queries: Tensor, keys: Tensor, k: int, chunk_size: int | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Find the k nearest keys of some queries at a time, for sets whose (Q, k) is too large.
+
+    The search is exact up to 200,000 keys and on a GPU. Beyond, with the extra `ann`, faiss looks
+    into as many cells of an inverted file as it takes to find 99 % of what 1,000 exact queries
+    find; the log gives the measured recall. Without the extra it stays exact, and the log says so.
+
+    Args:
+        queries: (Q, D); rows are l2-normalised here, so raw features are welcome.
+        keys: (N, D), likewise.
+        k: neighbours per query, 1 to N.
+        chunk_size: queries at a time, so that memory grows with chunk_size * N and never Q * N;
+            by default as many as keep an exact chunk at 2^26 similarities.
+
+    Yields:
+        Similarity (b, k) in [-1, 1], nearest first, and index (b, k) into the keys; at least once.
+
+    Raises:
+        ValueError: k or chunk_size out of range.
+    """
     if not 1 <= k <= len(keys):
         raise ValueError(f"k {k} is not between 1 and the {len(keys)} keys; choose a k in there")
-    if chunk_size is None:
-        chunk_size = max(1, SIMILARITIES_PER_CHUNK // len(keys))
-    if chunk_size < 1:
+    if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size {chunk_size} holds no query; raise it to at least 1")
     unit = unit_rows(keys)
     queries = unit if queries is keys else unit_rows(queries)  # no second copy of all features
-    keys = unit
-    chunks = [
-        similarities(queries[start : start + chunk_size], keys).topk(k, dim=-1)  # (chunk_size, k)
-        for start in range(0, max(1, len(queries)), chunk_size)
-    ]
-    values, indices = zip(*chunks, strict=True)
-    return torch.cat(values), torch.cat(indices)  # (Q, k) each
+    find, fitting = _exact(unit, k), max(1, SIMILARITIES_PER_CHUNK // len(keys))
+    if min(len(keys), len(queries)) > EXACT_UP_TO and keys.device.type == "cpu":
+        if importlib.util.find_spec("faiss"):
+            find, fitting = _approximate(unit, k), NUM_PROBES
+        else:
+            logger.warning(
+                "the exact search of neighbours among %d samples multiplies each with each, which "
+                "takes long; pip install 'spice-pl[ann]' finds about all of them much sooner",
+                len(keys),
+            )
+    for start in range(0, max(1, len(queries)), chunk_size or fitting):
+        yield find(queries[start : start + (chunk_size or fitting)])
+
+
+def _exact(keys: Tensor, k: int) -> Search:
+    def find(queries: Tensor) -> tuple[Tensor, Tensor]:
+        values, indices = similarities(queries, keys).topk(k, dim=-1)
+        return values, indices
+
+    return find
+
+
+def _approximate(keys: Tensor, k: int) -> Search:
+    """Build an inverted file and widen the search until it finds what an exact one would."""
+    import faiss
+
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    rows, width, exact = keys.numpy(), keys.shape[1], _exact(keys, k)
+    num_cells = round(4 * math.sqrt(len(keys)))
+    # half precision: the second copy of all embeddings takes half the memory of the first
+    index = faiss.IndexIVFScalarQuantizer(
+        faiss.IndexFlatIP(width),
+        width,
+        num_cells,
+        faiss.ScalarQuantizer.QT_fp16,
+        faiss.METRIC_INNER_PRODUCT,
+    )
+    index.cp.niter, index.cp.max_points_per_centroid = 5, 64
+    index.train(rows[:: max(1, len(rows) // (64 * num_cells))])
+    index.add(rows)
+
+    def find(queries: Tensor) -> tuple[Tensor, Tensor]:
+        found = index.search(queries.numpy(), k)
+        values, indices = torch.from_numpy(found[0]), torch.from_numpy(found[1])
+        few = (indices < 0).any(dim=1)  # less than k samples in the cells that were searched
+        if few.any():
+            values[few], indices[few] = exact(queries[few])
+        return values, indices
+
+    probes = keys[:: max(1, len(keys) // NUM_PROBES)][:NUM_PROBES]
+    wanted = exact(probes)[1]
+    index.nprobe, recall = 4, 0.0
+    while recall < RECALL and index.nprobe < num_cells:
+        index.nprobe = min(2 * index.nprobe, num_cells)
+        recall = _recall(find(probes)[1], wanted)
+    logger.info(
+        "neighbours among %d samples by faiss: %d of %d cells searched, recall %.4f on %d exact "
+        "queries",
+        *(len(keys), index.nprobe, num_cells, recall, len(probes)),
+    )
+    return find
+
+
+def _recall(found: Tensor, wanted: Tensor) -> float:
+    """Share of the wanted indices (Q, k) that were found for their query."""
+    return float((found.unsqueeze(-1) == wanted.unsqueeze(1)).any(dim=1).float().mean())

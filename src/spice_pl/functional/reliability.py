@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from spice_pl.functional.neighbors import nearest_neighbors
+from spice_pl.functional.neighbors import neighbor_chunks
 
 Balance = Literal["none", "min", "cap"]
 
@@ -47,9 +47,12 @@ def local_consistency(
             f"num_neighbors {num_neighbors} is not between 1 and the {len(embeddings)} samples; "
             f"lower it to at most {len(embeddings)}"
         )
-    _, index = nearest_neighbors(embeddings, embeddings, num_neighbors, chunk_size)
-    same = clusters[index] == clusters.unsqueeze(-1)  # (N, N_s)
-    return same.sum(dim=-1).float() / num_neighbors  # (N,)
+    agreements, start = torch.empty(len(clusters), device=clusters.device), 0
+    for _, index in neighbor_chunks(embeddings, embeddings, num_neighbors, chunk_size):
+        rows = slice(start, start := start + len(index))
+        same = clusters[index] == clusters[rows].unsqueeze(-1)  # (b, N_s)
+        agreements[rows] = same.sum(dim=-1).float() / num_neighbors
+    return agreements
 
 
 def reliable_mask(
