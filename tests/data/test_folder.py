@@ -5,6 +5,8 @@ import logging
 import os
 import shutil
 import struct
+import subprocess
+import sys
 import time
 import zlib
 from collections.abc import Callable
@@ -287,6 +289,84 @@ def test_interrupted_decoding_is_gone_on_with(
     assert not [name for name in stores(tmp_path) if name.endswith(".part")]
     monkeypatch.undo()
     assert images.fingerprint == folder(str(root), S, str(tmp_path / "another")).fingerprint
+
+
+KILLS = """
+import os, signal, sys
+from pathlib import Path
+from spice_pl.data import store
+from spice_pl.data.folder import folder
+
+root, caches = sys.argv[1], Path(sys.argv[2])
+store.STEP_IMAGES = (3, 3)
+left, cache, append = None, "", store._append
+
+
+def strike():
+    global left
+    if left is not None:
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def heard(event, args):
+    if event in ("open", "os.rename", "os.remove", "os.truncate"):
+        if str(args[0]).startswith(cache):
+            strike()
+
+
+def torn(path, arrays):
+    with path.open("ab") as file:  # half of the bytes, then the blow
+        file.write(b"".join(array.tobytes() for array in arrays)[:1000])
+        file.flush()
+        size = file.tell()
+        strike()
+    os.truncate(path, size - min(1000, sum(array.nbytes for array in arrays)))
+    append(path, arrays)
+
+
+def make(cache_dir):
+    images = folder(root, 4, str(cache_dir))
+    return images.fingerprint, list(images.keys), list(images.skipped), images.images.tobytes()
+
+
+straight, ends, deaths, parts = make(caches / "straight"), 0, 0, 0
+sys.addaudithook(heard)
+store._append = torn
+while not ends:  # die at the first blow, at the second, ... until one run gets through
+    cache_dir = caches / f"killed-{deaths}"
+    for attempt in range(3):  # twice at this blow, then straight on
+        pid = os.fork()
+        if not pid:
+            cache, left = str(cache_dir), deaths if attempt < 2 else None
+            os._exit(0 if make(cache_dir) == straight else 1)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        assert code in ((0, -signal.SIGKILL) if attempt < 2 else (0,)), (deaths, attempt, code)
+        parts += code != 0 and not list(cache_dir.glob("[!.]*/index.json"))
+        ends += attempt == 0 and code == 0
+    deaths += 1
+print(deaths - 1, parts)
+"""
+
+
+@pytest.mark.slow
+def test_a_store_is_whole_wherever_its_writer_is_killed(root: Path, tmp_path: Path) -> None:
+    for i in range(8):
+        solid(root / f"{i}.png", 10 * i)
+    (root / "1.png").write_bytes(b"")
+    done = subprocess.run(  # noqa: S603 - our own interpreter
+        [sys.executable, "-c", KILLS, str(root), str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": str(Path(module.__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    deaths, parts = map(int, done.stdout.split()[-2:])
+    assert deaths >= 30  # places where the process was killed
+    assert parts >= 30
 
 
 def test_one_process_writes_and_the_others_wait(

@@ -247,9 +247,9 @@ def _finish(
         json.dump(index, file)
         file.flush()
         os.fsync(file.fileno())
-    for name in ("files.part", "journal.jsonl"):
-        (part / name).unlink()
     os.rename(part, place)
+    for name in ("files.part", "journal.jsonl"):  # a part that lost them would start anew
+        (place / name).unlink()
 
 
 class _Journal:
