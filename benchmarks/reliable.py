@@ -7,7 +7,8 @@ exact Eq. 6 cannot do without, every embedding with every other, in the same chu
 images it is measured on 2^32 of the pairs and scaled. Memory is what the process adds while it
 selects. Times are processor time, which other work on the machine hardly changes. One thread unless
 OMP_NUM_THREADS says otherwise. 60,000 images are CIFAR's: --images 60000. More than 200,000 are
-searched by faiss (pip install 'spice-pl[ann]'), with the recall on 1,000 exact queries. Prints a table and, as its last line, the same as JSON.
+searched by faiss (pip install 'spice-pl[ann]'), with its recall on 1,000 exact queries. Prints a
+table and, as its last line, the same as JSON.
 """
 
 import argparse

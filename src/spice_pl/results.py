@@ -222,6 +222,8 @@ def score_row(name: str, clusters: NDArray[np.int64], images: ImageSet, **more: 
         scores = clustering_scores(
             torch.from_numpy(clusters[index]), torch.from_numpy(images.labels[index])
         )
+        if len(np.unique(clusters[index])) <= len(np.unique(images.labels[index])):
+            del scores["purity"]  # says nothing beside ACC
     return ResultRow(name, **scores, protocol=images.protocol, **more)
 
 

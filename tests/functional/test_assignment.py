@@ -86,12 +86,12 @@ def test_an_empty_cluster_changes_nothing() -> None:
 @pytest.mark.parametrize("num_samples", [1, 7])
 def test_one_cluster_and_one_class_agree(num_samples: int) -> None:
     zeros = torch.zeros(num_samples, dtype=torch.long)
-    assert clustering_scores(zeros, zeros) == {"acc": 1.0, "nmi": 1.0, "ari": 1.0}
+    assert clustering_scores(zeros, zeros) == {"acc": 1.0, "nmi": 1.0, "ari": 1.0, "purity": 1.0}
 
 
 def test_one_cluster_of_many_classes_is_worth_nothing() -> None:
     scores = scores_from_counts(torch.tensor([[1, 1, 1, 3, 7]]))
-    assert scores == {"acc": 7 / 13, "nmi": 0.0, "ari": 0.0}
+    assert scores == {"acc": 7 / 13, "nmi": 0.0, "ari": 0.0, "purity": 7 / 13}
 
 
 def test_one_cluster_a_sample() -> None:
@@ -119,7 +119,17 @@ def test_a_million_samples_do_not_overflow() -> None:
 
 def test_one_stray_sample_in_a_million_keeps_its_digits() -> None:
     table = torch.tensor([[999_999, 0], [0, 1]])
-    assert scores_from_counts(table) == pytest.approx({"acc": 1.0, "nmi": 1.0, "ari": 1.0})
+    ones = dict.fromkeys(("acc", "nmi", "ari", "purity"), 1.0)
+    assert scores_from_counts(table) == pytest.approx(ones)
+
+
+def test_purity_counts_clusters_that_the_match_leaves_over() -> None:
+    table = torch.tensor([[5, 0], [4, 1], [0, 3], [1, 6]])  # 4 clusters, 2 classes, 20 samples
+    scores = scores_from_counts(table)
+    assert scores["acc"] == (5 + 6) / 20
+    assert scores["purity"] == (5 + 4 + 3 + 6) / 20
+    merged = scores_from_counts(torch.stack([table[:2].sum(0), table[2:].sum(0)]))
+    assert merged["purity"] == merged["acc"] == scores["purity"]
 
 
 def test_samples_without_truth_are_not_counted() -> None:

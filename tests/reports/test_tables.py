@@ -65,3 +65,10 @@ def test_rich_shows_the_same_and_takes_no_markup_from_names() -> None:
     text = console.file.getvalue()  # type: ignore[attr-defined]
     for expected in ("0.912", "2 min 05 s", "[red]x[/red]", "–", NO_LABELS):
         assert expected in text
+
+
+def test_purity_stands_below_rows_of_more_clusters_than_classes() -> None:
+    over = ResultRow("proto", 0.4, 0.5, 0.3, "whole", 0, 1.0, purity=0.912)
+    assert "purity" not in results_markdown([SCORED])
+    assert "proto: more clusters than classes." in results_markdown([SCORED, over])
+    assert "0.912 of the images" in results_markdown([SCORED, over])

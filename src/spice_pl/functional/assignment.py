@@ -1,4 +1,4 @@
-"""Agreement of clusters with classes: ACC, NMI, ARI, all from one table of counts.
+"""Agreement of clusters with classes: ACC, NMI, ARI and purity, all from one table of counts.
 
 Shapes: N samples, K clusters, C classes; K and C may differ.
 """
@@ -70,14 +70,16 @@ def scores_from_counts(table: Tensor) -> dict[str, float]:
     """Score clusters against classes in float64.
 
     ACC after Hungarian matching; NMI with the geometric mean of the entropies, as in the SPICE
-    paper (scikit-learn's default is the arithmetic mean); ARI after Hubert and Arabie 1985.
+    paper (scikit-learn's default is the arithmetic mean); ARI after Hubert and Arabie 1985; purity
+    counts every cluster as its most frequent class, so it can only rise with K: for more clusters
+    than classes, where the match of ACC leaves K - C clusters without a class.
 
     Args:
         table: (K, C), counts; empty rows and columns change nothing.
 
     Returns:
-        acc and nmi in [0, 1] and ari in [-1, 1]; higher is better. One cluster and one class
-        score 1, as in scikit-learn.
+        acc, nmi and purity in [0, 1] and ari in [-1, 1]; higher is better. One cluster and one
+        class score 1, as in scikit-learn.
 
     Raises:
         ValueError: the table is empty.
@@ -93,7 +95,8 @@ def scores_from_counts(table: Tensor) -> dict[str, float]:
     table = table.cpu()
     matched = match >= 0  # (K,)
     hits = int(table[matched, match[matched]].sum())
-    return {"acc": hits / total, "nmi": _nmi(table), "ari": _ari(table)}
+    purest = int(table.max(dim=1).values.sum())
+    return {"acc": hits / total, "nmi": _nmi(table), "ari": _ari(table), "purity": purest / total}
 
 
 def clustering_scores(clusters: Tensor, labels: Tensor) -> dict[str, float]:
@@ -104,14 +107,14 @@ def clustering_scores(clusters: Tensor, labels: Tensor) -> dict[str, float]:
         labels: (N,), ids from 0, or -1 for a sample without truth, which is not counted.
 
     Returns:
-        acc, nmi, ari.
+        acc, nmi, ari, purity.
 
     Raises:
         ValueError: the shapes disagree, an id is out of range, or no sample has a label.
 
     Examples:
         >>> clustering_scores(torch.tensor([1, 1, 0]), torch.tensor([0, 0, 1]))
-        {'acc': 1.0, 'nmi': 1.0, 'ari': 1.0}
+        {'acc': 1.0, 'nmi': 1.0, 'ari': 1.0, 'purity': 1.0}
     """
     sizes = [int(ids.max()) + 1 if ids.numel() else 0 for ids in (clusters, labels)]
     return scores_from_counts(count_table(clusters, labels, *sizes))

@@ -26,6 +26,8 @@ class ResultRow:
         seed: of the run.
         seconds: wall time.
         oracle: whether labels had a part in choosing this result.
+        purity: share of the images in their cluster's most frequent class, in [0, 1]; None without
+            labels, or with no more clusters than classes.
     """
 
     name: str
@@ -36,6 +38,7 @@ class ResultRow:
     seed: int
     seconds: float
     oracle: bool = False
+    purity: float | None = None
 
     @property
     def has_scores(self) -> bool:
@@ -83,8 +86,15 @@ def mean_std(values: Sequence[float]) -> str:
 
 
 def footnotes(rows: Sequence[ResultRow]) -> list[str]:
-    """What a reader of these rows has to know: missing labels, oracle choices."""
+    """What a reader of these rows has to know: purity, missing labels, oracle choices."""
     notes = []
+    for row in rows:
+        if row.purity is not None:
+            notes.append(
+                f"{row.name}: more clusters than classes. ACC counts one cluster a class; with every "
+                f"cluster counted as its most frequent class, {row.purity:.3f} of the images are "
+                "right (purity)."
+            )
     if not all(row.has_scores for row in rows):
         notes.append(NO_LABELS)
     if any(row.oracle for row in rows):
