@@ -91,8 +91,8 @@ def footnotes(rows: Sequence[ResultRow]) -> list[str]:
     for row in rows:
         if row.purity is not None:
             notes.append(
-                f"{row.name}: more clusters than classes. ACC counts one cluster a class; with every "
-                f"cluster counted as its most frequent class, {row.purity:.3f} of the images are "
+                f"{row.name}: more clusters than classes. ACC counts one cluster a class; with "
+                f"every cluster counted as its most frequent class, {row.purity:.3f} of the images are "
                 "right (purity)."
             )
     if not all(row.has_scores for row in rows):
