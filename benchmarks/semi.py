@@ -1,9 +1,11 @@
 """Stage 3 and its family on the same features and labels: which method adds what?
 
-    python benchmarks/semi.py [--seeds 5] [--dataset digits] [--stages fixmatch,clusmatch,...]
+    python benchmarks/semi.py [--seeds 5] [--stages fixmatch,clusmatch,...] [--before moco,proto]
                               [--runs-dir DIR] [KEY=VALUE ...]
+    python benchmarks/semi.py --before simclr,proto experiment=cifar10_quick \\
+                              dataset=folder dataset.root=photos dataset.num_clusters=10
 
-Makes stages 1 and 2 once a seed, then runs every method on them in one multirun, and prints a
+Makes the stages before once a seed, then runs every method on them in one multirun, and prints a
 Markdown table, mean ± standard deviation over the seeds: ACC, NMI, ARI, share and accuracy of the
 labels that were learnt (truth, for this table only), time on top of the stages before. Last line:
 the same as JSON. Runs that are finished in --runs-dir are reused.
@@ -29,30 +31,29 @@ STAGES = "fixmatch,clusmatch,freematch,flexmatch,softmatch,scan,selflabel,superv
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds, from 0 on")
-    parser.add_argument("--dataset", default="digits")
+    parser.add_argument("--before", default="moco,proto", help="made first; the last one is a row")
     parser.add_argument("--stages", default=STAGES, help="of the family, with commas between")
-    parser.add_argument("--runs-dir", type=Path, help="keep the runs here, reuse what is there")
+    parser.add_argument("--runs-dir", type=Path, help="of one data set: kept, and reused")
     args, overrides = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as temporary:
         runs_dir = args.runs_dir or Path(temporary)
         seeds = list(range(args.seeds))
-        for stage in ("moco", "proto", *args.stages.split(",")):
-            missing = [seed for seed in seeds if not _finished(runs_dir, args.dataset, stage, seed)]
+        before, stages = args.before.split(","), args.stages.split(",")
+        for stage in (*before, *stages):
+            missing = [seed for seed in seeds if not _finished(runs_dir, stage, seed)]
             if missing:
-                multirun(runs_dir, args.dataset, stage, missing, overrides)
+                multirun(runs_dir, stage, missing, overrides)
         found = {
-            stage: [_finished(runs_dir, args.dataset, stage, seed)[0] for seed in seeds]
-            for stage in ("proto", *args.stages.split(","))
+            stage: [_finished(runs_dir, stage, seed)[0] for seed in seeds]
+            for stage in (before[-1], *stages)
         }
         print(table(found))
         print(json.dumps({stage: figures(runs) for stage, runs in found.items()}))
 
 
-def multirun(
-    runs_dir: Path, dataset: str, stage: str, seeds: Sequence[int], overrides: Sequence[str]
-) -> None:
+def multirun(runs_dir: Path, stage: str, seeds: Sequence[int], overrides: Sequence[str]) -> None:
     """Run one stage for several seeds."""
-    fixed = [f"stage={stage}", f"dataset={dataset}", f"runs_dir='{runs_dir}'"]
+    fixed = [f"stage={stage}", f"runs_dir='{runs_dir}'"]
     fixed += [f"seed={','.join(map(str, seeds))}", "overwrite=true"]
     command = [sys.executable, "train.py", "-m", *fixed, *overrides]
     code = subprocess.run(command, cwd=ROOT, check=False, stdout=sys.stderr).returncode
@@ -60,9 +61,9 @@ def multirun(
         raise SystemExit(f"error: stage {stage} ended with code {code}: {' '.join(command[1:])}")
 
 
-def _finished(runs_dir: Path, dataset: str, stage: str, seed: int) -> list[dict[str, Any]]:
+def _finished(runs_dir: Path, stage: str, seed: int) -> list[dict[str, Any]]:
     """Metrics of a stage's finished runs of one seed."""
-    files = sorted((runs_dir / dataset / stage).glob(f"seed{seed}*/metrics.json"))
+    files = sorted(runs_dir.glob(f"*/{stage}/seed{seed}*/metrics.json"))
     found = [json.loads(file.read_text()) for file in files]
     return [each for each in found if each["seed"] == seed]
 

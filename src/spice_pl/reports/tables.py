@@ -92,8 +92,8 @@ def footnotes(rows: Sequence[ResultRow]) -> list[str]:
         if row.purity is not None:
             notes.append(
                 f"{row.name}: more clusters than classes. ACC counts one cluster a class; with "
-                f"every cluster counted as its most frequent class, {row.purity:.3f} of the images are "
-                "right (purity)."
+                f"every cluster counted as its most frequent class, {row.purity:.3f} of the images "
+                "are right (purity)."
             )
     if not all(row.has_scores for row in rows):
         notes.append(NO_LABELS)
