@@ -2,8 +2,7 @@
 
     python benchmarks/semi.py [--seeds 5] [--stages fixmatch,clusmatch,...] [--before moco,proto]
                               [--runs-dir DIR] [KEY=VALUE ...]
-    python benchmarks/semi.py --before simclr,proto experiment=cifar10_quick \\
-                              dataset=folder dataset.root=photos dataset.num_clusters=10
+    python benchmarks/semi.py --before simclr,proto experiment=cifar10_quick dataset=folder ...
 
 Makes the stages before once a seed, then runs every method on them in one multirun, and prints a
 Markdown table, mean ± standard deviation over the seeds: ACC, NMI, ARI, share and accuracy of the
