@@ -14,7 +14,7 @@ from spice_pl.artifacts import RunFolder
 from spice_pl.data.images import ImageSet
 from spice_pl.job import Job
 from spice_pl.portable import ClusterNetwork, PortableModel, choose_known, portable_settings
-from spice_pl.results import versions
+from spice_pl.provenance import versions
 from spice_pl.review import inherited_names, order_like, renumber_
 from spice_pl.settings import build
 from spice_pl.stages.base import Stage

@@ -9,15 +9,11 @@ from __future__ import annotations
 
 import csv
 import logging
-import platform
 import resource
 import shlex
 import time
-import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,29 +21,21 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from spice_pl.artifacts import RunFolder, atomic
+from spice_pl.artifacts import RunFolder
+from spice_pl.attention import Places, read_attention, write_attention
 from spice_pl.baselines import kmeans_clusters
 from spice_pl.command import command
 from spice_pl.data.images import ImageSet
 from spice_pl.data.keyed import keyed_generator
 from spice_pl.errors import UsageError
 from spice_pl.functional.assignment import clustering_scores
-from spice_pl.functional.attention import cosine_attention, stretched
-from spice_pl.functional.prototypes import prototype_means, select_confident
 from spice_pl.functional.reliability import Balance, local_consistency, select_reliable
-from spice_pl.reports.attention import Attention
+from spice_pl.provenance import machine, versions
 from spice_pl.reports.map import feature_map
-from spice_pl.reports.page import ReportData, shown_wall, write_report
+from spice_pl.reports.page import ReportData, write_report
 from spice_pl.reports.tables import ResultRow, duration_text, results_markdown
 
 logger = logging.getLogger(__name__)
-
-# uint8 images (B, 3, S, S) -> the map (B, D, h, w) that features are pooled from, if there is one
-Places = Callable[[torch.Tensor], torch.Tensor | None]
-
-ATTENTION_FILE = "attention.npz"
-ATTENTION_BATCH = 64  # images at a time
-PACKAGES = ("spice-pl", "torch", "torchvision", "pytorch-lightning", "hydra-core")
 
 
 @dataclass(frozen=True)
@@ -162,51 +150,6 @@ def objective(logged: Mapping[str, float]) -> float | None:
     return next((logged[key] for key in keys if key in logged), None)
 
 
-def versions() -> dict[str, str]:
-    """Versions of what decides the numbers."""
-    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
-
-
-def machine() -> dict[str, Any]:
-    """What else decides the bits: processor, device, threads, and the commit of this code."""
-    return {
-        "processor": _processor(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "threads": torch.get_num_threads(),
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "commit": _commit(Path(__file__).parents[2]),  # of src/spice_pl/results.py
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def _commit(root: Path) -> str | None:
-    """Return the commit that is checked out in a folder, None where there is no repository."""
-    head = root / ".git"
-    try:
-        if head.is_file():  # a worktree: the file names the folder
-            head = Path(head.read_text(encoding="utf-8").partition(":")[2].strip())
-        text = (head / "HEAD").read_text(encoding="utf-8").strip()
-        if not text.startswith("ref: "):
-            return text
-        name, common = text.removeprefix("ref: "), head / "commondir"
-        if common.is_file():
-            head = head / common.read_text(encoding="utf-8").strip()
-        if (head / name).is_file():
-            return (head / name).read_text(encoding="utf-8").strip()
-        packed = (head / "packed-refs").read_text(encoding="utf-8").splitlines()
-        return next(line.split()[0] for line in packed if line.endswith(f" {name}"))
-    except (OSError, StopIteration):
-        return None
-
-
 def score_row(name: str, clusters: NDArray[np.int64], images: ImageSet, **more: Any) -> ResultRow:
     """Return the row of a table: clusters (N,) scored on the images whose class is known.
 
@@ -263,54 +206,6 @@ def _write_clusters(run: StageRun, images: ImageSet, clusters: NDArray[np.int64]
         "mean_agreement": float(agreement.mean()),
         "reliable_fraction": float(reliable.mean()),
     }
-
-
-def write_attention(folder: RunFolder, images: ImageSet, num_clusters: int, places: Places) -> None:
-    """Write where the prototypes that the page shows look like their cluster; reads no label.
-
-    attention.npz holds index (n,) and maps (n, h, w) uint8; none where the backbone has no map.
-    """
-    table = folder.read_clusters()
-    wall = shown_wall(table.confidence, table.agreement, table.clusters, num_clusters)
-    index = np.concatenate([chosen.prototypes for chosen in wall.clusters]).astype(np.int64)  # (n,)
-    (folder.path / ATTENTION_FILE).unlink(missing_ok=True)
-    if not len(index):  # every image is "not sure"
-        return
-    confident = max(1, len(images) // (2 * num_clusters))  # half of an equal share, as in stage 2
-    centres = prototype_means(
-        F.normalize(torch.from_numpy(np.array(folder.features))),
-        select_confident(torch.from_numpy(np.array(folder.probs)), confident),
-    )  # (K, D), Eqs. 2 and 3
-    parts = []
-    for batch in np.split(index, range(ATTENTION_BATCH, len(index), ATTENTION_BATCH)):
-        maps = places(torch.from_numpy(np.array(images.images[batch])))
-        if maps is None:
-            logger.info("the backbone keeps no map of places; the page shows no attention")
-            index = index[:0]
-            break
-        attention = stretched(cosine_attention(maps.cpu(), centres[table.clusters[batch]]))
-        parts.append((255 * attention).round().to(torch.uint8).numpy())
-    shown = np.concatenate(parts) if len(index) else np.zeros((0, 1, 1), np.uint8)
-    with atomic(folder.path / ATTENTION_FILE) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, index=index, maps=shown)
-
-
-def read_attention(folder: RunFolder) -> Attention | None:
-    """Read what `write_attention` wrote; None where nobody did.
-
-    Raises:
-        UsageError: the file is damaged.
-    """
-    file = folder.path / ATTENTION_FILE
-    if not file.is_file():
-        return None
-    try:
-        with np.load(file, allow_pickle=False) as held:
-            return Attention(held["index"], held["maps"])
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise UsageError(
-            f"{file} is damaged ({error}); stage=report makes it and the page anew"
-        ) from error
 
 
 def report_data(

@@ -29,6 +29,7 @@ from rich.console import Console
 
 from spice_pl import launch
 from spice_pl.artifacts import RunFolder, is_disk_full
+from spice_pl.attention import Places
 from spice_pl.callbacks.dashboards import log_results
 from spice_pl.callbacks.predictions import PredictionWriter
 from spice_pl.callbacks.truth import TruthMonitor
@@ -49,8 +50,9 @@ from spice_pl.job import (
     take_edits,
 )
 from spice_pl.nn.places import fine_feature_map
+from spice_pl.provenance import machine, versions
 from spice_pl.reports.tables import ResultRow, results_rich
-from spice_pl.results import Places, StageRun, last_logged, machine, versions, write_results
+from spice_pl.results import StageRun, last_logged, write_results
 from spice_pl.settings import build, flat, masked, masked_override, missing
 from spice_pl.stages.base import Stage
 from spice_pl.tasks.base import Context

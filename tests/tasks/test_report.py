@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from tests.conftest import Finished
 
+from spice_pl.attention import read_attention
 from spice_pl.errors import UsageError
-from spice_pl.results import read_attention
 from spice_pl.run import run_stages
 
 
