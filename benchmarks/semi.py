@@ -54,7 +54,7 @@ def multirun(runs_dir: Path, stage: str, seeds: Sequence[int], overrides: Sequen
     """Run one stage for several seeds."""
     fixed = [f"stage={stage}", f"runs_dir='{runs_dir}'"]
     fixed += [f"seed={','.join(map(str, seeds))}", "overwrite=true"]
-    command = [sys.executable, "train.py", "-m", *fixed, *overrides]
+    command = [sys.executable, "train.py", "-m", *overrides, *fixed]
     code = subprocess.run(command, cwd=ROOT, check=False, stdout=sys.stderr).returncode
     if code:
         raise SystemExit(f"error: stage {stage} ended with code {code}: {' '.join(command[1:])}")
