@@ -4,7 +4,8 @@
 
 Three questions on the processor, a table for all and, as the last line, all figures as JSON:
 
-1. heads only: the M-step on cached features, ten heads over one.
+1. heads only: the M-step on cached features, ten heads over one, and ten heads over the bare matrix
+   products of their steps, forward and backward.
 2. whole cycle: `ProtoHeadModule` under a Trainer (views, encoder, E-step, M-step, selection) with
    the settings of conf/, ten heads over one. With --paper also at the paper's width (ResNet18,
    512 features, 32 pixels) on a small buffer, minutes more.
@@ -61,6 +62,9 @@ def main() -> None:
         one, ten, ratio = in_turn(m_step_of(width, 1), m_step_of(width, NUM_HEADS), args.pairs)
         print(f"{f'heads only, D = {width}':34}{one:9.3f}s{ten:9.3f}s{ratio:8.2f}")
         result[f"ten_over_one_heads_only_d{width}"] = ratio
+        bare, ten, ratio = in_turn(products_of(width), m_step_of(width, NUM_HEADS), args.pairs)
+        print(f"{f'  over bare products, D = {width}':34}{bare:9.3f}s{ten:9.3f}s{ratio:8.2f}")
+        result[f"ten_over_products_d{width}"] = ratio
     cfg = settings("dataset=digits")
     images = digits(image_size=cfg.dataset.image_size)
     cycles = {"ten_over_one": (cfg, images, args.pairs)}
@@ -99,6 +103,28 @@ def m_step_of(width: int, num_heads: int, num_images: int = 1797) -> Callable[[]
     def run() -> float:
         start = time.perf_counter()
         m_step(heads, features, slots, label)
+        return time.perf_counter() - start
+
+    return run
+
+
+def products_of(width: int, num_images: int = 1797) -> Callable[[], float]:
+    """Seconds of the matrix products of an M-step of ten heads, forward and backward."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(NUM_HEADS, HEAD_BATCH_SIZE, width, generator=generator)
+    hidden = torch.randn(NUM_HEADS, width, width, generator=generator)
+    output = torch.randn(NUM_HEADS, NUM_CLUSTERS, width, generator=generator)
+    slope = torch.randn(NUM_HEADS, HEAD_BATCH_SIZE, NUM_CLUSTERS, generator=generator)
+    steps = REPEATS * (num_images // NUM_CLUSTERS * NUM_CLUSTERS // HEAD_BATCH_SIZE)
+
+    def run() -> float:
+        start = time.perf_counter()
+        for _ in range(steps):
+            units = features @ hidden.mT  # (H, B, E)
+            _ = units @ output.mT  # (H, B, K)
+            _ = slope.mT @ units  # of the output's weight
+            back = slope @ output  # (H, B, E)
+            _ = back.mT @ features  # of the hidden weight
         return time.perf_counter() - start
 
     return run
