@@ -26,14 +26,12 @@ import time
 from contextlib import nullcontext
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
-from moco import MEAN, STD, WARM_UP, Clock, network, photographs, rate
+from moco import MEAN, STD, WARM_UP, network, photographs, rate, timed_trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
-from spice_pl.callbacks.progress import StageProgress
 from spice_pl.data.augment import PlainView, StrongView, WeakView
 from spice_pl.data.datamodule import Stream, ViewsDataModule
 from spice_pl.data.images import ImageSet
@@ -71,19 +69,7 @@ def ours(backbone: nn.Module, images: np.ndarray, steps: int) -> tuple[list[floa
         },
     )
     data = ViewsDataModule(data_set, streams, PlainView(MEAN, STD), seed=0)
-    clock, progress = Clock(), StageProgress("fixmatch")
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        precision=auto_precision("cpu"),  # type: ignore[arg-type]
-        max_epochs=1,
-        callbacks=[progress, clock],
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        limit_val_batches=0,
-        use_distributed_sampler=False,
-    )
+    trainer, clock, progress = timed_trainer("fixmatch", max_epochs=1)
     trainer.fit(module, data)
     return clock.seconds, progress.data_wait_fraction
 

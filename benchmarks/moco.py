@@ -66,6 +66,24 @@ class Clock(pl.Callback):
         return [b - a for a, b in zip(self.ends[WARM_UP:], self.ends[WARM_UP + 1 :], strict=False)]
 
 
+def timed_trainer(stage: str, **length: int) -> tuple[pl.Trainer, Clock, StageProgress]:
+    """Return the trainer of a run, without files and validation, and what reads its times."""
+    clock, progress = Clock(), StageProgress(stage)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        precision=auto_precision("cpu"),  # type: ignore[arg-type]
+        callbacks=[progress, clock],
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+        use_distributed_sampler=False,
+        **length,  # type: ignore[arg-type]
+    )
+    return trainer, clock, progress
+
+
 def network(name: str) -> ResNet:
     settings = yaml.safe_load((CONF / "backbone" / f"{name}.yaml").read_text())
     return ResNet(**{key: value for key, value in settings.items() if key != "_target_"})
@@ -93,19 +111,7 @@ def ours(
         PlainView(MEAN, STD),
         seed=0,
     )
-    clock, progress = Clock(), StageProgress("moco")
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        precision=auto_precision("cpu"),  # type: ignore[arg-type]
-        max_steps=steps + WARM_UP + 1,
-        callbacks=[progress, clock],
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        limit_val_batches=0,
-        use_distributed_sampler=False,
-    )
+    trainer, clock, progress = timed_trainer("moco", max_steps=steps + WARM_UP + 1)
     trainer.fit(module, data)
     return clock.seconds, progress.data_wait_fraction
 
