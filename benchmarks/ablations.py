@@ -10,20 +10,15 @@ settings go to train.py; without --runs-dir nothing is kept.
 
 import argparse
 import json
-import statistics
-import subprocess
-import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from trials import ROOT, SCORES, averages, parse, train, trial
 
 from spice_pl.reports.tables import mean_std
 
-ROOT = Path(__file__).resolve().parents[1]
-SCORES = ("acc", "nmi", "ari")
 PAPER = {  # SPICE, Tables VII and VIII: STL10, whole, mean and deviation over five trials
     "non_overlap": ("Non-overlap", "0.885 ± 0.002", "0.788 ± 0.003", "0.771 ± 0.003"),
     "joint_sh": ("Joint-SH", "0.622 ± 0.061", "0.513 ± 0.037", "0.437 ± 0.053"),
@@ -41,41 +36,26 @@ PAPER = {  # SPICE, Tables VII and VIII: STL10, whole, mean and deviation over f
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("table", choices=("table7", "table8"))
-    parser.add_argument("--seeds", type=int, default=5, help="number of seeds, from 0 on")
-    parser.add_argument(
-        "--runs-dir", type=Path, help="keep the runs here, go on where they stopped"
-    )
-    args, overrides = parser.parse_known_args()
-    unknown = [text for text in overrides if text.startswith("-") or not set("=~") & set(text)]
-    if args.seeds < 1 or unknown:
-        parser.error(f"--seeds must be 1 or more, settings KEY=VALUE: {unknown or args.seeds}")
+    args, settings = parse(parser)
     experiment = OmegaConf.load(ROOT / "conf" / "experiment" / f"{args.table}.yaml")
     names = experiment.hydra.sweeper.params["proto/ablation"].split(",")
     seeds = range(args.seeds)
     with tempfile.TemporaryDirectory(prefix="spice-pl-") as temporary:
         folder = (args.runs_dir or Path(temporary)).resolve()
-        swept = f"hydra.sweeper.params.seed='{','.join(map(str, seeds))}'"
-        fixed = [f"experiment={args.table}", f"runs_dir='{folder}'", *overrides]
-        command = [sys.executable, "train.py", *fixed, swept]
-        code = subprocess.run(command, cwd=ROOT, check=False).returncode
-        if code:
-            raise SystemExit(f"error: ended with code {code}: {' '.join(command[1:])}")
+        fixed = [f"experiment={args.table}", f"runs_dir='{folder}'", *settings]
+        train("resume=true", *fixed, f"hydra.sweeper.params.seed='{','.join(map(str, seeds))}'")
         found = {
-            name: [scores_of(folder, name, seed, overrides) for seed in seeds] for name in names
+            name: [
+                trial("proto", [*fixed, f"seed={seed}", f"proto/ablation={name}"])["rows"][-1]
+                for seed in seeds
+            ]
+            for name in names
         }
     print(f"\n{table(found)}\n")
-    print(json.dumps(figures(args.table, found)))
-
-
-def scores_of(folder: Path, name: str, seed: int, overrides: Sequence[str]) -> dict[str, Any]:
-    """The last row of the trial's metrics."""
-    own = {f"proto/ablation={name}", f"seed={seed}", *overrides}
-    for file in sorted(folder.glob(f"*/proto/seed{seed},*/metrics.json")):
-        metrics = json.loads(file.read_text())
-        free = ("experiment=", "stage=", "runs_dir=", "cache_dir=")
-        if {text for text in metrics["overrides"] if not text.startswith(free)} == own:
-            return dict(metrics["rows"][-1])
-    raise SystemExit(f"error: no finished run of proto/ablation={name} seed={seed} in {folder}")
+    result: dict[str, Any] = {"table": args.table}
+    for name, rows in found.items():
+        result |= averages(rows, f"{name}_")
+    print(json.dumps(result))
 
 
 def table(found: dict[str, list[dict[str, Any]]]) -> str:
@@ -93,18 +73,6 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
             cells += [mean_std([run[score] for run in runs]), theirs]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def figures(which: str, found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Mean and deviation (n - 1) of every score of every row."""
-    result: dict[str, Any] = {"table": which}
-    for name, runs in found.items():
-        for score in SCORES:
-            values = [run[score] for run in runs]
-            result[f"{name}_{score}_mean"] = round(statistics.fmean(values), 4)
-            deviation = round(statistics.stdev(values), 4) if len(values) > 1 else None
-            result[f"{name}_{score}_std"] = deviation
-    return result
 
 
 if __name__ == "__main__":

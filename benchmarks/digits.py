@@ -11,18 +11,16 @@ before it; the time of a run is that of the whole command. Without --runs-dir no
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from spice_pl.reports.tables import ResultRow, duration_text, mean_std
+from trials import SCORES, averages, parse, train
 
-ROOT = Path(__file__).resolve().parents[1]
-SCORES = ("acc", "nmi", "ari")
+from spice_pl.reports.tables import duration_text, mean_std
+
 ROWS = {  # name in the figures to name in the reports
     "kmeans_pixels": "k-means on pixels",
     "kmeans_features": "k-means on MoCo features",
@@ -33,13 +31,8 @@ ROWS = {  # name in the figures to name in the reports
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--seeds", type=int, default=5, help="number of seeds, from 0 on")
     parser.add_argument("--dataset", choices=("digits", "mnist5k"), default="digits")
-    parser.add_argument("--runs-dir", type=Path, help="keep the runs here; made anew if there")
-    args, overrides = parser.parse_known_args()
-    unknown = [text for text in overrides if text.startswith("-") or not set("=~") & set(text)]
-    if args.seeds < 1 or unknown:
-        parser.error(f"--seeds must be 1 or more, settings KEY=VALUE: {unknown or args.seeds}")
+    args, overrides = parse(parser)
     with tempfile.TemporaryDirectory(prefix="spice-pl-") as temporary:
         folder = (args.runs_dir or Path(temporary)).resolve()
         runs, seconds = [], []
@@ -55,13 +48,10 @@ def main() -> None:
 def run(dataset: str, seed: int, folder: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """Run all stages with one seed and return the last stage's metrics."""
     fixed = [f"dataset={dataset}", f"seed={seed}", f"run=seed{seed}", "overwrite=true"]
-    command = [sys.executable, "train.py", *fixed, f"runs_dir='{folder}'", *overrides]
-    code = subprocess.run(command, cwd=ROOT, check=False).returncode
-    if code:
-        raise SystemExit(f"error: seed {seed} ended with code {code}: {' '.join(command[1:])}")
+    train(*fixed, f"runs_dir='{folder}'", *overrides)
     file = folder / dataset / "fixmatch" / f"seed{seed}" / "metrics.json"
     metrics: dict[str, Any] = json.loads(file.read_text())
-    metrics["rows"] = {row["name"]: ResultRow(**row) for row in metrics["rows"]}
+    metrics["rows"] = {row["name"]: row for row in metrics["rows"]}
     return metrics
 
 
@@ -73,9 +63,9 @@ def table(runs: Sequence[dict[str, Any]], seconds: Sequence[float]) -> str:
     ]
     for name in runs[0]["rows"]:
         rows = [each["rows"][name] for each in runs]
-        scores = (mean_std([getattr(row, score) for row in rows]) for score in SCORES)
-        spent = duration_text(statistics.fmean(row.seconds for row in rows))
-        cells = [name, *scores, rows[0].protocol, str(len(runs)), spent]
+        scores = (mean_std([row[score] for row in rows]) for score in SCORES)
+        spent = duration_text(statistics.fmean(row["seconds"] for row in rows))
+        cells = [name, *scores, rows[0]["protocol"], str(len(runs)), spent]
         lines.append(f"| {' | '.join(cells)} |")
     time_text, peak = duration_text(statistics.fmean(seconds)), peak_memory_mb(runs)
     lines.append(
@@ -96,11 +86,7 @@ def figures(runs: Sequence[dict[str, Any]], seconds: Sequence[float]) -> dict[st
     }
     for key, name in ROWS.items():
         prefix = "" if key == "stage3" else f"{key}_"
-        for score in SCORES:
-            values = [getattr(each["rows"][name], score) for each in runs]
-            result[f"{prefix}{score}_mean"] = round(statistics.fmean(values), 4)
-            deviation = round(statistics.stdev(values), 4) if len(values) > 1 else None
-            result[f"{prefix}{score}_std"] = deviation
+        result |= averages([each["rows"][name] for each in runs], prefix)
     result["seconds_per_run"] = round(statistics.fmean(seconds), 1)
     result["peak_memory_mb"] = round(peak_memory_mb(runs))
     return result

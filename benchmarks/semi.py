@@ -13,58 +13,35 @@ the same as JSON. Runs that are finished in --runs-dir are reused.
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from trials import SCORES, averages, parse, train, trial
+
 from spice_pl.reports.tables import duration_text, mean_std
 
-ROOT = Path(__file__).resolve().parents[1]
-SCORES = ("acc", "nmi", "ari")
 STAGES = "fixmatch,clusmatch,freematch,flexmatch,softmatch,scan,selflabel,supervised"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--seeds", type=int, default=5, help="number of seeds, from 0 on")
     parser.add_argument("--before", default="moco,proto", help="made first; the last one is a row")
     parser.add_argument("--stages", default=STAGES, help="of the family, with commas between")
-    parser.add_argument("--runs-dir", type=Path, help="of one data set: kept, and reused")
-    args, overrides = parser.parse_known_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        runs_dir = args.runs_dir or Path(temporary)
-        seeds = list(range(args.seeds))
-        before, stages = args.before.split(","), args.stages.split(",")
+    args, settings = parse(parser)
+    before, stages, seeds = args.before.split(","), args.stages.split(","), range(args.seeds)
+    with tempfile.TemporaryDirectory(prefix="spice-pl-") as temporary:
+        swept = f"seed={','.join(map(str, seeds))}"
+        fixed = [*settings, f"runs_dir='{(args.runs_dir or Path(temporary)).resolve()}'"]
         for stage in (*before, *stages):
-            missing = [seed for seed in seeds if not _finished(runs_dir, stage, seed)]
-            if missing:
-                multirun(runs_dir, stage, missing, overrides)
+            train("-m", f"stage={stage}", "resume=true", *fixed, swept)
         found = {
-            stage: [_finished(runs_dir, stage, seed)[0] for seed in seeds]
+            stage: [trial(stage, [f"stage={stage}", *fixed, f"seed={seed}"]) for seed in seeds]
             for stage in (before[-1], *stages)
         }
-        print(table(found))
-        print(json.dumps({stage: figures(runs) for stage, runs in found.items()}))
-
-
-def multirun(runs_dir: Path, stage: str, seeds: Sequence[int], overrides: Sequence[str]) -> None:
-    """Run one stage for several seeds."""
-    fixed = [f"stage={stage}", f"runs_dir='{runs_dir}'"]
-    fixed += [f"seed={','.join(map(str, seeds))}", "overwrite=true"]
-    command = [sys.executable, "train.py", "-m", *overrides, *fixed]
-    code = subprocess.run(command, cwd=ROOT, check=False, stdout=sys.stderr).returncode
-    if code:
-        raise SystemExit(f"error: stage {stage} ended with code {code}: {' '.join(command[1:])}")
-
-
-def _finished(runs_dir: Path, stage: str, seed: int) -> list[dict[str, Any]]:
-    """Metrics of a stage's finished runs of one seed."""
-    files = sorted(runs_dir.glob(f"*/{stage}/seed{seed}*/metrics.json"))
-    found = [json.loads(file.read_text()) for file in files]
-    return [each for each in found if each["seed"] == seed]
+    print(table(found))
+    rows = {stage: [run["rows"][-1] for run in runs] for stage, runs in found.items()}
+    print(json.dumps({stage: {"seeds": len(seeds), **averages(rows[stage])} for stage in rows}))
 
 
 def table(found: dict[str, list[dict[str, Any]]]) -> str:
@@ -88,16 +65,6 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
         f"protocol {first['protocol']}; mean ± standard deviation over seeds."
     )
     return "\n".join(lines)
-
-
-def figures(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Scores of a method by name."""
-    result: dict[str, Any] = {"seeds": len(runs)}
-    for key in SCORES:
-        values = [run["rows"][-1][key] for run in runs]
-        result[f"{key}_mean"] = round(statistics.fmean(values), 4)
-        result[f"{key}_std"] = round(statistics.stdev(values), 4) if len(values) > 1 else None
-    return result
 
 
 if __name__ == "__main__":

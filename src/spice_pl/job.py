@@ -22,9 +22,9 @@ from spice_pl.settings import flat, masked, masked_override
 
 # Settings that change where or how a run goes but not what it computes.
 NOT_IN_NAMES = {
-    *("stage", "dataset", "run", "seed", "preset", "experiment", "resume", "overwrite", "hydra"),
-    *("runs_dir", "cache_dir", "trainer", "logger", "on_bad_image", "allow_targets", "map", "like"),
-    "checkpoint_minutes",
+    *("stage", "stages", "dataset", "run", "seed", "preset", "experiment", "resume", "overwrite"),
+    *("hydra", "runs_dir", "cache_dir", "trainer", "logger", "on_bad_image", "allow_targets"),
+    *("map", "like", "checkpoint_minutes"),
 }
 
 SWEPT_OF_DATASET = tuple(

@@ -1,0 +1,58 @@
+"""What benchmarks over rows and seeds share: start train.py, find a trial again, average scores."""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+
+from spice_pl.job import Job
+
+ROOT = Path(__file__).resolve().parents[1]
+SCORES = ("acc", "nmi", "ari")
+
+
+def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, list[str]]:
+    """Add what all have, --seeds and --runs-dir; return the options and settings for train.py."""
+    parser.add_argument("--seeds", type=int, default=5, help="number of seeds, from 0 on")
+    parser.add_argument("--runs-dir", type=Path, help="keep the runs here; else nothing is kept")
+    args, settings = parser.parse_known_args()
+    unknown = [text for text in settings if text.startswith("-") or not set("=~") & set(text)]
+    if args.seeds < 1 or unknown:
+        parser.error(f"--seeds must be 1 or more, settings KEY=VALUE: {unknown or args.seeds}")
+    return args, settings
+
+
+def train(*arguments: str) -> None:
+    """Run train.py; end the benchmark if it fails."""
+    command = [sys.executable, "train.py", *arguments]
+    code = subprocess.run(command, cwd=ROOT, check=False, stdout=sys.stderr).returncode
+    if code:
+        raise SystemExit(f"error: ended with code {code}: {' '.join(command[1:])}")
+
+
+def trial(stage: str, settings: Sequence[str]) -> dict[str, Any]:
+    """Metrics of a stage's finished run in a sweep, which the settings alone name."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        job = Job(compose("config", [*settings]), tuple(settings), "none", sweep=True)
+    folder = job.folder(stage)
+    if not folder.finished:
+        raise SystemExit(f"error: {folder.path} is no finished run")
+    metrics: dict[str, Any] = json.loads((folder.path / "metrics.json").read_text())
+    return metrics
+
+
+def averages(rows: Sequence[Mapping[str, Any]], prefix: str = "") -> dict[str, float | None]:
+    """Mean and deviation (n - 1) of every score over rows of the report, one a seed."""
+    result: dict[str, float | None] = {}
+    for score in SCORES:
+        values = [row[score] for row in rows]
+        result[f"{prefix}{score}_mean"] = round(statistics.fmean(values), 4)
+        deviation = round(statistics.stdev(values), 4) if len(values) > 1 else None
+        result[f"{prefix}{score}_std"] = deviation
+    return result
