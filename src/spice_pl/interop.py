@@ -15,21 +15,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from spice_pl.errors import UsageError
+from spice_pl.layouts import Output, Parts, State, below_prefix, fold_splits, our_name, split
 from spice_pl.nn.heads import ClusterHead, LinearHead
 from spice_pl.nn.resnet import ResNet, Stem
 from spice_pl.nn.wide_resnet import WideResNet
-
-State = Mapping[str, Tensor]
-Output = Literal["features", "logits", "probs"]
 
 
 class ReferenceModel(nn.Module):
@@ -107,7 +104,7 @@ def read_reference(
     """Do what `load_reference_checkpoint` does, in silence; `summary` says what matched."""
     content = read_file(path)
     state, wrapper = _state_dict(content, str(path))
-    parts = _split(state, wrapper, str(path))
+    parts = split(state, wrapper, str(path))
     if any(key.endswith(".shortcut.weight") for key in parts.encoder):
         settings = _wide_resnet(parts.encoder)
     else:
@@ -152,9 +149,9 @@ def load_backbone_weights(backbone: nn.Module, path: str | Path, *, partial: boo
     state, _ = _state_dict(read_file(path), str(path))
     own = backbone.state_dict()
     candidates = [
-        {rename(key): value for key, value in _below(state, prefix).items()}
+        {rename(key): value for key, value in below_prefix(state, prefix).items()}
         for prefix in ("", "encoder_q.", "feature_module.", "backbone.", "encoder.", "model.")
-        for rename in (str, _our_name)
+        for rename in (str, our_name)
     ]
     given = max(candidates, key=lambda each: sum(key in own for key in each))
     top = {key.partition(".")[0] for key in own}
@@ -162,7 +159,7 @@ def load_backbone_weights(backbone: nn.Module, path: str | Path, *, partial: boo
     left = [key for key in given if key.partition(".")[0] not in top]
     fitting = {key: value for key, value in given.items() if key in own}
     lines = [f"{path}: {type(backbone).__name__}"]
-    lines += _fit(backbone, _fold_splits(fitting), extra, str(path), partial=partial)
+    lines += _fit(backbone, fold_splits(fitting), extra, str(path), partial=partial)
     left += [key for key in state if not any(key.endswith(each) for each in given)]
     if left:
         lines += [f"not needed: {_families(left)}"]
@@ -217,93 +214,6 @@ def _empty_dict(*_: Any) -> dict[Any, Any]:
     return {}
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """How one code base names its tensors.
-
-    Attributes:
-        layout: its name.
-        prefix: of the encoder's tensors.
-        head: pattern of the tensors on top that are kept.
-        unused: pattern of those that are not.
-        top: what the kept ones are.
-        output: what the authors' network returns.
-        clusters: whether that is clusters.
-    """
-
-    layout: str
-    prefix: str
-    head: str = r"$^"
-    unused: str = r"$^"
-    top: str = ""
-    output: Output = "logits"
-    clusters: bool = False
-
-
-_LAYOUTS = (
-    _Layout(
-        "stage 1 of SPICE, or MoCo",
-        "encoder_q.",
-        head=r"encoder_q\.(fc|mlp)\.",
-        unused=r"encoder_k\.|queue",
-        top="projection",
-    ),
-    _Layout(
-        "stage 2 of SPICE",
-        "feature_module.",
-        head=r"head\.head_0\.classifier\.",
-        unused=r"head\.head_[1-9]\d*\.",  # the authors store the chosen head as head_0
-        top="cluster head",
-        output="probs",
-        clusters=True,
-    ),
-    _Layout(
-        "lightly",
-        "backbone.",
-        unused=r"projection_head|prediction_head|backbone_momentum|criterion|memory_bank|"
-        r"online_classifier|head|student|teacher",
-    ),
-    _Layout(
-        "solo-learn",
-        "backbone.",
-        unused=r"momentum_|projector|predictor|classifier|prototypes|queue",
-    ),
-    _Layout(
-        "solo-learn before 1.0.5",
-        "encoder.",
-        unused=r"momentum_|projector|predictor|classifier|prototypes|queue",
-    ),
-    _Layout("state dict of a classifier", "", head=r"fc\.", top="classifier"),
-)
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """A state dict taken apart, names as ours.
-
-    Attributes:
-        layout: whose file it is.
-        encoder: the encoder's tensors.
-        head: those on top: hidden.*, output.* or weight, bias.
-        unused: names known to play no part.
-        unknown: names that nobody knows.
-        naming: what only the original names tell: shortcut, numbered, stem without relu.
-        top: what the head is.
-        output: what the authors' network returns.
-        clusters: whether that is clusters.
-    """
-
-    layout: str
-    encoder: State
-    head: State
-    unused: list[str]
-    unknown: list[str]
-    naming: frozenset[str]
-    top: str
-    output: Output
-    clusters: bool
-
-
 def _state_dict(content: Mapping[str, Any], path: str) -> tuple[dict[str, Tensor], str]:
     """The state dict in a file, `module.` taken off, and the key it was under ("" for none)."""
     # FixMatch code keeps the trained model and its average; the average is what is evaluated.
@@ -327,97 +237,7 @@ def _state_dict(content: Mapping[str, Any], path: str) -> tuple[dict[str, Tensor
     return state, wrapper
 
 
-def _split(state: State, wrapper: str, path: str) -> _Parts:
-    """Find whose names these are and take them apart."""
-    layout = next(each for each in _LAYOUTS if any(key.startswith(each.prefix) for key in state))
-    if layout.layout == "lightly" and any(
-        re.match(r"projector|classifier|momentum_", key) for key in state
-    ):
-        layout = next(each for each in _LAYOUTS if each.layout == "solo-learn")
-    on_top = {key: value for key, value in state.items() if re.match(layout.head, key)}
-    below = _below({k: v for k, v in state.items() if k not in on_top}, layout.prefix)
-    outside = [k for k in state if k not in on_top and not k.startswith(layout.prefix)]
-    joined = "\n".join(below)
-    marks = {"shortcut": r"\.shortcut\.\d", "numbered": r"^\d+\."}
-    naming = {name for name, text in marks.items() if re.search(text, joined, re.MULTILINE)}
-    if "numbered" in naming:
-        below, naming = _named(below, naming)
-    encoder = _fold_splits({_our_name(key): value for key, value in below.items()})
-    if not {"conv1.weight", "layer1.0.conv1.weight"} <= encoder.keys():
-        raise UsageError(
-            f"{path} is laid out like none of: {', '.join(each.layout for each in _LAYOUTS)}; "
-            f"it begins with {', '.join(list(state)[:4])}. Any network: stage=embed "
-            "backbone=timm or backbone=torchvision with embed.module.weights=FILE"
-        )
-    clusters = layout.clusters or wrapper in ("eval_model", "ema_model", "train_model")
-    head = {_head_name(key): value for key, value in on_top.items()}
-    if layout.prefix == "" and clusters:
-        layout = _Layout(f"stage 3 of SPICE (FixMatch), {wrapper}", "", top="classifier")
-    return _Parts(
-        layout.layout,
-        encoder,
-        head,
-        unused=[key for key in outside if re.match(layout.unused, key)],
-        unknown=[key for key in outside if not re.match(layout.unused, key)],
-        naming=frozenset(naming),
-        top=layout.top,
-        output=layout.output,
-        clusters=clusters,
-    )
-
-
-def _below(state: State, prefix: str) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-
-
-def _our_name(key: str) -> str:
-    """An encoder's tensor in torchvision's names, which are ours."""
-    for pattern, ours in (
-        (r"\.shortcut\.(?=\d)", ".downsample."),
-        (r"^block(\d+)\.layer\.", r"layer\1."),
-        (r"\.convShortcut\.", ".shortcut."),
-    ):
-        key = re.sub(pattern, ours, key)
-    return key
-
-
-def _head_name(key: str) -> str:
-    name = key.rpartition(".")[2]  # weight, bias
-    for pattern, ours in ((r"(lin1|\b0)\.\w+$", "hidden"), (r"(lin2|\b2)\.\w+$", "output")):
-        if re.search(pattern, key):
-            return f"{ours}.{name}"
-    return name
-
-
-def _named(below: State, naming: set[str]) -> tuple[dict[str, Tensor], set[str]]:
-    """Names of a ResNet whose children were put into `nn.Sequential`, as lightly's examples do."""
-    blocks = [int(m[1]) for key in below if (m := re.match(r"(\d+)\.\d+\.conv1\.weight$", key))]
-    first = min(blocks, default=4)
-    # Its own ResNets apply the stem's ReLU as a function, so that Sequential leaves it out.
-    naming = naming | ({"stem without relu"} if first == 2 else set())
-    names = {0: "conv1", 1: "bn1"} | {first + i: f"layer{i + 1}" for i in range(10)}
-    renamed = {}
-    for key, value in below.items():
-        number, _, rest = key.partition(".")
-        known = number.isdigit() and int(number) in names
-        renamed[f"{names[int(number)]}.{rest}" if known else key] = value
-    return renamed, naming
-
-
-def _fold_splits(state: State) -> dict[str, Tensor]:
-    """Average the running statistics of lightly's split BatchNorm, one set a split."""
-    folded = dict(state)
-    for key, value in state.items():
-        base, _, name = key.rpartition(".")
-        weight = state.get(f"{base}.weight")
-        if name in ("running_mean", "running_var") and weight is not None:
-            splits = len(value) // max(1, len(weight))
-            if splits > 1 and len(value) == splits * len(weight):
-                folded[key] = value.view(splits, -1).mean(dim=0)
-    return folded
-
-
-def _stem(parts: _Parts, pixels: int, arch: str) -> Stem:
+def _stem(parts: Parts, pixels: int, arch: str) -> Stem:
     if parts.encoder["conv1.weight"].shape[-1] == 7:
         return "conv7"
     if parts.layout.startswith("solo-learn"):
@@ -431,7 +251,7 @@ def _stem(parts: _Parts, pixels: int, arch: str) -> Stem:
     return "conv3" if pixels <= 32 else "conv3_pool"
 
 
-def _resnet(parts: _Parts, stem: Stem) -> dict[str, Any]:
+def _resnet(parts: Parts, stem: Stem) -> dict[str, Any]:
     state = parts.encoder
     blocks: dict[int, int] = {}
     widths: dict[int, int] = {}
@@ -465,7 +285,7 @@ def _wide_resnet(state: State) -> dict[str, Any]:
     }
 
 
-def _head(parts: _Parts) -> ClusterHead | LinearHead | None:
+def _head(parts: Parts) -> ClusterHead | LinearHead | None:
     widths = _head_widths(parts.head)
     if len(widths) == 3:
         return ClusterHead(*widths)

@@ -1,0 +1,193 @@
+"""Whose names a state dict has: published checkpoints taken apart, their tensors in our names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from spice_pl.errors import UsageError
+
+State = Mapping[str, Tensor]
+Output = Literal["features", "logits", "probs"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one code base names its tensors.
+
+    Attributes:
+        layout: its name.
+        prefix: of the encoder's tensors.
+        head: pattern of the tensors on top that are kept.
+        unused: pattern of those that are not.
+        top: what the kept ones are.
+        output: what the authors' network returns.
+        clusters: whether that is clusters.
+    """
+
+    layout: str
+    prefix: str
+    head: str = r"$^"
+    unused: str = r"$^"
+    top: str = ""
+    output: Output = "logits"
+    clusters: bool = False
+
+
+LAYOUTS = (
+    Layout(
+        "stage 1 of SPICE, or MoCo",
+        "encoder_q.",
+        head=r"encoder_q\.(fc|mlp)\.",
+        unused=r"encoder_k\.|queue",
+        top="projection",
+    ),
+    Layout(
+        "stage 2 of SPICE",
+        "feature_module.",
+        head=r"head\.head_0\.classifier\.",
+        unused=r"head\.head_[1-9]\d*\.",  # the authors store the chosen head as head_0
+        top="cluster head",
+        output="probs",
+        clusters=True,
+    ),
+    Layout(
+        "lightly",
+        "backbone.",
+        unused=r"projection_head|prediction_head|backbone_momentum|criterion|memory_bank|"
+        r"online_classifier|head|student|teacher",
+    ),
+    Layout(
+        "solo-learn",
+        "backbone.",
+        unused=r"momentum_|projector|predictor|classifier|prototypes|queue",
+    ),
+    Layout(
+        "solo-learn before 1.0.5",
+        "encoder.",
+        unused=r"momentum_|projector|predictor|classifier|prototypes|queue",
+    ),
+    Layout("state dict of a classifier", "", head=r"fc\.", top="classifier"),
+)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A state dict taken apart, names as ours.
+
+    Attributes:
+        layout: whose file it is.
+        encoder: the encoder's tensors.
+        head: those on top: hidden.*, output.* or weight, bias.
+        unused: names known to play no part.
+        unknown: names that nobody knows.
+        naming: what only the original names tell: shortcut, numbered, stem without relu.
+        top: what the head is.
+        output: what the authors' network returns.
+        clusters: whether that is clusters.
+    """
+
+    layout: str
+    encoder: State
+    head: State
+    unused: list[str]
+    unknown: list[str]
+    naming: frozenset[str]
+    top: str
+    output: Output
+    clusters: bool
+
+
+def split(state: State, wrapper: str, path: str) -> Parts:
+    """Find whose names these are and take them apart."""
+    layout = next(each for each in LAYOUTS if any(key.startswith(each.prefix) for key in state))
+    if layout.layout == "lightly" and any(
+        re.match(r"projector|classifier|momentum_", key) for key in state
+    ):
+        layout = next(each for each in LAYOUTS if each.layout == "solo-learn")
+    on_top = {key: value for key, value in state.items() if re.match(layout.head, key)}
+    below = below_prefix({k: v for k, v in state.items() if k not in on_top}, layout.prefix)
+    outside = [k for k in state if k not in on_top and not k.startswith(layout.prefix)]
+    joined = "\n".join(below)
+    marks = {"shortcut": r"\.shortcut\.\d", "numbered": r"^\d+\."}
+    naming = {name for name, text in marks.items() if re.search(text, joined, re.MULTILINE)}
+    if "numbered" in naming:
+        below, naming = _named(below, naming)
+    encoder = fold_splits({our_name(key): value for key, value in below.items()})
+    if not {"conv1.weight", "layer1.0.conv1.weight"} <= encoder.keys():
+        raise UsageError(
+            f"{path} is laid out like none of: {', '.join(each.layout for each in LAYOUTS)}; "
+            f"it begins with {', '.join(list(state)[:4])}. Any network: stage=embed "
+            "backbone=timm or backbone=torchvision with embed.module.weights=FILE"
+        )
+    clusters = layout.clusters or wrapper in ("eval_model", "ema_model", "train_model")
+    head = {_head_name(key): value for key, value in on_top.items()}
+    if layout.prefix == "" and clusters:
+        layout = Layout(f"stage 3 of SPICE (FixMatch), {wrapper}", "", top="classifier")
+    return Parts(
+        layout.layout,
+        encoder,
+        head,
+        unused=[key for key in outside if re.match(layout.unused, key)],
+        unknown=[key for key in outside if not re.match(layout.unused, key)],
+        naming=frozenset(naming),
+        top=layout.top,
+        output=layout.output,
+        clusters=clusters,
+    )
+
+
+def below_prefix(state: State, prefix: str) -> dict[str, Tensor]:
+    """Tensors whose names begin with a prefix, without it."""
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
+def our_name(key: str) -> str:
+    """An encoder's tensor in torchvision's names, which are ours."""
+    for pattern, ours in (
+        (r"\.shortcut\.(?=\d)", ".downsample."),
+        (r"^block(\d+)\.layer\.", r"layer\1."),
+        (r"\.convShortcut\.", ".shortcut."),
+    ):
+        key = re.sub(pattern, ours, key)
+    return key
+
+
+def _head_name(key: str) -> str:
+    name = key.rpartition(".")[2]  # weight, bias
+    for pattern, ours in ((r"(lin1|\b0)\.\w+$", "hidden"), (r"(lin2|\b2)\.\w+$", "output")):
+        if re.search(pattern, key):
+            return f"{ours}.{name}"
+    return name
+
+
+def _named(below: State, naming: set[str]) -> tuple[dict[str, Tensor], set[str]]:
+    """Names of a ResNet whose children were put into `nn.Sequential`, as lightly's examples do."""
+    blocks = [int(m[1]) for key in below if (m := re.match(r"(\d+)\.\d+\.conv1\.weight$", key))]
+    first = min(blocks, default=4)
+    # Its own ResNets apply the stem's ReLU as a function, so that Sequential leaves it out.
+    naming = naming | ({"stem without relu"} if first == 2 else set())
+    names = {0: "conv1", 1: "bn1"} | {first + i: f"layer{i + 1}" for i in range(10)}
+    renamed = {}
+    for key, value in below.items():
+        number, _, rest = key.partition(".")
+        known = number.isdigit() and int(number) in names
+        renamed[f"{names[int(number)]}.{rest}" if known else key] = value
+    return renamed, naming
+
+
+def fold_splits(state: State) -> dict[str, Tensor]:
+    """Average the running statistics of lightly's split BatchNorm, one set a split."""
+    folded = dict(state)
+    for key, value in state.items():
+        base, _, name = key.rpartition(".")
+        weight = state.get(f"{base}.weight")
+        if name in ("running_mean", "running_var") and weight is not None:
+            splits = len(value) // max(1, len(weight))
+            if splits > 1 and len(value) == splits * len(weight):
+                folded[key] = value.view(splits, -1).mean(dim=0)
+    return folded
