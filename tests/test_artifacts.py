@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from spice_pl.artifacts import RunFolder, as_tensor, atomic, load_strictly
+from spice_pl.artifacts import RunFolder, as_tensor, load_strictly
 from spice_pl.errors import UsageError
+from spice_pl.files import atomic
 
 
 def test_a_file_appears_only_when_whole(tmp_path: Path) -> None:

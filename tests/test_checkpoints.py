@@ -20,10 +20,11 @@ from tests.conftest import Finished
 from torch import nn
 
 from spice_pl import run
-from spice_pl.artifacts import RunFolder, atomic
+from spice_pl.artifacts import RunFolder
 from spice_pl.callbacks.checkpoints import CheckpointFile, read_checkpoint
 from spice_pl.callbacks.curves import CurveLogger
 from spice_pl.errors import UsageError
+from spice_pl.files import atomic
 from spice_pl.interrupts import RESUME_CODE, Interrupts, Stopped
 from spice_pl.run import run_stages
 from spice_pl.stages.proto import ProtoHeadModule

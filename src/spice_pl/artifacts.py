@@ -11,14 +11,12 @@ Shapes: N images, D features, K clusters.
 from __future__ import annotations
 
 import csv
-import errno
 import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,37 +32,11 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from spice_pl.errors import UsageError
+from spice_pl.files import atomic, sync_folder
 
 logger = logging.getLogger(__name__)
 
 HANDED_ON = ("encoder.safetensors", "head.safetensors", "features.npy", "probs.npy")
-
-
-@contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """Give a temporary name beside `path`; what was written there becomes `path` when whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.chmod(0o644)
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Write a folder's names to the disk; without it a renamed file may not outlive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @dataclass(frozen=True)
@@ -195,7 +167,7 @@ class RunFolder:
         with self._part(name).open("rb") as file:
             os.fsync(file.fileno())
         os.replace(self._part(name), self.path / name)
-        _sync_folder(self.path)
+        sync_folder(self.path)
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a JSON file, readable for people."""
@@ -382,11 +354,6 @@ class RunFolder:
 def _damaged(file: Path, error: Exception) -> UsageError:
     reason = str(error).partition("\n")[0]
     return UsageError(f"{file} is damaged ({reason}); make its stage anew with overwrite=true")
-
-
-def is_disk_full(error: OSError) -> bool:
-    """Whether a file could not be written for want of space or by a quota."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def as_tensor(array: NDArray[np.float32]) -> Tensor:

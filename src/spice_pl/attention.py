@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from spice_pl.artifacts import RunFolder, atomic
+from spice_pl.artifacts import RunFolder
 from spice_pl.data.images import ImageSet
 from spice_pl.errors import UsageError
+from spice_pl.files import atomic
 from spice_pl.functional.attention import cosine_attention, stretched
 from spice_pl.functional.prototypes import prototype_means, select_confident
 from spice_pl.reports.attention import Attention

@@ -26,8 +26,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from spice_pl.artifacts import atomic
 from spice_pl.errors import UsageError
+from spice_pl.files import atomic
 from spice_pl.reports.published import published_results
 from spice_pl.reports.tables import NO_LABELS, ResultRow, duration_text, mean_std, score_text
 

@@ -12,11 +12,12 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from spice_pl.artifacts import RunFolder, atomic
+from spice_pl.artifacts import RunFolder
 from spice_pl.command import command
 from spice_pl.data.images import ImageSet
 from spice_pl.edits import read_edits
 from spice_pl.errors import UsageError
+from spice_pl.files import atomic
 from spice_pl.review import reviewed_run, write_edited
 from spice_pl.settings import flat, masked, masked_override
 

@@ -29,11 +29,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spice_pl.artifacts import atomic, load_strictly
+from spice_pl.artifacts import load_strictly
 from spice_pl.data.augment import View
 from spice_pl.data.decode import decode, square
 from spice_pl.data.scan import image_files
 from spice_pl.errors import UsageError
+from spice_pl.files import atomic
 from spice_pl.functional.neighbors import similarities
 from spice_pl.nn.heads import ClusterHead, LinearHead
 

@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from spice_pl.artifacts import RunFolder, as_tensor, atomic
+from spice_pl.artifacts import RunFolder, as_tensor
 from spice_pl.edits import Edits, check_reviewed, edited_probs, edited_rows
 from spice_pl.errors import UsageError
+from spice_pl.files import atomic
 from spice_pl.functional.assignment import count_table, match_clusters
 
 logger = logging.getLogger(__name__)

@@ -28,7 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from spice_pl import launch
-from spice_pl.artifacts import RunFolder, is_disk_full
+from spice_pl.artifacts import RunFolder
 from spice_pl.attention import Places
 from spice_pl.callbacks.dashboards import log_results
 from spice_pl.callbacks.predictions import PredictionWriter
@@ -38,6 +38,7 @@ from spice_pl.data.datamodule import Stream, ViewsDataModule
 from spice_pl.data.images import ImageSet
 from spice_pl.data.subset import subset
 from spice_pl.errors import UsageError
+from spice_pl.files import is_disk_full
 from spice_pl.handover import keep_numbers, write_portable
 from spice_pl.interrupts import Interrupts, Stopped
 from spice_pl.job import (

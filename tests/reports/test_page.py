@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from spice_pl.reports import page
 from spice_pl.reports.curves import charts
+from spice_pl.reports.html import content_hash
 from spice_pl.reports.map import Map
 from spice_pl.reports.page import ReportData, render_report, write_report
 from spice_pl.reports.tables import NO_LABELS, ResultRow
@@ -128,7 +129,7 @@ def test_nothing_comes_from_outside_and_only_our_script_runs() -> None:
     assert "http" not in scripts[1][1]
     assert "innerHTML" not in scripts[1][1]
     policy = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]*)"', text)
-    assert page.content_hash(scripts[1][1]) in policy[0]
+    assert content_hash(scripts[1][1]) in policy[0]
     assert "default-src 'none'" in policy[0]
 
 

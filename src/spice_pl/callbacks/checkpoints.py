@@ -12,10 +12,10 @@ import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from spice_pl.artifacts import atomic
 from spice_pl.callbacks.nan import NanGuard
 from spice_pl.data.keyed import keyed_seed
 from spice_pl.errors import UsageError
+from spice_pl.files import atomic
 from spice_pl.interrupts import Interrupts, Stopped
 from spice_pl.stages.base import Stage
 

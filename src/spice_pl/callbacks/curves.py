@@ -10,8 +10,8 @@ from typing import Any
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
-from spice_pl.artifacts import atomic
 from spice_pl.errors import UsageError
+from spice_pl.files import atomic
 
 
 class CurveLogger(Logger):

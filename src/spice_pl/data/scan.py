@@ -22,6 +22,7 @@ from typing import Any
 
 from spice_pl.data.decode import SUFFIXES
 from spice_pl.errors import UsageError
+from spice_pl.files import atomic
 
 logger = logging.getLogger(__name__)
 
@@ -187,10 +188,8 @@ def _write_note(path: Path, found: Found) -> None:
         "folders": found.folders,
         "sample": sample,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(note))
-    os.replace(temporary, path)
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(note))
 
 
 def _trusted(root: Path, note: dict[str, Any], scan: str) -> Note | None:

@@ -16,7 +16,6 @@ Shapes: N images, S side in pixels.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -37,6 +36,7 @@ from spice_pl.data.decode import Decoded, quiet_warnings
 from spice_pl.data.duplicates import num_copies, row_digests
 from spice_pl.data.images import FILE_FACTS, fingerprint
 from spice_pl.errors import UsageError
+from spice_pl.files import is_disk_full
 
 logger = logging.getLogger(__name__)
 
@@ -321,7 +321,7 @@ def _bad_image(name: str, key: str, reason: str) -> str:
 
 
 def _disk(error: OSError, cache_dir: Path) -> str:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if is_disk_full(error):
         return (
             f"the disk that holds {cache_dir} is full; make room and start again, which goes on "
             "where it stopped, or set dataset.cache_dir"

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from spice_pl.reports.page import template_environment, write_page
+from spice_pl.reports.html import template_environment, write_page
 from spice_pl.reports.wall import sprite
 
 MAX_SKIPPED = 500  # lines; the rest is counted

@@ -4,15 +4,12 @@ Shapes: N images, K clusters, C classes.
 """
 
 import base64
-import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
@@ -20,6 +17,7 @@ from scipy.optimize import linear_sum_assignment
 
 from spice_pl.reports.attention import Attention, shade, where
 from spice_pl.reports.curves import Logs, charts, head_choice
+from spice_pl.reports.html import content_hash, template_environment, write_page
 from spice_pl.reports.map import Map
 from spice_pl.reports.published import published_results
 from spice_pl.reports.tables import NO_LABELS, ResultRow, duration_text, footnotes, score_text
@@ -239,51 +237,6 @@ def shown_wall(
 def write_report(data: ReportData, path: Path) -> Path:
     """Write the page to path; the old page stays until the new one is whole on disk."""
     return write_page(render_report(data), path)
-
-
-def write_page(page: str, path: Path) -> Path:
-    """Write HTML to path; the old file stays until the new one is whole on disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(page.encode("utf-8"))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
-
-
-def template_environment() -> jinja2.Environment:
-    """Templates that escape everything and spell out what cannot be printed."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("spice_pl.reports"),
-        autoescape=True,
-        finalize=_visible,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"duration": duration_text, "score": score_text}
-    return environment
-
-
-def content_hash(script: str) -> str:
-    """What a content security policy calls the script that may run, and no other."""
-    return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
-
-
-def visible(text: str) -> str:
-    """Spell out what cannot be printed: file names may hold lone surrogates or bidi overrides."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
-def _visible(value: object) -> object:
-    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _sheets(

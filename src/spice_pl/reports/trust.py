@@ -10,7 +10,7 @@ from pathlib import Path
 
 from scipy.stats import spearmanr
 
-from spice_pl.reports.page import template_environment, write_page
+from spice_pl.reports.html import template_environment, write_page
 
 # A difference of silhouettes that a picture of the clusters would not show.
 NULL_MARGIN = 0.02

@@ -18,8 +18,8 @@ from sklearn.decomposition import PCA
 from sklearn.metrics import adjusted_rand_score, silhouette_score
 from sklearn.preprocessing import normalize
 
-from spice_pl.artifacts import atomic
 from spice_pl.errors import UsageError
+from spice_pl.files import atomic
 from spice_pl.reports.lines import line_figure
 from spice_pl.tasks.base import Context
 

@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
 
-from spice_pl.artifacts import atomic
 from spice_pl.data.images import ImageSet
 from spice_pl.errors import UsageError
+from spice_pl.files import atomic
 from spice_pl.portable import PortableModel, Predictions, load
 from spice_pl.tasks.base import Context
 
