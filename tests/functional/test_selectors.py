@@ -86,6 +86,23 @@ def test_an_empty_cluster_takes_nothing_from_the_others() -> None:
     assert label[label >= 0].bincount(minlength=K).tolist() == [4, 4, 0]
 
 
+def test_equal_scores_go_by_lot() -> None:
+    # Saturated probabilities, and files in the order of their classes: no class may go first.
+    score, clusters = torch.ones(400), torch.zeros(400).long()
+    drawn = [
+        best_of_each(score, clusters, 1, 0.5, torch.Generator().manual_seed(seed)) == 0
+        for seed in (0, 0, 1)
+    ]
+    assert drawn[0].sum() == 200
+    assert 60 < drawn[0][:200].sum() < 140
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    score[300:] = 2  # what differs is not drawn
+    assert (best_of_each(score, clusters, 1, 0.25) == 0).nonzero()[:, 0].tolist() == [
+        *range(300, 400)
+    ]
+
+
 def test_what_is_missing_is_named() -> None:
     with pytest.raises(ValueError, match="reads probs and the upstream has none"):
         confident_labels(torch.eye(3), None, K)

@@ -75,7 +75,7 @@ def clusmatch_labels(
         embeddings: (N, D), read by the feature branch.
         probs: (N, K), read by the head branch.
         num_clusters: K.
-        generator: of k-means in the feature branch.
+        generator: of k-means in the feature branch, and of the lot between equal samples.
         fraction: p; a cluster labels at most ⌊⌊N/K⌋·p⌋ samples.
         branch: "head" keeps the largest variance of the probabilities over clusters, in each
             predicted cluster; "features" runs k-means and keeps the nearest to each centre;
@@ -96,11 +96,13 @@ def clusmatch_labels(
         raise ValueError(f"branch {branch!r} is unknown; choose auto, head or features")
     if branch == "head" or (branch == "auto" and probs is not None):
         probs = _needed("probs", probs)
-        return best_of_each(probs.var(dim=1), probs.argmax(dim=1), num_clusters, fraction)
+        return best_of_each(
+            probs.var(dim=1), probs.argmax(dim=1), num_clusters, fraction, generator
+        )
     embeddings = _needed("embeddings", embeddings)
     clusters, centres = cosine_kmeans(embeddings, num_clusters, generator=generator)
     near = torch.nn.functional.cosine_similarity(embeddings, centres[clusters], dim=1)
-    return best_of_each(near, clusters, num_clusters, fraction)
+    return best_of_each(near, clusters, num_clusters, fraction, generator)
 
 
 def confident_labels(
@@ -117,7 +119,7 @@ def confident_labels(
         embeddings: not read.
         probs: (N, K).
         num_clusters: K.
-        generator: not used.
+        generator: of the lot between equal probabilities.
         fraction: a cluster labels at most ⌊⌊N/K⌋·fraction⌋ samples.
 
     Returns:
@@ -127,7 +129,7 @@ def confident_labels(
         ValueError: probs are missing, or the budget is 0 samples a cluster.
     """
     confidence, clusters = _needed("probs", probs).max(dim=1)
-    return best_of_each(confidence, clusters, num_clusters, fraction)
+    return best_of_each(confidence, clusters, num_clusters, fraction, generator)
 
 
 def random_labels(
@@ -153,9 +155,8 @@ def random_labels(
     Raises:
         ValueError: probs are missing, or the budget is 0 samples a cluster.
     """
-    probs = _needed("probs", probs)
-    tickets = torch.rand(len(probs), generator=generator).to(probs.device)
-    return best_of_each(tickets, probs.argmax(dim=1), num_clusters, fraction)
+    clusters = _needed("probs", probs).argmax(dim=1)
+    return best_of_each(torch.zeros(len(clusters)), clusters, num_clusters, fraction, generator)
 
 
 @dataclass(frozen=True)
@@ -193,14 +194,24 @@ class OracleLabels:
         return label
 
 
-def best_of_each(score: Tensor, clusters: Tensor, num_clusters: int, fraction: float) -> Tensor:
+def best_of_each(
+    score: Tensor,
+    clusters: Tensor,
+    num_clusters: int,
+    fraction: float,
+    generator: torch.Generator | None = None,
+) -> Tensor:
     """Label the samples of largest score in each cluster, ⌊⌊N/K⌋·fraction⌋ of them.
+
+    Equal scores go by lot: trained probabilities saturate at 1, and files are often in the order of
+    their classes.
 
     Args:
         score: (N,), larger is surer.
         clusters: (N,), ids 0 to K - 1.
         num_clusters: K.
         fraction: p, in (0, 1].
+        generator: of the lot; torch's default generator if None.
 
     Returns:
         Labels (N,), the cluster where selected and -1 elsewhere; a cluster smaller than the budget
@@ -220,11 +231,12 @@ def best_of_each(score: Tensor, clusters: Tensor, num_clusters: int, fraction: f
             f"fraction {fraction} of {share} samples a cluster gives {budget} labels; choose a "
             f"fraction from {1 / max(1, share):.3g} to 1"
         )
+    device = generator.device if generator is not None else "cpu"
+    lot = torch.randperm(len(score), generator=generator, device=device).to(score.device)
+    order = lot[score[lot].argsort(descending=True, stable=True)].to(clusters.device)
     label = torch.full_like(clusters, -1)
     for cluster in range(num_clusters):
-        members = (clusters == cluster).nonzero()[:, 0]
-        first = score[members].argsort(descending=True, stable=True)[:budget]
-        label[members[first]] = cluster
+        label[order[clusters[order] == cluster][:budget]] = cluster
     return label
 
 

@@ -73,8 +73,9 @@ def choose_wall(
     """Choose the pictures a person should see, by the model's own numbers alone.
 
     Images that are "not sure" stand apart. The others of a cluster, where they are fewer than
-    3 * per_row, are divided into thirds. Ties keep the order of the images, so the same run gives
-    the same wall.
+    3 * per_row, are divided into thirds. Equal confidence goes by agreement, then by a lot that is
+    the same in every run: many probabilities are exactly 1, and files are often in the order of
+    their classes.
 
     Args:
         confidence: (N,), in [0, 1].
@@ -100,13 +101,15 @@ def choose_wall(
         )
     if per_row < 1:
         raise ValueError(f"per_row {per_row} shows no picture; use at least 1")
-    order = np.lexsort((-confidence, clusters))  # by cluster, most confident first
+    lot = np.random.default_rng(0).permutation(len(clusters))  # (N,)
+    # by cluster, most confident first
+    order = np.lexsort((lot, -agreement, -confidence, clusters))
     bounds = np.searchsorted(clusters[order], np.arange(1, num_clusters))
     doubtful = agreement < agreement_threshold  # (N,)
     walls = []
     for cluster, members in enumerate(np.split(order, bounds)):
         doubted = members[doubtful[members]]
-        worst = doubted[np.lexsort((doubted, confidence[doubted], agreement[doubted]))]
+        worst = doubted[np.lexsort((lot[doubted], confidence[doubted], agreement[doubted]))]
         walls.append(_cluster_wall(cluster, members[~doubtful[members]], worst, per_row))
     return Wall(tuple(walls), int(doubtful.sum()), agreement_threshold)
 
