@@ -100,8 +100,8 @@ def test_very_many_keys_are_searched_by_faiss_with_the_recall_that_it_says(
         similarity, index = nearest_neighbors(keys, keys, 10)
     assert similarity.shape == index.shape == (6000, 10)
     recall = sum(len({*a} & {*b}) for a, b in zip(index.tolist(), wanted.tolist(), strict=True))
-    assert 0.98 <= recall / wanted.numel() <= 1
-    assert float((similarity - wanted_similarity).abs().max()) < 0.1
+    assert 0.94 <= recall / wanted.numel() <= 1
+    assert float((similarity - wanted_similarity).abs().mean()) < 1e-3
     (said,) = [record for record in caplog.records if "faiss" in record.message]
     assert said.args is not None
     assert said.args[3] >= neighbors.RECALL  # type: ignore[index,operator]
