@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -143,7 +144,7 @@ def _approximate(keys: Tensor, k: int) -> Search:
     # Four bits for four numbers choose candidates in registers; a copy of all embeddings in half
     # precision, half as large as the first, puts them in order.
     parts = width // math.gcd(width, 4)
-    index = faiss.index_factory(
+    index: Any = faiss.index_factory(
         width, f"IVF{num_cells},PQ{parts}x4fs,Refine(SQfp16)", faiss.METRIC_INNER_PRODUCT
     )
     index.k_factor, cells = RERANKED, faiss.extract_index_ivf(index)
