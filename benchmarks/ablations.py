@@ -1,8 +1,9 @@
 """Tables VII and VIII of SPICE beside ours: what does each part of stage 2 give?
 
-    python benchmarks/ablations.py table7|table8 [--seeds 5] [--runs-dir DIR] [KEY=VALUE ...]
+    python benchmarks/ablations.py table7|table8 [--rows spice,ce] [--seeds 5] [--runs-dir DIR]
+                                   [KEY=VALUE ...]
 
-One multirun, `train.py experiment=table7`, over rows and seeds; stage 1 is trained once a seed and
+One multirun over the rows of conf/experiment/table7.yaml, or those named, and seeds; stage 1 is trained once a seed and
 shared by the rows, and trials that are finished in DIR are kept. Prints mean ± standard deviation
 over the seeds beside the paper's STL10 (whole) figures and, as its last line, JSON. Further
 settings go to train.py; without --runs-dir nothing is kept.
@@ -36,14 +37,18 @@ PAPER = {  # SPICE, Tables VII and VIII: STL10, whole, mean and deviation over f
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("table", choices=("table7", "table8"))
+    parser.add_argument("--rows", help="of the table, with commas between; all unless named")
     args, settings = parse(parser)
     experiment = OmegaConf.load(ROOT / "conf" / "experiment" / f"{args.table}.yaml")
-    names = experiment.hydra.sweeper.params["proto/ablation"].split(",")
-    seeds = range(args.seeds)
+    rows = args.rows or experiment.hydra.sweeper.params["proto/ablation"]
+    names, seeds = rows.split(","), range(args.seeds)
+    if unknown := set(names) - PAPER.keys():
+        parser.error(f"--rows {sorted(unknown)} are none of {', '.join(PAPER)}")
     with tempfile.TemporaryDirectory(prefix="spice-pl-") as temporary:
         folder = (args.runs_dir or Path(temporary)).resolve()
-        fixed = [f"experiment={args.table}", f"runs_dir='{folder}'", *settings]
-        train("resume=true", *fixed, f"hydra.sweeper.params.seed='{','.join(map(str, seeds))}'")
+        fixed = ["stages=[moco,proto]", f"runs_dir='{folder}'", *settings]
+        swept = f"seed={','.join(map(str, seeds))}"
+        train("-m", "resume=true", *fixed, f"proto/ablation={rows}", swept)
         found = {
             name: [
                 trial("proto", [*fixed, f"seed={seed}", f"proto/ablation={name}"])["rows"][-1]
