@@ -3,10 +3,10 @@
     python benchmarks/ablations.py table7|table8 [--rows spice,ce] [--seeds 5] [--runs-dir DIR]
                                    [KEY=VALUE ...]
 
-One multirun over the rows of conf/experiment/table7.yaml, or those named, and seeds; stage 1 is trained once a seed and
-shared by the rows, and trials that are finished in DIR are kept. Prints mean ± standard deviation
-over the seeds beside the paper's STL10 (whole) figures and, as its last line, JSON. Further
-settings go to train.py; without --runs-dir nothing is kept.
+One multirun over seeds and the rows of conf/experiment/table7.yaml, or those named; stage 1 is
+trained once a seed and shared by the rows, and trials that are finished in DIR are kept. Prints
+mean ± standard deviation over the seeds beside the paper's STL10 (whole) figures and, as its last
+line, JSON. Further settings go to train.py; without --runs-dir nothing is kept.
 """
 
 import argparse

@@ -21,6 +21,10 @@ from spice_pl.files import atomic
 from spice_pl.review import reviewed_run, write_edited
 from spice_pl.settings import flat, masked, masked_override
 
+OmegaConf.register_new_resolver(
+    "folder_name", lambda root: Path(str(root)).expanduser().resolve().name, replace=True
+)
+
 # Settings that change where or how a run goes but not what it computes.
 NOT_IN_NAMES = {
     *("stage", "stages", "dataset", "run", "seed", "preset", "experiment", "resume", "overwrite"),

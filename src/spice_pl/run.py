@@ -63,10 +63,6 @@ logger = logging.getLogger(__name__)
 
 ASKED = ("stage", "dataset.num_clusters", "overwrite")
 
-OmegaConf.register_new_resolver(
-    "folder_name", lambda root: Path(str(root)).expanduser().resolve().name, replace=True
-)
-
 
 def main(cfg: DictConfig) -> float | None:
     """Run the job that Hydra composed; return the label-free objective for sweeps.
