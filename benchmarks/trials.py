@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from spice_pl.job import Job
 
@@ -38,8 +39,10 @@ def train(*arguments: str) -> None:
 
 def trial(stage: str, settings: Sequence[str]) -> dict[str, Any]:
     """Metrics of a stage's finished run in a sweep, which the settings alone name."""
+    parsed = OverridesParser.create().parse_overrides([*settings])
+    as_swept = [f"{each.get_key_element()}={each.get_value_element_as_str()}" for each in parsed]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        job = Job(compose("config", [*settings]), tuple(settings), "none", sweep=True)
+        job = Job(compose("config", as_swept), tuple(as_swept), "none", sweep=True)
     folder = job.folder(stage)
     if not folder.finished:
         raise SystemExit(f"error: {folder.path} is no finished run")
