@@ -36,6 +36,7 @@ from spice_pl.data.scan import image_files
 from spice_pl.errors import UsageError
 from spice_pl.files import atomic
 from spice_pl.functional.neighbors import similarities
+from spice_pl.nn.frozen import in_parts
 from spice_pl.nn.heads import ClusterHead, LinearHead
 
 FILE_NAME = "model.spice"
@@ -209,7 +210,9 @@ class PortableModel:
     ) -> Iterator[Predictions]:
         """Cluster batch by batch: keys (B,) and pixels (B, 3, S, S) uint8 of the model's size."""
         for keys, pixels in batches:
-            probs, embeddings = self.network(torch.from_numpy(pixels).to(self.device))
+            pieces = in_parts(torch.from_numpy(pixels).to(self.device))
+            made = [self.network(part) for part in pieces]
+            probs, embeddings = (torch.cat(each) for each in zip(*made, strict=True))
             confidence, clusters = probs.max(dim=1)  # (B,)
             nearest, similarity = self._nearest(embeddings, num_nearest)
             ids = clusters.cpu().numpy()

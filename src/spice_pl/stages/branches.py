@@ -24,6 +24,7 @@ from spice_pl.artifacts import RunFolder, as_tensor
 from spice_pl.data.datamodule import Stream, Views, ViewsDataModule
 from spice_pl.data.keyed import keyed_uniform
 from spice_pl.errors import UsageError
+from spice_pl.nn.frozen import Frozen
 from spice_pl.stages.base import Stage
 
 VIEWS = ("weak", "strong")  # of the E-step, of the M-step
@@ -48,16 +49,16 @@ class FrozenViews:
         return stream
 
     def on_fit_start(self) -> None:
-        """Do what comes before the first epoch."""
+        """Make the copy of the encoder that views pass, once its weights are where they stay."""
+        self.encode = Frozen(self.stage.encoder)
 
     def on_epoch_start(self) -> None:
         """Keep the frozen encoder frozen: Lightning has just put every module in train mode."""
         self.stage.encoder.eval()
 
-    @torch.no_grad()
     def embed(self, batch: Views) -> tuple[Tensor, Tensor]:
         """Return features (b, D) of the weak views, and what `read` needs of the strong ones."""
-        weak, strong = (self.stage.encoder(batch.views[name]).float() for name in VIEWS)
+        weak, strong = (self.encode(batch.views[name]).float() for name in VIEWS)
         return weak, strong
 
     def read(self, strong: Tensor, slots: Tensor) -> Tensor:
@@ -117,6 +118,7 @@ class BankedViews(FrozenViews):
 
     def on_fit_start(self) -> None:
         """Fill the banks, unless an earlier part of this run did."""
+        super().on_fit_start()
         trainer = self.stage.trainer
         self.folder = Path(trainer.default_root_dir) / "view_bank"
         stamp = self.folder / "made_from.json"
@@ -163,18 +165,16 @@ class BankedViews(FrozenViews):
         drawn: NDArray[np.int64] = (uniform * self.num_views).long().numpy()
         return drawn
 
-    @torch.no_grad()
     def _fill(self) -> None:
         stage, trainer = self.stage, self.stage.trainer
         banks = {name: np.lib.format.open_memmap(self._file(name), "r+") for name in VIEWS}
         mine = self.train_index[trainer.global_rank :: trainer.world_size]
-        stage.encoder.eval()
         for part in torch.split(mine, 256):
             for number in range(self.num_views):
                 batch = _datamodule(stage).make(part, stage.device, self.views, number)
                 for name in VIEWS:
                     with _precision(stage):
-                        features = stage.encoder(batch.views[name])  # (b, D)
+                        features = self.encode(batch.views[name])  # (b, D)
                     half = features.half()
                     if not half.isfinite().all():
                         raise UsageError(
@@ -184,7 +184,6 @@ class BankedViews(FrozenViews):
                     banks[name][number, part.numpy()] = half.cpu().numpy()
         for bank in banks.values():
             bank.flush()
-        stage.encoder.train()  # as Lightning left it; `on_epoch_start` decides
 
     def _file(self, name: str) -> Path:
         return self.folder / f"{name}.npy"

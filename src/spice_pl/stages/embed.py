@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from spice_pl.data.datamodule import Stream, Views
 from spice_pl.data.images import ImageSet
 from spice_pl.errors import UsageError
 from spice_pl.interop import load_backbone_weights
+from spice_pl.nn.frozen import Frozen
 from spice_pl.stages.base import Prediction, Stage
 
 logger = logging.getLogger(__name__)
@@ -36,6 +38,11 @@ class EmbedModule(Stage):
         super().__init__()
         self.encoder = backbone.requires_grad_(False)
         self.file, self.partial = weights, partial
+
+    @cached_property
+    def frozen(self) -> Frozen:
+        """The encoder as it is when first asked for, which is after `prepare`."""
+        return Frozen(self.encoder)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return raw features (B, D)."""
@@ -77,4 +84,4 @@ class EmbedModule(Stage):
 
     def predict(self, batch: Views) -> Prediction:
         """Return raw features of the plain view."""
-        return Prediction(batch.index, self(batch.views["plain"]).float(), None)
+        return Prediction(batch.index, self.frozen(batch.views["plain"]).float(), None)
