@@ -1,22 +1,18 @@
-"""One line that says how far a stage is and how long it will take."""
+"""A stage's bar and clock."""
 
 from __future__ import annotations
 
-import logging
-import sys
 import time
 from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ProgressBar
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-logger = logging.getLogger(__name__)
+from spice_pl.progress import PAUSE, Bar
 
 
 class StageProgress(ProgressBar):
-    """A bar over the whole stage on a terminal; a line every tenth of it elsewhere.
+    """A bar over a stage's training, and one over its prediction of all images.
 
     Its state in a checkpoint is the time that training has taken so far, so that the cost of a
     resumed run counts all its parts.
@@ -32,6 +28,7 @@ class StageProgress(ProgressBar):
         self.started = time.monotonic()
         self._waited = self._stepped = 0.0
         self._mark: float | None = None  # end of the last step
+        self._bar: Bar | None = None
 
     @property
     def data_wait_fraction(self) -> float:
@@ -52,28 +49,12 @@ class StageProgress(ProgressBar):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin the bar, where training begins or goes on."""
-        self.total = int(trainer.num_training_batches) * (trainer.max_epochs or 1)
+        self.started = time.monotonic()
+        num_batches = int(trainer.num_training_batches)
         batches_done = trainer.fit_loop.epoch_loop.batch_progress.current.completed
-        self.first = trainer.current_epoch * int(trainer.num_training_batches) + (
-            batches_done % max(1, int(trainer.num_training_batches))
-        )
-        self.done, self.started, self.shown = self.first, time.monotonic(), -1
-        self.bar: Progress | None = None
-        if self.enabled and sys.stderr.isatty():
-            self.bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TextColumn("{task.percentage:3.0f} %"),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(elapsed_when_finished=False),
-                TextColumn("{task.fields[values]}"),
-                console=Console(stderr=True),
-            )
-            self.bar.start()
-            self.task = self.bar.add_task(
-                self.name, total=self.total, completed=self.done, values=""
-            )
+        done = trainer.current_epoch * num_batches + batches_done % max(1, num_batches)
+        total = num_batches * (trainer.max_epochs or 1)
+        self._bar = Bar(self.name, total, done=done, enabled=self.enabled).__enter__()
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Count no time between epochs as waiting."""
@@ -92,36 +73,43 @@ class StageProgress(ProgressBar):
         if self._mark is not None:
             self._stepped += now - self._mark
         self._mark = now
-        self.done += 1
-        if self.bar is not None:
-            self.bar.update(self.task, completed=self.done)
+        if self._bar is not None:
+            self._bar.advance()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Show the loss, and elsewhere than on a terminal a line every tenth."""
-        values = _values(trainer, pl_module)
-        if self.bar is not None:
-            self.bar.update(self.task, values=values)
-            return
-        tenth = 10 * self.done // max(1, self.total)
-        if self.enabled and tenth > self.shown:
-            self.shown = tenth
-            seconds = time.monotonic() - self.started
-            left = seconds / max(1, self.done - self.first) * (self.total - self.done)
-            logger.info(
-                "%s %3d %%, %.0f s, %.0f s left  %s", self.name, tenth * 10, seconds, left, values
-            )
+        """Show the loss."""
+        if self._bar is not None:
+            self._bar.show(_values(trainer, pl_module))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """End the bar."""
-        if self.bar is not None:
-            self.bar.stop()
+        self._end()
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin a bar over all images."""
+        name, total = f"{self.name}, all images", int(sum(trainer.num_predict_batches))
+        self._bar = Bar(name, total, enabled=self.enabled, pause=PAUSE).__enter__()
+
+    def on_predict_batch_end(self, *_: Any) -> None:
+        """Move on by a batch."""
+        if self._bar is not None:
+            self._bar.advance()
+            self._bar.show()
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """End the bar."""
+        self._end()
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         """End the bar, so that the message stands on a line of its own."""
-        if getattr(self, "bar", None) is not None:
-            self.bar.stop()  # type: ignore[union-attr]
+        self._end()
+
+    def _end(self) -> None:
+        if self._bar is not None:
+            self._bar.__exit__()
+            self._bar = None
 
 
 def _values(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from contextlib import AbstractContextManager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from spice_pl.data.datamodule import Stream, Views, ViewsDataModule
 from spice_pl.data.keyed import keyed_uniform
 from spice_pl.errors import UsageError
 from spice_pl.nn.frozen import Frozen
+from spice_pl.progress import PAUSE, Bar
 from spice_pl.stages.base import Stage
 
 VIEWS = ("weak", "strong")  # of the E-step, of the M-step
@@ -169,8 +171,10 @@ class BankedViews(FrozenViews):
         stage, trainer = self.stage, self.stage.trainer
         banks = {name: np.lib.format.open_memmap(self._file(name), "r+") for name in VIEWS}
         mine = self.train_index[trainer.global_rank :: trainer.world_size]
-        for part in torch.split(mine, 256):
-            for number in range(self.num_views):
+        total = self.num_views * len(mine)
+        enabled = trainer.is_global_zero
+        with Bar("views, once", total, enabled=enabled, pause=PAUSE) as bar:
+            for part, number in product(torch.split(mine, 256), range(self.num_views)):
                 batch = _datamodule(stage).make(part, stage.device, self.views, number)
                 for name in VIEWS:
                     with _precision(stage):
@@ -182,6 +186,8 @@ class BankedViews(FrozenViews):
                             "precision of a bank; use proto.module.view_bank=null"
                         )
                     banks[name][number, part.numpy()] = half.cpu().numpy()
+                bar.advance(len(part))
+                bar.show()
         for bank in banks.values():
             bank.flush()
 

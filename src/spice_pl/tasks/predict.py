@@ -9,7 +9,6 @@ import csv
 import logging
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,13 +17,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import Progress
 
 from spice_pl.data.images import ImageSet
 from spice_pl.errors import UsageError
 from spice_pl.files import atomic
 from spice_pl.portable import PortableModel, Predictions, load
+from spice_pl.progress import Bar
 from spice_pl.tasks.base import Context
 
 logger = logging.getLogger(__name__)
@@ -79,14 +77,15 @@ class Predict:
         batches = pixel_batches(images, self.batch_size)
         with ExitStack() as stack:
             write = stack.enter_context(table(context.folder.path, model, self.num_nearest))
-            advance = stack.enter_context(progress("predict", len(images)))
+            bar = stack.enter_context(Bar("predict", len(images)))
             for part in model.stream(batches, num_nearest=self.num_nearest):
                 write(part)
                 if sorter is not None:
                     sorter(part)
                 counts += np.bincount(part.clusters, minlength=model.num_clusters)
                 doubtful += int(part.not_sure.sum())
-                advance(len(part))
+                bar.advance(len(part))
+                bar.show()
         rate = len(images) / (time.monotonic() - started)
         for name, count in zip(model.names, counts, strict=True):
             logger.info("%8d  %s", count, name)
@@ -247,22 +246,3 @@ def _arrow(values: Any) -> Any:
 
 def _utf8(key: str) -> str:
     return key.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-
-
-@contextmanager
-def progress(name: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Give a function to call with what is done: a bar on a terminal, lines elsewhere."""
-    terminal, done, shown, started = sys.stderr.isatty(), 0, 0, time.monotonic()
-    with Progress(console=Console(stderr=True), disable=not terminal) as bar:
-        task = bar.add_task(name, total=total)
-
-        def advance(count: int) -> None:
-            nonlocal done, shown
-            done += count
-            bar.update(task, completed=done)
-            tenth = 10 * done // max(1, total)
-            if not terminal and tenth > shown:
-                shown = tenth
-                logger.info("%s %3d %%, %.0f s", name, 10 * tenth, time.monotonic() - started)
-
-        yield advance

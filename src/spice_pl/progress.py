@@ -1,0 +1,83 @@
+"""How far a job is and how long it will take: a bar on a terminal, lines elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+logger = logging.getLogger(__name__)
+
+PAUSE = 10.0  # seconds between two lines about what rarely takes long
+
+
+class Bar:
+    """A bar while it is entered; without a terminal `show` logs a line for every further tenth.
+
+    Args:
+        name: of the job.
+        total: steps.
+        done: of these before this part of the job.
+        enabled: False shows nothing, for ranks but the first.
+        pause: seconds before a line and between two.
+    """
+
+    def __init__(
+        self, name: str, total: int, *, done: int = 0, enabled: bool = True, pause: float = 0.0
+    ) -> None:
+        self.name, self.total, self.first, self.done = name, total, done, done
+        self.enabled, self.pause = enabled, pause
+        self.started = self._said = time.monotonic()
+        self._tenth = 0
+        self._bar: Progress | None = None
+        if enabled and sys.stderr.isatty():
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.percentage:3.0f} %"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(elapsed_when_finished=False),
+                TextColumn("{task.fields[values]}"),
+                console=Console(stderr=True),
+            )
+            self._task = self._bar.add_task(name, total=total, completed=done, values="")
+
+    def __enter__(self) -> Bar:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None = None,
+        error: BaseException | None = None,
+        trace: TracebackType | None = None,
+    ) -> None:
+        """End the bar, so that what follows stands on a line of its own."""
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self, count: int = 1) -> None:
+        """Move on by some steps."""
+        self.done += count
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.done)
+
+    def show(self, values: str = "") -> None:
+        """Say how things are: beside the bar, or as a line if a further tenth is done."""
+        if self._bar is not None:
+            self._bar.update(self._task, values=values)
+            return
+        now, tenth = time.monotonic(), 10 * self.done // max(1, self.total)
+        if not self.enabled or tenth <= self._tenth or now - self._said < self.pause:
+            return
+        self._tenth, self._said = tenth, now
+        seconds = now - self.started
+        left = seconds / max(1, self.done - self.first) * (self.total - self.done)
+        line = f"{self.name} {10 * tenth:3d} %, {seconds:.0f} s, {left:.0f} s left  {values}"
+        logger.info(line.rstrip())
