@@ -33,6 +33,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from spice_pl.artifacts import RunFolder
 from spice_pl.data.datamodule import ViewsDataModule
@@ -139,7 +140,7 @@ def m_step(heads: ParallelHeads, features: Tensor, slots: Tensor, label: Tensor)
         for chosen in torch.split(order, HEAD_BATCH_SIZE):
             if len(chosen) < HEAD_BATCH_SIZE:
                 break
-            probs = heads(features[slots[:, chosen]])  # (H, B, K)
+            probs = heads(F.embedding(slots[:, chosen], features))  # (H, B, K)
             loss = double_softmax_cross_entropy(probs, label[chosen])
             optimizer.zero_grad()
             torch.autograd.backward(loss)
