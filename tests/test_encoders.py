@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from tests.conftest import NUM_IMAGES, Finished, authors_names, make_job, photographs
+from tests.nn.test_pretrained import needs_weights
 
 import spice_pl
 from spice_pl.errors import UsageError
@@ -65,6 +66,27 @@ def test_embed_takes_a_local_file_and_stage_2_goes_on(finished: Finished) -> Non
     proto = finished.folder("proto")
     assert [row["name"] for row in proto.metrics["rows"]] == [*names, "SPICE stage 2"]
     proto.check_upstream(embed)
+
+
+@needs_weights
+def test_photographs_are_clustered_on_pretrained_features_alone(
+    photo_folder: Path, tmp_path: Path
+) -> None:
+    job = make_job(
+        *("experiment=photos_pretrained", "dataset=folder", f"dataset.root={photo_folder}"),
+        *("dataset.num_clusters=3", "dataset.labels=folders", "dataset.image_size=32"),
+        *(f"runs_dir={tmp_path / 'runs'}", f"cache_dir={tmp_path / 'cache'}"),
+        *("trainer.accelerator=cpu", "augment.weak.padding=4", "augment.strong.max_cutout=8"),
+        *("proto.epochs=3", "proto.module.head_batch_size=30"),
+    )
+    run_stages(job)
+    names = (
+        "k-means on ImageNet-supervised features",
+        "SPICE stage 2 on ImageNet-supervised features",
+    )
+    rows = {row["name"]: row["acc"] for row in job.folder("proto").metrics["rows"]}
+    assert rows[names[0]] > 0.9  # coloured halves: any features tell them apart
+    assert rows[names[1]] > 0.9
 
 
 @pytest.mark.parametrize(
