@@ -143,7 +143,7 @@ class Watch(pl.Callback):
         self.embeddings, self.settings = module.embeddings, (module.lr, module.head_batch_size)
         chosen = module.pseudo_labels
         module.pseudo_labels = lambda *args, **more: self._seen(chosen(*args, **more))  # type: ignore[assignment]
-        self.counter = Counter(module.encoder)
+        self.counter = Counter(module.branches.encode.network)
         self.start = time.process_time()
 
     def on_train_batch_start(
