@@ -29,7 +29,8 @@ class Frozen:
     """
 
     def __init__(self, network: nn.Module) -> None:
-        self.network = _folded(copy.deepcopy(network).eval().requires_grad_(False))
+        network = copy.deepcopy(network).to(memory_format=torch.channels_last)
+        self.network = _folded(network.eval().requires_grad_(False))
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from spice_pl.data.images import ImageSet
 from spice_pl.data.keyed import keyed_uniform
 from spice_pl.errors import UsageError
 from spice_pl.functional.assignment import clustering_scores
+from spice_pl.nn.frozen import Frozen
 from spice_pl.nn.heads import ParallelHeads, head_of
 from spice_pl.reports.trust import Check, NullCheck, TrustData, record, write_trust
 from spice_pl.tasks.base import Context
@@ -129,12 +130,12 @@ class Trust:
         if head is None:
             return None
         folder.load_weights("encoder.safetensors", self.backbone)
-        network = nn.Sequential(self.backbone, head).eval()
+        encode = Frozen(self.backbone)
         same = 0
         for index in torch.split(torch.from_numpy(chosen), self.batch_size):
             pixels = torch.from_numpy(images.images[index.numpy()])
             uniforms = keyed_uniform(seed, 0, index, 0, self.weak.num_uniforms)
-            weak = network(self.weak(pixels, uniforms)).argmax(dim=1)
+            weak = head(encode(self.weak(pixels, uniforms)).float()).argmax(dim=1)
             same += int((weak == clusters[index]).sum())
         return same / len(chosen)
 
