@@ -26,13 +26,14 @@ run: $(READY)
 	@echo '==> train.py $(ARGS)'
 	@$(BIN)/python train.py $(ARGS)
 
-# Tests start processes of their own; more threads than cores starve each other.
+# One worker a core, a file at a time. Tests start processes of their own too; more threads than
+# cores starve each other. ARGS="-n 0 -k NAME" runs in one process.
 test: export OMP_NUM_THREADS := 1
 test: export HF_HUB_OFFLINE := 1
 test: export WANDB_MODE := offline
 test: $(READY)
 	@echo '==> pytest $(ARGS)'
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 check: $(READY)
 	@echo '==> ruff check'
