@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from sklearn.cluster import KMeans
 from tests.conftest import NUM_CLASSES, NUM_IMAGES, photographs
 
 from spice_pl import baselines
@@ -62,3 +63,24 @@ def test_more_samples_than_are_fitted_are_all_assigned(
     clusters = kmeans_clusters(data, 4, seed=0)
     assert clusters.shape == (num,)
     assert accuracy(clusters, labels) == 1
+
+
+@pytest.mark.parametrize(
+    ("num_clusters", "restarts"), [(2, 10), (100, 10), (101, 9), (200, 5), (1000, 1), (2000, 1)]
+)
+def test_many_clusters_restart_less_often(
+    num_clusters: int, restarts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    class Watched(KMeans):  # type: ignore[misc]
+        def fit(self, rows: NDArray[np.float32]) -> Watched:
+            asked.append(self.get_params()["n_init"])
+            self.set_params(n_init=1)
+            fitted: Watched = super().fit(rows)
+            return fitted
+
+    monkeypatch.setattr(baselines, "KMeans", Watched)
+    data = np.random.default_rng(0).random((num_clusters, 2)).astype(np.float32)
+    kmeans_clusters(data, num_clusters, seed=0)
+    assert asked == [restarts]

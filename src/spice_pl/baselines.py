@@ -17,11 +17,12 @@ from torch.nn import functional as F
 logger = logging.getLogger(__name__)
 
 FIT_AT_MOST = 20_000  # samples; a centre needs no more, and restarts stay within minutes
+CENTRES_AT_MOST = 1_000  # of all restarts together; ten of 100, one of 1000, which vary less
 PIXELS_AT_MOST = 32  # a side of an image; larger ones are averaged down, and memory stays bounded
 
 
 def kmeans_clusters(data: NDArray[Any], num_clusters: int, seed: int) -> NDArray[np.int64]:
-    """Return (N,) clusters of k-means (k-means++, best inertia of 10 restarts).
+    """Return (N,) clusters of k-means (k-means++, best inertia of 10 restarts; 1000/K for K > 100).
 
     Args:
         data: (N, ...), flattened to rows; images (N, 3, S, S) uint8 are scaled to [0, 1] and
@@ -33,7 +34,8 @@ def kmeans_clusters(data: NDArray[Any], num_clusters: int, seed: int) -> NDArray
     if len(data) > FIT_AT_MOST:
         fitted = np.sort(np.random.default_rng(seed).choice(len(data), FIT_AT_MOST, replace=False))
         logger.info("k-means is fitted on %d of %d samples", FIT_AT_MOST, len(data))
-    model = KMeans(num_clusters, n_init=10, random_state=seed)
+    restarts = min(10, max(1, CENTRES_AT_MOST // num_clusters))
+    model = KMeans(num_clusters, n_init=restarts, random_state=seed)
     model.fit(_rows(data, fitted))
     chunks = np.array_split(np.arange(len(data)), -(-len(data) // FIT_AT_MOST))
     found = [model.predict(_rows(data, chunk)) for chunk in chunks]
