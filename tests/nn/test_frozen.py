@@ -89,6 +89,15 @@ class Standardised(nn.Conv2d):
         return maps
 
 
+class Named(nn.Sequential):
+    """Layers that are called by the name of their argument."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        for layer in self:
+            images = layer(input=images)
+        return images
+
+
 class Branching(nn.Module):
     """What goes on depends on values, so that nobody sees it beforehand."""
 
@@ -108,6 +117,7 @@ class Branching(nn.Module):
         (Twice(), 3),
         (nn.Sequential(Standardised(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten()), 1),
         (Branching(), 1),
+        (Named(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten()), 1),
         (nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3), nn.Flatten()), 1),
         (nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten()), 0),
     ],

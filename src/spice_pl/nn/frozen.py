@@ -68,7 +68,7 @@ def _folded(network: nn.Module) -> nn.Module:
     calls = [node for node in nodes if node.op == "call_module"]
     times = Counter(str(node.target) for node in calls)
     for node in calls:
-        before, place = node.args[0], str(node.target)
+        before, place = next(iter(node.args), None), str(node.target)
         if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) > 1:
             continue
         convolution, norm = modules[str(before.target)], modules[place]
