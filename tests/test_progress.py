@@ -19,7 +19,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def test_a_log_gets_a_line_every_tenth_with_the_time_left(
+def test_a_log_gets_a_line_at_once_and_every_tenth_with_the_time_left(
     clock: list[float], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -28,8 +28,9 @@ def test_a_log_gets_a_line_every_tenth_with_the_time_left(
             clock[0] += 3
             bar.advance()
             bar.show("loss 1.5")
-    assert len(caplog.messages) == 10
-    assert caplog.messages[0] == "moco  10 %, 6 s, 54 s left  loss 1.5"
+    assert len(caplog.messages) == 11
+    assert caplog.messages[0] == "moco   0 %, 3 s, 57 s left  loss 1.5"
+    assert caplog.messages[1] == "moco  10 %, 6 s, 54 s left  loss 1.5"
     assert caplog.messages[-1] == "moco 100 %, 60 s, 0 s left  loss 1.5"
 
 

@@ -32,7 +32,7 @@ class Bar:
         self.name, self.total, self.first, self.done = name, total, done, done
         self.enabled, self.pause = enabled, pause
         self.started = self._said = time.monotonic()
-        self._tenth = 0
+        self._tenth = -1  # the first line comes with the first step, and with it the time left
         self._bar: Progress | None = None
         if enabled and sys.stderr.isatty():
             self._bar = Progress(
@@ -74,7 +74,9 @@ class Bar:
             self._bar.update(self._task, values=values)
             return
         now, tenth = time.monotonic(), 10 * self.done // max(1, self.total)
-        if not self.enabled or tenth <= self._tenth or now - self._said < self.pause:
+        if not self.enabled or self.done == self.first:
+            return
+        if tenth <= self._tenth or now - self._said < self.pause:
             return
         self._tenth, self._said = tenth, now
         seconds = now - self.started
