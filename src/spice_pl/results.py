@@ -198,7 +198,8 @@ def _write_clusters(run: StageRun, images: ImageSet, clusters: NDArray[np.int64]
     sizes = np.bincount(clusters, minlength=run.num_clusters)
     empty = np.flatnonzero(sizes == 0).tolist()
     if empty:
-        logger.warning("clusters %s are empty", empty)
+        some = ", ".join(map(str, empty[:20])) + (" …" if len(empty) > 20 else "")
+        logger.warning("%d of %d clusters are empty: %s", len(empty), len(sizes), some)
     run.folder.write_clusters(images.keys, clusters, confidence, agreement.numpy(), reliable)
     return {
         "cluster_sizes": sizes.tolist(),

@@ -380,7 +380,9 @@ def test_features_that_are_all_the_same_are_refused(tmp_path: Path) -> None:
         )
 
 
-def test_heads_that_collapse_are_counted_and_lose_to_a_head_that_did_not(tmp_path: Path) -> None:
+def test_heads_that_collapse_are_counted_and_lose_to_a_head_that_did_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     module, streams = proto(tmp_path, lr=0.0)
     with torch.no_grad():
         module.heads.output_weight[:2].zero_()
@@ -388,10 +390,16 @@ def test_heads_that_collapse_are_counted_and_lose_to_a_head_that_did_not(tmp_pat
     collapsed = {key: value[:1].expand_as(value) for key, value in state(module.heads).items()}
     fit(module, streams, epochs=1)
     assert int(module.best_head) == 2
+    caplog.clear()
     module, streams = proto(tmp_path / "all", lr=0.0)
     module.heads.load_state_dict(collapsed)
-    trainer = fit(module, streams, epochs=1)
+    trainer = fit(module, streams, epochs=2)
     assert float(trainer.callback_metrics["val/empty_clusters"]) == K - 1
+    warnings = [each.getMessage() for each in caplog.records if "empty" in each.getMessage()]
+    assert warnings == [
+        f"epoch 0 leaves {K - 1} of {K} clusters empty; if later ones do not fill them, "
+        "many clusters fill with proto.module.loss=ce"
+    ]
     assert math.isfinite(float(trainer.callback_metrics["train/loss"]))
 
 

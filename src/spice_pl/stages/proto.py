@@ -88,6 +88,7 @@ class ProtoHeadModule(Stage):
     best_epoch: Tensor
     shares: Tensor | None
     epoch_head = 0  # the one chosen after this epoch
+    warned = False  # of empty clusters, once a run
 
     def __init__(
         self,
@@ -355,9 +356,10 @@ class ProtoHeadModule(Stage):
         cost, head_index = costs.min(dim=0)
         self.epoch_head = int(head_index)
         loss = losses[self.epoch_head]
-        sizes = torch.bincount(clusters[self.epoch_head], minlength=self.num_clusters)  # (K,)
+        num_empty = self.num_clusters - len(clusters[self.epoch_head].unique())
+        self._warn_of_empty(num_empty)
         self.record("val/selection_loss", loss)
-        self.record("val/empty_clusters", (sizes == 0).sum().float())
+        self.record("val/empty_clusters", torch.tensor(float(num_empty), device=self.device))
         for head, each in enumerate(losses):
             self.record(f"val/selection_loss_head_{head}", each)
         if cost < self.best_cost:
@@ -368,6 +370,25 @@ class ProtoHeadModule(Stage):
             self.selected.load_state_dict(self.heads.head(self.epoch_head).state_dict())
             self.branches.keep()
         self.record("val/best_selection_loss", self.best_loss)
+
+    def _warn_of_empty(self, num_empty: int) -> None:
+        """Say once that most clusters are empty, and what fills them."""
+        if self.warned or 2 * num_empty <= self.num_clusters:
+            return
+        self.warned = True
+        # Appendix A: an unsure head gets 1/K of the gradient, an empty cluster hardly any.
+        way = (
+            "many clusters fill with proto.module.loss=ce"
+            if self.has_floor
+            else "lower dataset.num_clusters or proto.module.lr, or raise proto.module.buffer_size"
+        )
+        logger.warning(
+            "epoch %d leaves %d of %d clusters empty; if later ones do not fill them, %s",
+            self.current_epoch,
+            num_empty,
+            self.num_clusters,
+            way,
+        )
 
     def _branches(self, upstream: RunFolder) -> FrozenViews:
         """Choose where features of views come from."""
