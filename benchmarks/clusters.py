@@ -4,8 +4,8 @@
 
 Features are K random centres of D = 64 with noise, weak and strong views add noise of their own;
 the buffer is all images. Cycle by cycle: Eqs. 2 to 4 on the weak views, then the M-step on the
-strong ones (Adam) by Eq. 5, with the entropy term at two weights, and by plain cross-entropy. Prints
-the head of the lowest Eq. 5: accuracy and empty clusters, beside k-means; then JSON.
+strong ones (Adam) by Eq. 5, with the entropy term at two weights, and by plain cross-entropy.
+Prints the head of the lowest Eq. 5: accuracy and empty clusters, beside k-means; then JSON.
 """
 
 import argparse

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from spice_pl.functional.assignment import (
     clustering_scores,
-    consensus,
     count_table,
     match_clusters,
     scores_from_counts,
@@ -168,24 +167,3 @@ def test_refuses_to_score_nothing(labels: list[int]) -> None:
     clusters = torch.zeros(len(labels), dtype=torch.long)
     with pytest.raises(ValueError, match=r"0 samples have a cluster and a label; .* at least 1"):
         clustering_scores(clusters, torch.tensor(labels, dtype=torch.long))
-
-
-def test_consensus_is_the_mean_index_with_the_others() -> None:
-    clusters = torch.randint(0, 4, (3, 500), generator=torch.Generator().manual_seed(0))
-    clusters[1, :300] = clusters[0, :300]
-    index = {
-        pair: adjusted_rand_score(clusters[pair[0]], clusters[pair[1]])
-        for pair in ((0, 1), (0, 2), (1, 2))
-    }
-    expected = [index[0, 1] + index[0, 2], index[0, 1] + index[1, 2], index[0, 2] + index[1, 2]]
-    found = consensus(clusters, 4)
-    torch.testing.assert_close(found, torch.tensor(expected).float() / 2)
-    renamed = torch.stack([clusters[0], torch.tensor([2, 3, 0, 1])[clusters[1]], clusters[2]])
-    assert torch.equal(consensus(renamed, 4), found)
-
-
-def test_collapsed_clusterings_have_no_consensus() -> None:
-    clusters = torch.tensor([[0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 1, 1]])
-    assert consensus(clusters, 2).tolist() == [-1.0, -1.0, 0.0]
-    with pytest.raises(ValueError, match="at least 2"):
-        consensus(clusters[:1], 2)

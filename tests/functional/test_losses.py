@@ -12,6 +12,7 @@ from spice_pl.functional.losses import (
     double_softmax_floor,
     double_softmax_gradient_ratio,
     mean_prediction_entropy,
+    mutual_information,
     tempered_cross_entropy_per_head,
 )
 
@@ -128,6 +129,16 @@ def test_entropy_reaches_empty_clusters_with_a_finite_gradient() -> None:
     slope = gradient(entropy, probs)
     assert slope.isfinite().all()
     assert (slope[:, 1] > slope[:, 0]).all()
+
+
+def test_mutual_information_is_high_for_even_and_sure_clusters() -> None:
+    probs = random_logits(3, 6, 4).softmax(-1)
+    unsure = [[-sum(p * math.log(p) for p in row) for row in head] for head in probs.tolist()]
+    expected = mean_prediction_entropy(probs) - torch.tensor(unsure, dtype=probs.dtype).mean(dim=1)
+    torch.testing.assert_close(mutual_information(probs), expected)
+    assert mutual_information(torch.eye(5)).item() == pytest.approx(math.log(5))
+    for nothing in (torch.full((6, 4), 0.25), torch.eye(4)[[2] * 6]):  # unsure; all in one cluster
+        assert mutual_information(nothing).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_consistency_by_hand() -> None:

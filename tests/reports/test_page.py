@@ -222,20 +222,20 @@ def test_kept_head_is_the_one_of_the_lowest_loss() -> None:
     assert '<th scope="row">0</th><td class="n">1.7000</td><td class="n">1</td><td></td>' in text
 
 
-def test_kept_head_is_the_one_of_the_highest_consensus_where_heads_were_chosen_by_it() -> None:
+def test_kept_head_is_the_one_of_the_highest_information_where_heads_were_chosen_by_it() -> None:
     logs = {
         "proto": {
             "val/selection_loss_head_0": [(0, 1.5)],
             "val/selection_loss_head_1": [(0, 1.6)],
-            "val/consensus_head_0": [(0, 0.5)],
-            "val/consensus_head_1": [(0, 0.75)],
+            "val/mutual_information_head_0": [(0, 0.5)],
+            "val/mutual_information_head_1": [(0, 0.75)],
         }
     }
     text = " ".join(render_report(report(logs=logs)).split())
     assert (
         '<th scope="row">1</th><td class="n">0.7500</td><td class="n">0</td><td>kept</td>' in text
     )
-    assert "consensus of each head" in text
+    assert "mutual information of each head" in text
 
 
 def test_names_that_cannot_be_printed_are_spelled_out() -> None:

@@ -3,7 +3,6 @@
 Shapes: N samples, K clusters, C classes; K and C may differ.
 """
 
-import itertools
 import math
 
 import numpy as np
@@ -118,38 +117,6 @@ def clustering_scores(clusters: Tensor, labels: Tensor) -> dict[str, float]:
     """
     sizes = [int(ids.max()) + 1 if ids.numel() else 0 for ids in (clusters, labels)]
     return scores_from_counts(count_table(clusters, labels, *sizes))
-
-
-def consensus(clusters: Tensor, num_clusters: int) -> Tensor:
-    """Measure how far each of several clusterings is like the others.
-
-    Mean adjusted Rand index (Hubert and Arabie 1985) with every other one; no label takes part.
-
-    Args:
-        clusters: (H, N), ids 0 to K - 1 of H clusterings of the same samples, H at least 2.
-        num_clusters: K.
-
-    Returns:
-        (H,), float32, -0.5 to 1; -1 for a clustering that leaves a cluster empty, as those that
-        have collapsed would agree best.
-
-    Raises:
-        ValueError: fewer than 2 clusterings, or an id is out of range.
-
-    Examples:
-        >>> consensus(torch.tensor([[0, 0, 1, 1], [1, 1, 0, 0], [0, 1, 0, 1]]), 2)
-        tensor([ 0.2500,  0.2500, -0.5000])
-    """
-    num_heads = len(clusters)
-    if num_heads < 2:
-        raise ValueError(f"{num_heads} clusterings; a consensus needs at least 2")
-    alike = torch.zeros(num_heads, num_heads)
-    for one, other in itertools.combinations(range(num_heads), 2):
-        table = count_table(clusters[one], clusters[other], num_clusters, num_clusters)
-        alike[one, other] = alike[other, one] = _ari(table)
-    mean = alike.sum(dim=1) / (num_heads - 1)  # (H,)
-    sizes = torch.stack([torch.bincount(each, minlength=num_clusters) for each in clusters])
-    return mean.masked_fill((sizes == 0).any(dim=1).cpu(), -1.0)
 
 
 def _nmi(table: Tensor) -> float:

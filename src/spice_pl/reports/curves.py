@@ -23,9 +23,9 @@ CHARTS: tuple[tuple[str, tuple[str, ...], bool], ...] = (
     ("share of clusters", ("val/largest_cluster_fraction", "val/smallest_cluster_fraction"), False),
     ("scores", ("truth/acc", "truth/nmi", "truth/ari", "truth/reliable_acc"), True),
 )
-# What a head was chosen by, and its sign: the lowest is kept of loss, the highest of consensus.
+# What a head was chosen by, and its sign: the lowest is kept of loss, the highest of information.
 HEADS = (
-    ("consensus", "val/consensus_head_", -1),
+    ("mutual information", "val/mutual_information_head_", -1),
     ("selection loss", "val/selection_loss_head_", 1),
 )
 THRESHOLD = "train/threshold_"  # and the cluster that asks for this confidence

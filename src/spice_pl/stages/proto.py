@@ -23,12 +23,12 @@ from spice_pl.data.datamodule import Stream, Views
 from spice_pl.data.images import ImageSet
 from spice_pl.data.keyed import keyed_generator
 from spice_pl.errors import UsageError
-from spice_pl.functional.assignment import consensus
 from spice_pl.functional.losses import (
     double_softmax_cross_entropy,
     double_softmax_cross_entropy_per_head,
     double_softmax_floor,
     mean_prediction_entropy,
+    mutual_information,
     tempered_cross_entropy_per_head,
 )
 from spice_pl.functional.prototypes import prototype_pseudo_labels, prototype_shares
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 BN_MODES = ("frozen", "reference")
 JOINT = ("none", "single_head", "multi_head")
-SELECTION = ("loss", "consensus")
+SELECTION = ("loss", "mutual_information")
 PRIORS = ("uniform", "estimated")
 SHARES_RATE = 0.1  # of the moving average of estimated shares, a cycle
 HeadLosses = Callable[[Tensor, Tensor], Tensor]  # logits (H, B, K), label (B,) or (H, B) -> (H,)
@@ -76,13 +76,13 @@ class ProtoHeadModule(Stage):
         view_bank: n weak and n strong views an image, embedded once; None makes them anew each
             cycle.
         selection: what chooses head and epoch: "loss", the lowest Eq. 5 on all training images
-            (the paper), or "consensus", the head whose clusters are most like the other heads'.
+            (the paper), or "mutual_information", the highest between images and clusters.
         prior: "uniform", as the paper: clusters of equal size; K shares, which all heads follow; or
             "estimated", a moving average of each head's `prototype_shares`. Ours.
         seed: of the run; head h starts from 1000 · seed + h, so that runs share no head.
     """
 
-    best_cost: Tensor  # what `selection` minimises: the loss, or 1 - consensus
+    best_cost: Tensor  # what `selection` minimises: the loss, or minus the information
     best_loss: Tensor  # of the head that is kept
     best_head: Tensor
     best_epoch: Tensor
@@ -133,11 +133,6 @@ class ProtoHeadModule(Stage):
             raise UsageError(f"proto.module.entropy {entropy} would empty clusters; use 0 or more")
         if joint == "single_head":
             num_heads = 1
-        if selection == "consensus" and num_heads < 2:
-            raise UsageError(
-                f"proto.module.selection=consensus compares heads and num_heads is {num_heads}; "
-                "use 2 or more, or selection=loss"
-            )
         self.automatic_optimization = False
         width = int(backbone.num_features)  # type: ignore[arg-type]
         self.encoder = backbone.requires_grad_(joint != "none")
@@ -333,12 +328,12 @@ class ProtoHeadModule(Stage):
     def _select(self) -> None:
         """Keep head and epoch of the lowest loss on all training images (Section III-B, Remark).
 
-        Or, with `selection="consensus"`, of the clusters that the other heads agree with most.
+        Or, with `selection="mutual_information"`, those of the highest information.
         """
         train_index = self.train_index.to(self.device)
         features = self.branches.plain(self.train_index)  # (N, D)
         embeddings = self.embeddings[train_index]
-        losses, clusters = [], []
+        losses, information, num_empty = [], [], []
         for head in range(self.heads.num_heads):  # one at a time: (N, K) and not (H, N, K)
             probs = self.heads.head(head)(features)
             shares = None if self.shares is None else self.shares[head]
@@ -346,20 +341,20 @@ class ProtoHeadModule(Stage):
             # Clusters count alike: a head must not win by clusters that it emptied.
             balanced = shares is not None
             losses.append(double_softmax_cross_entropy(probs[slots], label, balanced=balanced))
-            clusters.append(probs.argmax(dim=1))
+            information.append(mutual_information(probs))
+            num_empty.append(self.num_clusters - len(probs.argmax(dim=1).unique()))
         costs = torch.stack(losses)  # (H,)
-        if self.selection == "consensus":
-            alike = consensus(torch.stack(clusters), self.num_clusters).to(costs)  # (H,)
-            costs = 1 - alike
-            for head, each in enumerate(alike):
-                self.record(f"val/consensus_head_{head}", each)
+        if self.selection == "mutual_information":
+            costs = -torch.stack(information)
+            for head, each in enumerate(information):
+                self.record(f"val/mutual_information_head_{head}", each)
         cost, head_index = costs.min(dim=0)
         self.epoch_head = int(head_index)
         loss = losses[self.epoch_head]
-        num_empty = self.num_clusters - len(clusters[self.epoch_head].unique())
-        self._warn_of_empty(num_empty)
+        self._warn_of_empty(num_empty[self.epoch_head])
         self.record("val/selection_loss", loss)
-        self.record("val/empty_clusters", torch.tensor(float(num_empty), device=self.device))
+        empty = torch.tensor(float(num_empty[self.epoch_head]), device=self.device)
+        self.record("val/empty_clusters", empty)
         for head, each in enumerate(losses):
             self.record(f"val/selection_loss_head_{head}", each)
         if cost < self.best_cost:
@@ -378,7 +373,7 @@ class ProtoHeadModule(Stage):
         self.warned = True
         # Appendix A: an unsure head gets 1/K of the gradient, an empty cluster hardly any.
         way = (
-            "many clusters fill with proto.module.loss=ce"
+            "proto.module.entropy=1, which the paper has for 200 clusters, or loss=ce does"
             if self.has_floor
             else "lower dataset.num_clusters or proto.module.lr, or raise proto.module.buffer_size"
         )
