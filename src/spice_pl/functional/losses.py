@@ -170,7 +170,7 @@ def mutual_information(probs: Tensor) -> Tensor:
         >>> mutual_information(torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [1.0, 0.0]]]))
         tensor([0.6931, 0.0000])
     """
-    unsure = torch.special.entr(probs).sum(dim=-1).mean(dim=-1)  # (...)
+    unsure: Tensor = torch.special.entr(probs).sum(dim=-1).mean(dim=-1)  # (...)
     return mean_prediction_entropy(probs) - unsure
 
 

@@ -76,7 +76,8 @@ class ProtoHeadModule(Stage):
         view_bank: n weak and n strong views an image, embedded once; None makes them anew each
             cycle.
         selection: what chooses head and epoch: "loss", the lowest Eq. 5 on all training images
-            (the paper), or "mutual_information", the highest between images and clusters.
+            (the paper), or "mutual_information", the highest between images and clusters, which
+            favours even clusters.
         prior: "uniform", as the paper: clusters of equal size; K shares, which all heads follow; or
             "estimated", a moving average of each head's `prototype_shares`. Ours.
         seed: of the run; head h starts from 1000 · seed + h, so that runs share no head.
@@ -341,13 +342,11 @@ class ProtoHeadModule(Stage):
             # Clusters count alike: a head must not win by clusters that it emptied.
             balanced = shares is not None
             losses.append(double_softmax_cross_entropy(probs[slots], label, balanced=balanced))
-            information.append(mutual_information(probs))
+            if self.selection == "mutual_information":
+                information.append(mutual_information(probs))
+                self.record(f"val/mutual_information_head_{head}", information[-1])
             num_empty.append(self.num_clusters - len(probs.argmax(dim=1).unique()))
-        costs = torch.stack(losses)  # (H,)
-        if self.selection == "mutual_information":
-            costs = -torch.stack(information)
-            for head, each in enumerate(information):
-                self.record(f"val/mutual_information_head_{head}", each)
+        costs = -torch.stack(information) if information else torch.stack(losses)  # (H,)
         cost, head_index = costs.min(dim=0)
         self.epoch_head = int(head_index)
         loss = losses[self.epoch_head]
