@@ -391,7 +391,7 @@ def test_heads_that_collapse_are_counted_and_lose_to_a_head_that_did_not(
     warnings = [each.getMessage() for each in caplog.records if "empty" in each.getMessage()]
     assert warnings == [
         f"epoch 0 leaves {K - 1} of {K} clusters empty; if later ones do not fill them, "
-        "proto.module.entropy=1, which the paper has for 200 clusters, or loss=ce does"
+        "proto.module.entropy=0.03 does, the term that the paper has for 200 clusters"
     ]
     assert math.isfinite(float(trainer.callback_metrics["train/loss"]))
 

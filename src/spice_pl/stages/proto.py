@@ -372,7 +372,7 @@ class ProtoHeadModule(Stage):
         self.warned = True
         # Appendix A: an unsure head gets 1/K of the gradient, an empty cluster hardly any.
         way = (
-            "proto.module.entropy=1, which the paper has for 200 clusters, or loss=ce does"
+            "proto.module.entropy=0.03 does, the term that the paper has for 200 clusters"
             if self.has_floor
             else "lower dataset.num_clusters or proto.module.lr, or raise proto.module.buffer_size"
         )
