@@ -33,12 +33,11 @@ def line_figure(curves: Mapping[str, Points], x_name: str, y_name: str) -> str:
         words(MARGIN - 4, bottom, f"{low:.3g}", 'text-anchor="end"'),
         words(MARGIN - 4, MARGIN + 4, f"{high:.3g}", 'text-anchor="end"'),
     ]
+    key = ""  # in a row above the plot, where no line passes
     for number, (name, points) in enumerate(curves.items()):
         colour = COLOURS[number % len(COLOURS)]
         line = " ".join(place(*point) for point in points)
         parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts.append(
-            f'<text x="{end}" y="{MARGIN + 16 * number}" fill="{colour}" text-anchor="end">'
-            f"{name}</text>"
-        )
+        key += f'<tspan fill="{colour}" dx="{12 * bool(number)}">{name}</tspan>'
+    parts.append(f'<text x="{end}" y="{MARGIN - 12}" text-anchor="end">{key}</text>')
     return "\n".join([*parts, "</svg>\n"])
