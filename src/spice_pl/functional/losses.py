@@ -167,7 +167,7 @@ def mutual_information(probs: Tensor) -> Tensor:
         Information (...) in nats, between 0 and log K.
 
     Examples:
-        >>> mutual_information(torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [1.0, 0.0]]]))
+        >>> mutual_information(torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[0.5, 0.5], [0.5, 0.5]]]))
         tensor([0.6931, 0.0000])
     """
     unsure: Tensor = torch.special.entr(probs).sum(dim=-1).mean(dim=-1)  # (...)
