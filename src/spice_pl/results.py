@@ -198,8 +198,7 @@ def _write_clusters(run: StageRun, images: ImageSet, clusters: NDArray[np.int64]
     sizes = np.bincount(clusters, minlength=run.num_clusters)
     empty = np.flatnonzero(sizes == 0).tolist()
     if empty:
-        some = ", ".join(map(str, empty[:20])) + (" …" if len(empty) > 20 else "")
-        logger.warning("%d of %d clusters are empty: %s", len(empty), len(sizes), some)
+        logger.warning("%d of %d clusters are empty, first %s", len(empty), len(sizes), empty[:20])
     run.folder.write_clusters(images.keys, clusters, confidence, agreement.numpy(), reliable)
     return {
         "cluster_sizes": sizes.tolist(),

@@ -373,8 +373,15 @@ def test_features_that_are_all_the_same_are_refused(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.parametrize(
+    ("entropy", "way"),
+    [
+        (0.0, "proto.module.entropy=0.03 does, the term that the paper has for 200 clusters"),
+        (0.3, "lower dataset.num_clusters or proto.module.lr, or raise proto.module.buffer_size"),
+    ],
+)
 def test_heads_that_collapse_are_counted_and_lose_to_a_head_that_did_not(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, entropy: float, way: str
 ) -> None:
     module, streams = proto(tmp_path, lr=0.0)
     with torch.no_grad():
@@ -384,14 +391,13 @@ def test_heads_that_collapse_are_counted_and_lose_to_a_head_that_did_not(
     fit(module, streams, epochs=1)
     assert int(module.best_head) == 2
     caplog.clear()
-    module, streams = proto(tmp_path / "all", lr=0.0)
+    module, streams = proto(tmp_path / "all", lr=0.0, entropy=entropy)
     module.heads.load_state_dict(collapsed)
     trainer = fit(module, streams, epochs=2)
     assert float(trainer.callback_metrics["val/empty_clusters"]) == K - 1
     warnings = [each.getMessage() for each in caplog.records if "empty" in each.getMessage()]
     assert warnings == [
-        f"epoch 0 leaves {K - 1} of {K} clusters empty; if later ones do not fill them, "
-        "proto.module.entropy=0.03 does, the term that the paper has for 200 clusters"
+        f"epoch 0 leaves {K - 1} of {K} clusters empty; if later ones do not fill them, {way}"
     ]
     assert math.isfinite(float(trainer.callback_metrics["train/loss"]))
 

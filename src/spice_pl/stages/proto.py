@@ -373,7 +373,7 @@ class ProtoHeadModule(Stage):
         # Appendix A: an unsure head gets 1/K of the gradient, an empty cluster hardly any.
         way = (
             "proto.module.entropy=0.03 does, the term that the paper has for 200 clusters"
-            if self.has_floor
+            if self.has_floor and not self.entropy
             else "lower dataset.num_clusters or proto.module.lr, or raise proto.module.buffer_size"
         )
         logger.warning(
