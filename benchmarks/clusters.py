@@ -14,8 +14,8 @@ import time
 
 import torch
 
-from spice_pl.baselines import kmeans_clusters
 from spice_pl.functional.assignment import clustering_scores
+from spice_pl.functional.kmeans import kmeans_clusters
 from spice_pl.functional.losses import (
     double_softmax_cross_entropy_per_head,
     mean_prediction_entropy,

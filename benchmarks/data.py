@@ -34,7 +34,7 @@ from PIL import Image
 
 from spice_pl.data.augment import PlainView
 from spice_pl.data.datamodule import Stream, ViewsDataModule
-from spice_pl.data.folder import folder
+from spice_pl.data.sources.folder import folder
 
 DIFFERENT = 1000  # files with content of their own; a file system allows some 60,000 links to each
 PER_FOLDER = 1000

@@ -35,8 +35,8 @@ from torchvision.transforms import v2
 from spice_pl.data.augment import PlainView, StrongView, WeakView
 from spice_pl.data.datamodule import Stream, ViewsDataModule
 from spice_pl.data.images import ImageSet
+from spice_pl.job.trainer import auto_precision
 from spice_pl.stages.fixmatch import ReliableFixMatchModule
-from spice_pl.trainer import auto_precision
 
 LABELLED, UNLABELLED, CLUSTERS = 64, 448, 10
 BATCH = LABELLED + 2 * UNLABELLED

@@ -35,12 +35,12 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spice_pl.artifacts import RunFolder
 from spice_pl.data.datamodule import ViewsDataModule
-from spice_pl.data.datasets import digits
 from spice_pl.data.images import ImageSet
+from spice_pl.data.sources.torchvision import digits
 from spice_pl.functional.losses import double_softmax_cross_entropy
 from spice_pl.nn.heads import ParallelHeads
+from spice_pl.runs.folder import RunFolder
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 NUM_HEADS, NUM_CLUSTERS, REPEATS, HEAD_BATCH_SIZE = 10, 10, 8, 128  # the paper's

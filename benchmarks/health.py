@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from hydra import compose, initialize_config_dir
 
-from spice_pl import run, trainer
-from spice_pl.callbacks.progress import StageProgress
-from spice_pl.job import Job
+from spice_pl.callbacks.stage_progress import StageProgress
+from spice_pl.job import run, trainer
+from spice_pl.job.job import Job
 
 CONF = Path(__file__).parents[1] / "conf"
 SMALL = (

@@ -36,13 +36,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
-from spice_pl.callbacks.progress import StageProgress
+from spice_pl.callbacks.stage_progress import StageProgress
 from spice_pl.data.augment import MoCoView, PlainView
 from spice_pl.data.datamodule import Stream, ViewsDataModule
 from spice_pl.data.images import ImageSet
+from spice_pl.job.trainer import auto_precision
 from spice_pl.nn.resnet import ResNet
 from spice_pl.stages.moco import MoCoModule
-from spice_pl.trainer import auto_precision
 
 CONF = Path(__file__).parents[1] / "conf"
 MEAN, STD = (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)  # CIFAR-10

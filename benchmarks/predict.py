@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from spice_pl.artifacts import RunFolder
 from spice_pl.data.augment import PlainView
 from spice_pl.data.images import ImageSet
+from spice_pl.models.portable import ClusterNetwork, Known, PortableModel, load
 from spice_pl.nn.heads import ClusterHead
 from spice_pl.nn.resnet import ResNet
-from spice_pl.portable import ClusterNetwork, Known, PortableModel, load
+from spice_pl.runs.folder import RunFolder
 from spice_pl.tasks.base import Context
 from spice_pl.tasks.predict import Predict, pixel_batches
 

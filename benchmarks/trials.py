@@ -12,7 +12,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from spice_pl.job import Job
+from spice_pl.job.job import Job
 
 ROOT = Path(__file__).resolve().parents[1]
 SCORES = ("acc", "nmi", "ari")

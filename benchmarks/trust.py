@@ -18,11 +18,11 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 
-from spice_pl.artifacts import RunFolder
 from spice_pl.errors import UsageError
-from spice_pl.job import Job
-from spice_pl.reports.trust import NAMES, record, track
-from spice_pl.run import run_stages
+from spice_pl.job.job import Job
+from spice_pl.job.run import run_stages
+from spice_pl.reports.trust_page import NAMES, record, track
+from spice_pl.runs.folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "src/spice_pl/reports/trust_record.csv"

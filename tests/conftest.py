@@ -17,9 +17,9 @@ from omegaconf import DictConfig
 from PIL import Image
 from safetensors.torch import load_file
 
-from spice_pl.artifacts import RunFolder
-from spice_pl.job import Job
-from spice_pl.run import run_stages
+from spice_pl.job.job import Job
+from spice_pl.job.run import run_stages
+from spice_pl.runs.folder import RunFolder
 
 CONF = Path(__file__).parents[1] / "conf"
 NUM_IMAGES, NUM_CLASSES, PIXELS = 90, 3, 8

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from spice_pl.callbacks.checkpoints import Checkpoints
 from spice_pl.data.datamodule import Views
-from spice_pl.launch import PARENT
 from spice_pl.stages.base import Stage
 from spice_pl.stages.fixmatch import ReliableFixMatchModule
 from spice_pl.stages.moco import MoCoModule
 from spice_pl.stages.proto import ProtoHeadModule
 from spice_pl.stages.semi import SemiSupervisedModule
 from spice_pl.stages.simclr import SimCLRModule
+from spice_pl.system.ranks import PARENT
 
 
 def dump(module: Stage, stage: str, **more: Tensor) -> None:

@@ -19,10 +19,10 @@ import torch
 from tests.conftest import NUM_IMAGES, TINY, make_job, write_folder
 from tests.process import ROOT, train
 
-from spice_pl.artifacts import RunFolder
 from spice_pl.callbacks.checkpoints import read_checkpoint
-from spice_pl.interrupts import RESUME_CODE
-from spice_pl.run import run_stages
+from spice_pl.job.run import run_stages
+from spice_pl.runs.folder import RunFolder
+from spice_pl.system.interrupts import RESUME_CODE
 
 pytestmark = pytest.mark.slow
 TWO = ("trainer=ddp_cpu", "trainer.devices=2")

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from tests.conftest import NUM_IMAGES, make_job, photographs
 
-from spice_pl import run
 from spice_pl.data.datamodule import ViewsDataModule
 from spice_pl.data.images import ImageSet
+from spice_pl.job import run
 
 
 def test_stages_draw_extra_images_where_they_ask_for_them(

@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 from tests.conftest import NUM_CLASSES, NUM_IMAGES, Finished, compose, make_job, write_folder
 from torch import Tensor, nn
 
-from spice_pl.artifacts import RunFolder
 from spice_pl.errors import UsageError
-from spice_pl.run import run_stages
+from spice_pl.job.run import run_stages
+from spice_pl.runs.folder import RunFolder
 from spice_pl.stages.base import Stage
 from spice_pl.stages.fixmatch import ReliableFixMatchModule
 from spice_pl.stages.moco import MoCoModule

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from tests.conftest import CONF, NUM_CLASSES, NUM_IMAGES, Finished, authors_names, make_job
 from torch import Tensor
 
-from spice_pl import run
 from spice_pl.data.datamodule import ViewsDataModule
 from spice_pl.data.images import ImageSet
 from spice_pl.errors import UsageError
-from spice_pl.results import objective
-from spice_pl.trainer import make_trainer
+from spice_pl.job import run
+from spice_pl.job.trainer import make_trainer
+from spice_pl.runs.results import objective
 
 STAGES = ("moco", "proto", "fixmatch")
 NAMES = ("encoder.safetensors", "head.safetensors", "features.npy", "probs.npy", "clusters.csv")
@@ -285,13 +285,13 @@ def test_no_callback_of_a_run_watches_truth(
 
 # Who may name a metric of truth: who logs it, who shows it to people.
 SHOWS_TRUTH = {
-    *("callbacks/dashboards.py", "callbacks/progress.py", "callbacks/truth.py"),
+    *("callbacks/dashboards.py", "callbacks/stage_progress.py", "callbacks/truth.py"),
     "tasks/linear_probe.py",
 }
 
 
 def test_only_what_logs_or_shows_names_truth() -> None:
-    source = Path(run.__file__).parent
+    source = Path(run.__file__).parents[1]
     naming = set()
     for file in source.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):

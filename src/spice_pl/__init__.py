@@ -4,12 +4,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from spice_pl.clusterer import SpiceClusterer
-    from spice_pl.portable import load
+    from spice_pl.models.portable import load
 
 __version__ = "0.1.0"
 __all__ = ["SpiceClusterer", "__version__", "load"]
 
-_HOMES = {"SpiceClusterer": "clusterer", "load": "portable"}
+_HOMES = {"SpiceClusterer": "clusterer", "load": "models.portable"}
 
 
 def __getattr__(name: str) -> Any:

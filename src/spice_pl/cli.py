@@ -7,7 +7,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from spice_pl import command
+from spice_pl.system import command
 from spice_pl.usage import conf_folder, usage
 
 
@@ -19,7 +19,7 @@ def run_job(cfg: DictConfig) -> float | None:
     # machine, and this does not.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-    from spice_pl import run
+    from spice_pl.job import run
 
     return run.main(cfg)
 

@@ -22,9 +22,9 @@ from sklearn.base import BaseEstimator, ClusterMixin
 from sklearn.utils import check_array, check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from spice_pl.job import Job
-from spice_pl.portable import load
-from spice_pl.run import run_stages
+from spice_pl.job.job import Job
+from spice_pl.job.run import run_stages
+from spice_pl.models.portable import load
 from spice_pl.usage import conf_folder
 
 

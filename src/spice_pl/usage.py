@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from spice_pl.command import command
+from spice_pl.system.command import command
 
 TEXT = """\
 Cluster images without a single label (SPICE).

@@ -25,11 +25,11 @@ from typing import Any
 import torch
 from tests.conftest import TINY, make_job, write_folder
 
-from spice_pl import run
-from spice_pl.artifacts import RunFolder
 from spice_pl.data.datamodule import ViewsDataModule
-from spice_pl.interrupts import RESUME_CODE
+from spice_pl.job import run
+from spice_pl.runs.folder import RunFolder
 from spice_pl.stages import fixmatch, moco, proto
+from spice_pl.system.interrupts import RESUME_CODE
 
 # More epochs and batches than TINY, so that a run can stop inside many of them.
 SETTINGS = (

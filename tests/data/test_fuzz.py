@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from spice_pl.data.decode import Decoded, quiet_warnings, read_image
-from spice_pl.data.folder import folder
+from spice_pl.data.sources.folder import folder
 
 S = 8
 MUTANTS = 1000  # of every format

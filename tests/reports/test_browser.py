@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.reports.test_attention import looked
 from tests.reports.test_page import noise, report
+from tests.reports.test_shading import looked
 
 from spice_pl.reports.map import Map
 from spice_pl.reports.page import ReportData, write_report

@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from spice_pl.reports import page
-from spice_pl.reports.curves import charts
+from spice_pl.reports.charts import charts
 from spice_pl.reports.html import content_hash
 from spice_pl.reports.map import Map
 from spice_pl.reports.page import ReportData, render_report, write_report

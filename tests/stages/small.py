@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from tests.conftest import NUM_CLASSES, NUM_IMAGES, photographs
 from torch import Tensor, nn
 
-from spice_pl.artifacts import RunFolder
 from spice_pl.data.augment import PlainView, StrongView, View, WeakView
 from spice_pl.data.datamodule import Stream, ViewsDataModule
 from spice_pl.data.images import ImageSet
 from spice_pl.nn.resnet import ResNet
+from spice_pl.runs.folder import RunFolder
 from spice_pl.stages.base import Stage
 
 N, K, D = NUM_IMAGES, NUM_CLASSES, 8

@@ -26,9 +26,9 @@ from tests.stages.small import (
 )
 from torch import Tensor
 
-from spice_pl.artifacts import RunFolder
 from spice_pl.errors import UsageError
 from spice_pl.nn.heads import ClusterHead, LinearHead
+from spice_pl.runs.folder import RunFolder
 from spice_pl.stages.fixmatch import ReliableFixMatchModule
 
 STREAMS = {"labelled": stream(6, weak=WEAK), "unlabelled": stream(14, weak=WEAK, strong=STRONG)}

@@ -24,10 +24,10 @@ from tests.stages.small import (
 )
 from torch import Tensor
 
-from spice_pl.artifacts import RunFolder
 from spice_pl.errors import UsageError
 from spice_pl.functional.neighbors import nearest_neighbors
 from spice_pl.nn.heads import ClusterHead
+from spice_pl.runs.folder import RunFolder
 from spice_pl.stages.scan import ScanModule
 from spice_pl.stages.selflabel import SelfLabelModule
 

@@ -28,7 +28,6 @@ from tests.stages.small import (
 )
 from torch import Tensor
 
-from spice_pl.artifacts import RunFolder
 from spice_pl.data.images import ImageSet
 from spice_pl.errors import UsageError
 from spice_pl.functional.selectors import (
@@ -46,6 +45,7 @@ from spice_pl.nn.thresholds import (
     SoftMatchThreshold,
     Threshold,
 )
+from spice_pl.runs.folder import RunFolder
 from spice_pl.stages.fixmatch import ReliableFixMatchModule
 from spice_pl.stages.semi import SemiSupervisedModule
 

@@ -12,12 +12,12 @@ import pytest
 from numpy.typing import NDArray
 from tests.conftest import make_job
 
-from spice_pl.artifacts import RunFolder
 from spice_pl.data.augment import PlainView
 from spice_pl.data.images import ImageSet
 from spice_pl.errors import UsageError
-from spice_pl.job import Job
-from spice_pl.run import run_stages
+from spice_pl.job.job import Job
+from spice_pl.job.run import run_stages
+from spice_pl.runs.folder import RunFolder
 from spice_pl.tasks.base import Context
 from spice_pl.tasks.estimate_k import EstimateK, Point, choose, doubts_of, look
 

@@ -11,8 +11,8 @@ from tests.conftest import Finished, make_job, photographs
 
 import spice_pl
 from spice_pl.errors import UsageError
-from spice_pl.portable import ClusterNetwork
-from spice_pl.run import run_stages
+from spice_pl.job.run import run_stages
+from spice_pl.models.portable import ClusterNetwork
 from spice_pl.tasks.export import FORMATS
 
 

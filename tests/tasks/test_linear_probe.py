@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from spice_pl.artifacts import RunFolder
 from spice_pl.data.augment import PlainView
 from spice_pl.data.images import ImageSet
 from spice_pl.errors import UsageError
+from spice_pl.runs.folder import RunFolder
 from spice_pl.tasks.base import Context
 from spice_pl.tasks.linear_probe import LinearProbe
 

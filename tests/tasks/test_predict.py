@@ -15,7 +15,7 @@ from tests.conftest import TINY, Finished, make_job, photographs
 
 import spice_pl
 from spice_pl.errors import UsageError
-from spice_pl.run import run_stages
+from spice_pl.job.run import run_stages
 from spice_pl.tasks.predict import folder_names
 
 # Without what the model knows.

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from tests.conftest import Finished
 
-from spice_pl.attention import read_attention
 from spice_pl.errors import UsageError
-from spice_pl.run import run_stages
+from spice_pl.job.run import run_stages
+from spice_pl.runs.attention import read_attention
 
 
 def test_the_page_is_made_anew_and_the_numbers_stay(finished: Finished) -> None:

@@ -18,10 +18,10 @@ from PIL import Image
 from tests.conftest import Finished
 from tests.stages.small import image_set
 
-from spice_pl.artifacts import RunFolder
 from spice_pl.data.images import ImageSet
-from spice_pl.edits import FORMAT
 from spice_pl.errors import UsageError
+from spice_pl.runs.edits import FORMAT
+from spice_pl.runs.folder import RunFolder
 from spice_pl.tasks.review import Answers, Review, is_loopback, make_server
 
 

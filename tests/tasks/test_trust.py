@@ -9,10 +9,10 @@ import pytest
 import torch
 from tests.conftest import Finished
 
-from spice_pl.artifacts import RunFolder
 from spice_pl.errors import UsageError
-from spice_pl.reports.trust import Check, NullCheck, TrustData, record, render_trust, track
-from spice_pl.run import run_stages
+from spice_pl.job.run import run_stages
+from spice_pl.reports.trust_page import Check, NullCheck, TrustData, record, render_trust, track
+from spice_pl.runs.folder import RunFolder
 from spice_pl.tasks.trust import (
     Trust,
     matched_agreement,

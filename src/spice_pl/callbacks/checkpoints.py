@@ -15,9 +15,9 @@ from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from spice_pl.callbacks.nan import NanGuard
 from spice_pl.data.keyed import keyed_seed
 from spice_pl.errors import UsageError
-from spice_pl.files import atomic
-from spice_pl.interrupts import Interrupts, Stopped
 from spice_pl.stages.base import Stage
+from spice_pl.system.files import atomic
+from spice_pl.system.interrupts import Interrupts, Stopped
 
 
 class Checkpoints(pl.callbacks.Checkpoint):

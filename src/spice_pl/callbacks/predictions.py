@@ -6,7 +6,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 
-from spice_pl.artifacts import RunFolder
+from spice_pl.runs.folder import RunFolder
 from spice_pl.stages.base import Prediction
 
 

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from spice_pl.callbacks.scores import ClusteringScores
 from spice_pl.functional.assignment import clustering_scores
 from spice_pl.functional.neighbors import nearest_neighbors
-from spice_pl.metrics import ClusteringScores
 from spice_pl.stages.base import Prediction
 
 

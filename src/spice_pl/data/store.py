@@ -36,7 +36,7 @@ from spice_pl.data.decode import Decoded, quiet_warnings
 from spice_pl.data.duplicates import num_copies, row_digests
 from spice_pl.data.images import FILE_FACTS, fingerprint
 from spice_pl.errors import UsageError
-from spice_pl.files import is_disk_full
+from spice_pl.system.files import is_disk_full
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
-from spice_pl.files import atomic
 from spice_pl.reports.tables import duration_text, score_text
+from spice_pl.system.files import atomic
 
 
 def write_page(page: str, path: Path) -> Path:

@@ -15,11 +15,11 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
-from spice_pl.reports.attention import Attention, shade, where
-from spice_pl.reports.curves import Logs, charts, head_choice
+from spice_pl.reports.charts import Logs, charts, head_choice
 from spice_pl.reports.html import content_hash, template_environment, write_page
 from spice_pl.reports.map import Map
 from spice_pl.reports.published import published_results
+from spice_pl.reports.shading import Attention, shade, where
 from spice_pl.reports.tables import NO_LABELS, ResultRow, duration_text, footnotes, score_text
 from spice_pl.reports.wall import (
     PIXEL_ART,

@@ -13,10 +13,10 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from spice_pl.artifacts import RunFolder
 from spice_pl.data.datamodule import Stream, Views
 from spice_pl.data.images import ImageSet
 from spice_pl.functional.reliability import local_consistency
+from spice_pl.runs.folder import RunFolder
 
 WATCHED_NEIGHBORS = 10  # of some 2,000 watched images, the image itself counted
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from spice_pl.artifacts import RunFolder
 from spice_pl.data.datamodule import Stream, Views
 from spice_pl.data.images import ImageSet
 from spice_pl.errors import UsageError
-from spice_pl.interop import load_backbone_weights
+from spice_pl.models.interop import load_backbone_weights
 from spice_pl.nn.frozen import Frozen
+from spice_pl.runs.folder import RunFolder
 from spice_pl.stages.base import Prediction, Stage
 
 logger = logging.getLogger(__name__)

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spice_pl.artifacts import RunFolder
-from spice_pl.baselines import kmeans_clusters
 from spice_pl.data.datamodule import Stream, Views
 from spice_pl.data.images import ImageSet
 from spice_pl.data.keyed import keyed_uniform
 from spice_pl.errors import UsageError
 from spice_pl.functional.assignment import clustering_scores
 from spice_pl.functional.contrastive import alignment, uniformity
+from spice_pl.functional.kmeans import kmeans_clusters
 from spice_pl.functional.reliability import local_consistency
+from spice_pl.runs.folder import RunFolder
 from spice_pl.stages.base import Prediction, Stage
 
 logger = logging.getLogger(__name__)

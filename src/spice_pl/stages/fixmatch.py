@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spice_pl.artifacts import RunFolder
 from spice_pl.data.images import ImageSet
 from spice_pl.data.keyed import keyed_generator
 from spice_pl.errors import UsageError
@@ -25,6 +24,7 @@ from spice_pl.functional.reliability import (
 )
 from spice_pl.functional.selectors import reliable_labels
 from spice_pl.nn.thresholds import FixedThreshold
+from spice_pl.runs.folder import RunFolder
 from spice_pl.stages.semi import SemiSupervisedModule
 
 logger = logging.getLogger(__name__)

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spice_pl.artifacts import RunFolder
 from spice_pl.data.datamodule import Stream, Views
 from spice_pl.data.images import ImageSet
 from spice_pl.errors import UsageError
 from spice_pl.functional.contrastive import info_nce
 from spice_pl.functional.momentum import ema_update_
 from spice_pl.nn.queue import Queue
+from spice_pl.runs.folder import RunFolder
 from spice_pl.stages.features import FeatureStage
 
 

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spice_pl.artifacts import RunFolder, as_tensor
 from spice_pl.data.datamodule import Stream, Views
-from spice_pl.data.evidence import check_features
 from spice_pl.data.images import ImageSet
 from spice_pl.errors import UsageError
 from spice_pl.functional.neighbors import nearest_neighbors
 from spice_pl.functional.scan import scan_loss
 from spice_pl.nn.heads import LinearHead
+from spice_pl.runs.evidence import check_features
+from spice_pl.runs.folder import RunFolder, as_tensor
 from spice_pl.stages.base import Prediction, Stage
 
 NUM_WATCHED_NEIGHBORS = 5  # of a watched image among the watched ones

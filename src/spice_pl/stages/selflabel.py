@@ -12,12 +12,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from spice_pl.artifacts import RunFolder
 from spice_pl.data.datamodule import Stream, Views
 from spice_pl.data.images import ImageSet
 from spice_pl.errors import UsageError
 from spice_pl.functional.scan import self_label_loss
 from spice_pl.nn.heads import ClusterHead, LinearHead, head_of
+from spice_pl.runs.folder import RunFolder
 from spice_pl.stages.base import Prediction, Stage
 
 

@@ -24,9 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spice_pl.artifacts import RunFolder, as_tensor
 from spice_pl.data.datamodule import Stream, Views
-from spice_pl.data.evidence import check_features, check_probs, read_array
 from spice_pl.data.images import ImageSet
 from spice_pl.data.keyed import keyed_generator
 from spice_pl.errors import UsageError
@@ -41,6 +39,8 @@ from spice_pl.functional.momentum import ema_update_
 from spice_pl.functional.selectors import OracleLabels
 from spice_pl.nn.heads import ClusterHead, LinearHead, head_of
 from spice_pl.nn.thresholds import Threshold
+from spice_pl.runs.evidence import check_features, check_probs, read_array
+from spice_pl.runs.folder import RunFolder, as_tensor
 from spice_pl.stages.base import Prediction, Stage
 
 logger = logging.getLogger(__name__)

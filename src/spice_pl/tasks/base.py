@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from spice_pl.artifacts import RunFolder
 from spice_pl.data.augment import View
 from spice_pl.data.images import ImageSet
+from spice_pl.runs.folder import RunFolder
 
 
 @dataclass(frozen=True)

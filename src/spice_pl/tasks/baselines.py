@@ -20,11 +20,11 @@ from sklearn.decomposition import NMF, PCA
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 
-from spice_pl.baselines import kmeans_clusters
 from spice_pl.errors import UsageError
+from spice_pl.functional.kmeans import kmeans_clusters
 from spice_pl.functional.neighbors import nearest_neighbors
 from spice_pl.reports.tables import results_markdown
-from spice_pl.results import score_row
+from spice_pl.runs.results import score_row
 from spice_pl.tasks.base import Context
 
 logger = logging.getLogger(__name__)

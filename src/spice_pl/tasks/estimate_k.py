@@ -19,8 +19,8 @@ from sklearn.metrics import adjusted_rand_score, silhouette_score
 from sklearn.preprocessing import normalize
 
 from spice_pl.errors import UsageError
-from spice_pl.files import atomic
 from spice_pl.reports.lines import line_figure
+from spice_pl.system.files import atomic
 from spice_pl.tasks.base import Context
 
 logger = logging.getLogger(__name__)

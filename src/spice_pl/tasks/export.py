@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from spice_pl.errors import UsageError
-from spice_pl.portable import ClusterNetwork, load
+from spice_pl.models.portable import ClusterNetwork, load
 from spice_pl.tasks.base import Context
 
 logger = logging.getLogger(__name__)

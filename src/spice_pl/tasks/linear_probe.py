@@ -16,10 +16,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
 from sklearn.preprocessing import StandardScaler
 
-from spice_pl.artifacts import RunFolder
 from spice_pl.data.images import ImageSet
 from spice_pl.errors import UsageError
 from spice_pl.functional.neighbors import nearest_neighbors
+from spice_pl.runs.folder import RunFolder
 from spice_pl.tasks.base import Context
 
 logger = logging.getLogger(__name__)

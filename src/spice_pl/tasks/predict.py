@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from spice_pl.data.images import ImageSet
 from spice_pl.errors import UsageError
-from spice_pl.files import atomic
-from spice_pl.portable import PortableModel, Predictions, load
-from spice_pl.progress import Bar
+from spice_pl.models.portable import PortableModel, Predictions, load
+from spice_pl.system.files import atomic
+from spice_pl.system.progress import Bar
 from spice_pl.tasks.base import Context
 
 logger = logging.getLogger(__name__)

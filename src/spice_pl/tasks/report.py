@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 import torch
 
-from spice_pl import portable
-from spice_pl.attention import write_attention
+from spice_pl.models import portable
 from spice_pl.nn.places import fine_feature_map
 from spice_pl.reports.page import write_report
-from spice_pl.results import report_data
+from spice_pl.runs.attention import write_attention
+from spice_pl.runs.results import report_data
 from spice_pl.tasks.base import Context
 
 logger = logging.getLogger(__name__)

@@ -21,12 +21,12 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import numpy as np
 from PIL import Image
 
-from spice_pl.artifacts import RunFolder
 from spice_pl.data.images import ImageSet
-from spice_pl.edits import check_reviewed, parse_edits, read_edits
 from spice_pl.errors import UsageError
 from spice_pl.reports.page import render_report
-from spice_pl.results import report_data
+from spice_pl.runs.edits import check_reviewed, parse_edits, read_edits
+from spice_pl.runs.folder import RunFolder
+from spice_pl.runs.results import report_data
 from spice_pl.tasks.base import Context
 
 logger = logging.getLogger(__name__)

@@ -20,7 +20,6 @@ from sklearn.metrics import silhouette_score
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spice_pl.artifacts import RunFolder, load_strictly
 from spice_pl.data.augment import View
 from spice_pl.data.images import ImageSet
 from spice_pl.data.keyed import keyed_uniform
@@ -28,7 +27,9 @@ from spice_pl.errors import UsageError
 from spice_pl.functional.assignment import clustering_scores
 from spice_pl.nn.frozen import Frozen
 from spice_pl.nn.heads import ParallelHeads, head_of
-from spice_pl.reports.trust import Check, NullCheck, TrustData, record, write_trust
+from spice_pl.nn.weights import load_strictly
+from spice_pl.reports.trust_page import Check, NullCheck, TrustData, record, write_trust
+from spice_pl.runs.folder import RunFolder
 from spice_pl.tasks.base import Context
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,120 @@
+"""A stage's bar and clock."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import ProgressBar
+
+from spice_pl.system.progress import PAUSE, Bar
+
+
+class StageProgress(ProgressBar):
+    """A bar over a stage's training, and one over its prediction of all images.
+
+    Its state in a checkpoint is the time that training has taken so far, so that the cost of a
+    resumed run counts all its parts.
+
+    Args:
+        name: of the stage.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name, self.enabled = name, True
+        self.seconds_before = 0.0
+        self.started = time.monotonic()
+        self._waited = self._stepped = 0.0
+        self._mark: float | None = None  # end of the last step
+        self._bar: Bar | None = None
+
+    @property
+    def data_wait_fraction(self) -> float:
+        """Share of the training time in which a step waited for its views, in [0, 1]."""
+        return self._waited / max(self._waited + self._stepped, 1e-9)
+
+    def state_dict(self) -> dict[str, float]:
+        """Return the seconds of training so far, over all parts of the run."""
+        return {"seconds": self.seconds_before + time.monotonic() - self.started}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        """Go on counting from an earlier part."""
+        self.seconds_before = state_dict["seconds"]
+
+    def disable(self) -> None:
+        """Show nothing; Lightning calls it on all ranks but the first."""
+        self.enabled = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin the bar, where training begins or goes on."""
+        self.started = time.monotonic()
+        num_batches = int(trainer.num_training_batches)
+        batches_done = trainer.fit_loop.epoch_loop.batch_progress.current.completed
+        done = trainer.current_epoch * num_batches + batches_done % max(1, num_batches)
+        total = num_batches * (trainer.max_epochs or 1)
+        self._bar = Bar(self.name, total, done=done, enabled=self.enabled).__enter__()
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Count no time between epochs as waiting."""
+        self._mark = None
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        """End the wait for a batch; its views are made."""
+        now = time.monotonic()
+        if self._mark is not None:
+            self._waited += now - self._mark
+        self._mark = now
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Move on by a batch."""
+        now = time.monotonic()
+        if self._mark is not None:
+            self._stepped += now - self._mark
+        self._mark = now
+        if self._bar is not None:
+            self._bar.advance()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Show the loss."""
+        if self._bar is not None:
+            self._bar.show(_values(trainer, pl_module))
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """End the bar."""
+        self._end()
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin a bar over all images."""
+        name, total = f"{self.name}, all images", int(sum(trainer.num_predict_batches))
+        self._bar = Bar(name, total, enabled=self.enabled, pause=PAUSE).__enter__()
+
+    def on_predict_batch_end(self, *_: Any) -> None:
+        """Move on by a batch."""
+        if self._bar is not None:
+            self._bar.advance()
+            self._bar.show()
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """End the bar."""
+        self._end()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """End the bar, so that the message stands on a line of its own."""
+        self._end()
+
+    def _end(self) -> None:
+        if self._bar is not None:
+            self._bar.__exit__()
+            self._bar = None
+
+
+def _values(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
+    shown = ("train/loss", "val/selection_loss", "train/confident_fraction", "truth/acc")
+    # The epoch's own means are logged after this; these are the first rank's.
+    sums = getattr(pl_module, "epoch_sums", {})
+    metrics = trainer.callback_metrics | {name: each[0] / each[1] for name, each in sums.items()}
+    return "  ".join(f"{name} {float(metrics[name]):.3f}" for name in shown if name in metrics)

@@ -1,0 +1,134 @@
+"""Images that are an array in a `.npy` or `.npz` file.
+
+Shapes: N images, S side in pixels.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from spice_pl.data.decode import Decoded, square
+from spice_pl.data.images import ImageSet, fingerprint
+from spice_pl.data.sources.table import class_labels
+from spice_pl.data.store import Source, open_store
+from spice_pl.errors import UsageError
+
+
+def array(
+    path: str,
+    image_size: int,
+    cache_dir: str,
+    name: str = "array",
+    images: str = "images",
+    labels: str | None = None,
+    on_bad_image: str = "skip",
+    protocol: str = "whole",
+) -> ImageSet:
+    """Return the images of an array: grey (N, H, W), (N, H, W, 1, 3 or 4) or (N, 1 or 3, H, W).
+
+    uint8 of 0 to 255, or floats of 0 to 1. A `.npy` file of uint8 (N, 3, S, S) is memory-mapped
+    as it is; anything else is converted once into the image store.
+
+    Args:
+        path: `.npy` or `.npz` file; pickled objects are refused.
+        image_size: side S in pixels; the shorter side is scaled, the middle square kept.
+        cache_dir: where the store goes.
+        name: names the folder of results.
+        images: entry of a `.npz` file that holds the images.
+        labels: entry of the `.npz` file, or a `.npy` file, with (N,) true classes, for `truth/*`
+            metrics only; None has no truth.
+        on_bad_image: what to do with images that hold NaN: "skip" or "raise".
+        protocol: "whole".
+
+    Raises:
+        UsageError: the file is missing, or does not hold images or as many labels.
+    """
+    file = Path(path).expanduser()
+    pixels = _open(file, images)
+    rows = _channels_last(pixels, path)
+    truth, class_names = None, None
+    if labels is not None:
+        given = _open(file, labels) if file.suffix == ".npz" else _open(Path(labels), labels)
+        if given.shape != (len(pixels),):
+            raise UsageError(
+                f"dataset.labels={labels} has shape {given.shape}, not ({len(pixels)},); give one "
+                "class an image"
+            )
+        truth, class_names = class_labels(str(each) for each in given.tolist())
+    stored_as_is = pixels.dtype == np.uint8 and pixels.shape[1:] == (3, image_size, image_size)
+    if stored_as_is and rows.shape[-1] == 3:
+        return ImageSet(
+            name=name,
+            images=pixels,
+            keys=[str(i) for i in range(len(pixels))],
+            fingerprint=fingerprint(pixels),
+            labels=truth,
+            class_names=class_names,
+            protocol=protocol,
+        )
+
+    def load(i: int) -> Decoded | str:
+        row = np.asarray(rows[i])  # (H, W, channels)
+        if row.dtype != np.uint8:
+            if not np.isfinite(row).all():
+                return "holds NaN or infinity"
+            if row.min() < 0 or row.max() > 1:
+                return f"levels {row.min():.3g} to {row.max():.3g}; floats must be within 0 and 1"
+            row = (row * 255).round().astype(np.uint8)
+        image = Image.fromarray(row[..., 0] if row.shape[-1] == 1 else row)
+        return Decoded(square(image, image_size), "array", row.shape[1], row.shape[0])
+
+    stat = file.stat()
+    stored = open_store(
+        [str(file.resolve()), stat.st_size, stat.st_mtime_ns, images],
+        image_size,
+        cache_dir,
+        lambda: Source(f"dataset.path={path}", [str(i) for i in range(len(rows))], load),
+        on_bad_image,
+    )
+    return ImageSet(
+        name=name,
+        images=stored.images,
+        keys=stored.keys,
+        fingerprint=stored.fingerprint,
+        labels=None if truth is None else truth[stored.files["source"]],
+        class_names=class_names,
+        protocol=protocol,
+        skipped=stored.skipped,
+    )
+
+
+def _open(file: Path, entry: str) -> NDArray[Any]:
+    try:
+        opened = np.load(file, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError as error:
+        raise UsageError(f"dataset.path={file} does not exist") from error
+    except (ValueError, OSError, EOFError) as error:
+        raise UsageError(f"dataset.path={file} is no array that can be read: {error}") from error
+    if isinstance(opened, np.lib.npyio.NpzFile):
+        if entry not in opened:
+            there = ", ".join(opened.files)
+            raise UsageError(f"dataset.path={file} has no entry {entry!r}; it has {there}")
+        opened = opened[entry]
+    return np.asanyarray(opened)
+
+
+def _channels_last(pixels: NDArray[Any], path: str) -> NDArray[Any]:
+    """Show (N, H, W), (N, H, W, C) or (N, C, H, W) as (N, H, W, C), without a copy."""
+    fits = pixels.dtype == np.uint8 or np.issubdtype(pixels.dtype, np.floating)
+    if fits and len(pixels) and 0 not in pixels.shape:
+        if pixels.ndim == 3:
+            return pixels[..., None]
+        if pixels.ndim == 4 and pixels.shape[-1] in (1, 3, 4):
+            return pixels
+        if pixels.ndim == 4 and pixels.shape[1] in (1, 3):
+            return pixels.transpose(0, 2, 3, 1)
+    raise UsageError(
+        f"dataset.path={path} is {pixels.dtype} {pixels.shape}; needed are uint8, or floats of 0 "
+        "to 1, of shape (N, H, W), (N, H, W, 1|3|4) or (N, 1|3, H, W)"
+    )

@@ -1,0 +1,144 @@
+"""Any folder of images: found, decoded once into the image store, and listed.
+
+Shapes: N images, S side in pixels.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+from spice_pl.data.decode import SUFFIXES, Decoded, read_image
+from spice_pl.data.images import ImageSet
+from spice_pl.data.listing import DENIED, GONE, Found, Note, look, scan_files, size_and_time
+from spice_pl.data.sources.table import class_labels, read_table
+from spice_pl.data.store import Source, Stored, open_store
+from spice_pl.errors import UsageError
+
+LABELS = ("none", "folders", "csv")
+REASONS = {GONE: "broken link", DENIED: "permission denied"}
+
+
+def folder(
+    root: str,
+    image_size: int,
+    cache_dir: str,
+    name: str = "folder",
+    labels: str = "none",
+    table: str | None = None,
+    scan: str = "auto",
+    on_bad_image: str = "skip",
+    protocol: str = "whole",
+) -> ImageSet:
+    """Return every image below `root`, in the order of the sorted paths, or those of a table.
+
+    The shorter side is scaled to `image_size` and the middle square kept. Pixels are decoded once
+    into `cache_dir` and memory-mapped from then on; a change of any path, size or time of change
+    makes a new store.
+
+    Args:
+        root: folder; searched with its subfolders.
+        image_size: side S in pixels.
+        cache_dir: where the store goes, 3·S·S bytes an image.
+        name: names the folder of results.
+        labels: "folders" takes the first folder below root as the true class, "csv" the column
+            `label` of the table, for `truth/*` metrics only; "none" has no truth.
+        table: CSV or Parquet file with a column `path` below root, or absolute; its order counts.
+        scan: see `spice_pl.data.listing`.
+        on_bad_image: "skip" counts and names what cannot be decoded, "raise" stops there.
+        protocol: "whole"; a folder has no test images of its own.
+
+    Raises:
+        UsageError: root is missing, is no folder, or holds no image that can be decoded; the
+            table does not fit; a bad image with `on_bad_image="raise"`; the disk cannot hold the
+            store.
+    """
+    if labels not in LABELS:
+        raise UsageError(f"dataset.labels {labels!r} is none of {LABELS}")
+    if labels == "csv" and table is None:
+        raise UsageError("dataset.labels=csv reads the column `label` of dataset.table; give it")
+    directory = Path(root).expanduser()
+    if not directory.is_dir():
+        state = "is a file, not a folder" if directory.exists() else "does not exist"
+        raise UsageError(f"dataset.root={root} {state}; give the folder that holds the images")
+    truths: Sequence[str | None] | None = None
+    if table is None:
+        found = look(directory, Path(cache_dir).expanduser(), scan)
+    else:
+        paths, truths = read_table(Path(table).expanduser(), labelled=labels == "csv")
+        found = _listed(directory, paths)
+    if not (found.num_images if isinstance(found, Note) else len(found.paths)):
+        raise UsageError(
+            f"no image below dataset.root={root} ({found.other} other files); "
+            f"looked for {' '.join(sorted(SUFFIXES))}"
+        )
+    stored = open_files(directory, found, image_size, cache_dir, on_bad_image)
+    truth, class_names = None, None
+    if labels == "folders":
+        truth, class_names = class_labels(
+            (key.partition("/")[0] if "/" in key else None) for key in stored.keys
+        )
+    elif truths is not None:
+        truth, class_names = class_labels(truths[i] for i in stored.files["source"])
+    skipped = [*stored.skipped, *found.problems]
+    if found.other:
+        skipped.append((f"{found.other} files", "not an image by name"))
+    return ImageSet(
+        name=name,
+        images=stored.images,
+        keys=stored.keys,
+        fingerprint=stored.fingerprint,
+        labels=truth,
+        class_names=class_names,
+        protocol=protocol,
+        skipped=skipped,
+        root=directory.resolve(),
+        files=stored.files,
+    )
+
+
+def open_files(
+    root: Path,
+    found: Note | Found,
+    image_size: int,
+    cache_dir: str,
+    on_bad_image: str,
+    subfolders: Sequence[str] = ("",),
+) -> Stored:
+    """Return the store of the files that a scan of root found."""
+
+    def source() -> Source:
+        files = scan_files(root, subfolders) if isinstance(found, Note) else found
+        if files.identity != found.identity:
+            raise UsageError(f"{root} has changed since it was scanned; use dataset.scan=files")
+        load = functools.partial(_load, root, files, image_size)
+        return Source(f"dataset.root={root}", files.paths, load)
+
+    identity = [str(root.resolve()), found.identity]
+    return open_store(identity, image_size, cache_dir, source, on_bad_image)
+
+
+def _load(root: Path, files: Found, image_size: int, i: int) -> Decoded | str:
+    path = root / files.paths[i]
+    if files.sizes[i] in REASONS:
+        return REASONS[files.sizes[i]]
+    if not path.is_file():  # opening a pipe would wait for ever
+        return "vanished after the folder was listed" if not path.exists() else "not a file"
+    image = read_image(path, image_size)
+    now = size_and_time(path)
+    if now[0] == GONE:
+        return "vanished after the folder was listed"
+    if now != (files.sizes[i], files.times[i]):
+        return "changed after the folder was listed; run again when it is complete"
+    return image
+
+
+def _listed(root: Path, paths: Sequence[str]) -> Found:
+    """Look at the files that a table names, in its order."""
+    found = Found(paths=list(paths))
+    for path in paths:
+        size, changed = size_and_time(root / path)
+        found.sizes.append(size)
+        found.times.append(changed)
+    return found

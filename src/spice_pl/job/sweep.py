@@ -1,0 +1,56 @@
+"""What happens around a sweep (`-m`): its trials end in one table. Knows Hydra, as run.py does."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+TRIALS = "SPICE_PL_TRIALS"  # names a file; every trial adds the folders of its stages
+
+
+class CompareTrials(Callback):
+    """Print the table of a sweep's runs; write it as compare.* into the folder of sweeps."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Make the lists that trials write to; launchers hand the environment on."""
+        handle, name = tempfile.mkstemp(prefix="spice-pl-trials-")
+        os.close(handle)
+        os.environ[TRIALS] = name
+        # Hydra ends a sweep with a failed trial by an exception, and calls no hook.
+        atexit.register(self.on_multirun_end, config)
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Compare what the trials have named; report those that failed."""
+        if TRIALS not in os.environ:  # done
+            return
+        from spice_pl.errors import UsageError
+        from spice_pl.runs.compare import compare, finished_runs, show
+
+        file = Path(os.environ.pop(TRIALS))
+        folders = sorted(set(file.read_text(encoding="utf-8").splitlines()))
+        file.unlink()
+        try:
+            lines = compare(finished_runs(folders))
+        except UsageError as error:
+            print(f"no table of this sweep: {error}", file=sys.stderr)
+        else:
+            show(lines, Path(str(config.hydra.sweep.dir)))
+        failed = Path(f"{file}.failed")  # a line a trial, [settings, error]
+        if failed.is_file():
+            found = [json.loads(line) for line in failed.read_text(encoding="utf-8").splitlines()]
+            failed.unlink()
+            print(
+                f"\n{len(found)} of the trials failed, the others are finished; once it is "
+                "mended, the same command with resume=true makes what is missing:",
+                file=sys.stderr,
+            )
+            for overrides, reason in found:
+                print(f"  {overrides}\n    {reason}", file=sys.stderr)

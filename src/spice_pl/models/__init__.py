@@ -1,0 +1,1 @@
+"""Networks that travel: model.spice and published checkpoints."""

@@ -1,0 +1,373 @@
+"""Published weights in our modules: which network a file holds, and whether all of it fits.
+
+| written by | encoder | on top |
+|---|---|---|
+| SPICE stage 1, MoCo v2 | `module.encoder_q.*` | projection `fc.0`, `fc.2` |
+| SPICE stage 2 | `module.feature_module.*` | head `module.head.head_0.classifier.lin{1,2}` |
+| SPICE stage 3, FixMatch | `eval_model` (the average): `block{g}.layer.{i}.*` or a ResNet | `fc` |
+| solo-learn, lightly | `backbone.*` | dropped |
+| torchvision | no prefix | `fc` |
+
+Widths, depth, stem and K are read off the tensors. Files are read without running what is in them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from spice_pl.errors import UsageError
+from spice_pl.models.layouts import Output, Parts, State, below_prefix, fold_splits, our_name, split
+from spice_pl.nn.heads import ClusterHead, LinearHead
+from spice_pl.nn.resnet import ResNet, Stem
+from spice_pl.nn.wide_resnet import WideResNet
+
+
+class ReferenceModel(nn.Module):
+    """An encoder with what its authors put on top; `forward` returns what their network returns.
+
+    Args:
+        encoder: (B, 3, S, S) -> (B, D), with `num_features`.
+        head: projection, cluster head or classifier, or none.
+        output: what `forward` returns: the encoder's features, or the head's logits or probs.
+        num_clusters: K, where the head's outputs are clusters; None where they are not.
+        summary: what was read and what matched, for people.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        head: ClusterHead | LinearHead | None,
+        output: Output,
+        num_clusters: int | None,
+        summary: str,
+    ) -> None:
+        super().__init__()
+        self.encoder, self.head, self.output = encoder, head, output
+        self.num_clusters, self.summary = num_clusters, summary
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return features (B, D), logits or probabilities (B, K) of images (B, 3, S, S)."""
+        features: Tensor = self.encoder(images)
+        if self.head is None:
+            return features
+        result: Tensor = (
+            self.head(features) if self.output == "probs" else self.head.logits(features)
+        )
+        return result
+
+
+def load_reference_checkpoint(
+    path: str | Path, pixels: int = 32, *, stem: Stem | None = None, partial: bool = False
+) -> nn.Module:
+    """Load a published checkpoint and print what matched.
+
+    Args:
+        path: .pth, .pt, .tar, .ckpt or .safetensors.
+        pixels: side of the images it was trained on. The authors' ResNet18 has the same names with
+            and without pooling in its stem: 32 means without, more means with.
+        stem: `conv3`, `conv3_pool` or `conv7`, where the file cannot tell.
+        partial: load what fits and leave the rest at random values.
+
+    Returns:
+        The network in eval mode. Its forward returns the projection of stage 1 (not normalised),
+        the probabilities of stage 2, the logits of stage 3 or of a classifier; features otherwise.
+
+    Raises:
+        UsageError: there is no such file, its layout is none of the above, or it does not fit.
+    """
+    model = read_reference(path, pixels, stem=stem, partial=partial)
+    print(model.summary)
+    return model
+
+
+def load_encoder(
+    path: str | Path, pixels: int = 32, *, stem: Stem | None = None, partial: bool = False
+) -> nn.Module:
+    """Return the encoder alone: `backbone=checkpoint backbone.path=FILE`.
+
+    Its `settings` say how to build it without the file.
+    """
+    # In train mode, as any backbone that was just built: stages that freeze it say so.
+    return read_reference(path, pixels, stem=stem, partial=partial).encoder.train()
+
+
+def read_reference(
+    path: str | Path, pixels: int = 32, *, stem: Stem | None = None, partial: bool = False
+) -> ReferenceModel:
+    """Do what `load_reference_checkpoint` does, in silence; `summary` says what matched."""
+    content = read_file(path)
+    state, wrapper = _state_dict(content, str(path))
+    parts = split(state, wrapper, str(path))
+    if any(key.endswith(".shortcut.weight") for key in parts.encoder):
+        settings = _wide_resnet(parts.encoder)
+    else:
+        settings = _resnet(parts, stem or _stem(parts, pixels, str(content.get("arch", ""))))
+    network = WideResNet if "depth" in settings else ResNet
+    encoder: nn.Module = network(**{k: v for k, v in settings.items() if k != "_target_"})
+    encoder.settings = settings  # type: ignore[assignment]
+    head = _head(parts)
+    if head is not None and (reads := _head_widths(parts.head)[0]) != encoder.num_features:
+        raise UsageError(
+            f"{path}: its {parts.top} takes {reads} features and the encoder gives "
+            f"{encoder.num_features}; layers are missing in the file"
+        )
+    model = nn.ModuleDict({"encoder": encoder} | ({} if head is None else {"head": head}))
+    given = {f"encoder.{key}": value for key, value in parts.encoder.items()}
+    given |= {f"head.{key}": value for key, value in parts.head.items()}
+    lines = [f"{path}: {parts.layout}"]
+    lines += [f"encoder: {_describe(encoder)}"]
+    if head is not None:
+        lines += [f"{parts.top}: {' -> '.join(str(width) for width in _head_widths(parts.head))}"]
+    lines += _fit(model, given, parts.unknown, str(path), partial=partial)
+    if parts.unused:
+        lines += [f"not needed: {_families(parts.unused)}"]
+    model.eval()
+    _try(encoder, pixels, str(path))
+    clusters = _head_widths(parts.head)[-1] if parts.clusters and head is not None else None
+    output: Output = "features" if head is None else parts.output
+    return ReferenceModel(encoder, head, output, clusters, "\n  ".join(lines)).eval()
+
+
+def load_backbone_weights(backbone: nn.Module, path: str | Path, *, partial: bool = False) -> str:
+    """Fill any backbone from a local file; return what matched, for people.
+
+    Prefixes (`module.`, `encoder_q.`, `feature_module.`, `backbone.`, `encoder.`, `model.`) are
+    taken off where that makes names meet. Tensors under top-level names that the backbone does not
+    have (a classifier, a projection) are left out and named.
+
+    Raises:
+        UsageError: a tensor of the backbone is missing or of another shape, or a part of the
+            backbone has more tensors in the file, and `partial` was not given.
+    """
+    state, _ = _state_dict(read_file(path), str(path))
+    own = backbone.state_dict()
+    candidates = [
+        {rename(key): value for key, value in below_prefix(state, prefix).items()}
+        for prefix in ("", "encoder_q.", "feature_module.", "backbone.", "encoder.", "model.")
+        for rename in (str, our_name)
+    ]
+    given = max(candidates, key=lambda each: sum(key in own for key in each))
+    top = {key.partition(".")[0] for key in own}
+    extra = [key for key in given if key not in own and key.partition(".")[0] in top]
+    left = [key for key in given if key.partition(".")[0] not in top]
+    fitting = {key: value for key, value in given.items() if key in own}
+    lines = [f"{path}: {type(backbone).__name__}"]
+    lines += _fit(backbone, fold_splits(fitting), extra, str(path), partial=partial)
+    left += [key for key in state if not any(key.endswith(each) for each in given)]
+    if left:
+        lines += [f"not needed: {_families(left)}"]
+    return "\n  ".join(lines)
+
+
+def read_file(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint without running what is in it: tensors, containers, numbers and text.
+
+    Objects of other kinds (settings, schedulers) become empty placeholders, where torch allows it.
+
+    Raises:
+        UsageError: there is no such file, or it is none.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise UsageError(f"{file} is no file; give the path of a .pth, .ckpt or .safetensors file")
+    try:
+        if file.suffix == ".safetensors":
+            return dict(load_file(file))
+        try:
+            unknown = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+        except ValueError:  # written before torch 1.6: not a zip file
+            unknown = []
+        stand_ins = [
+            (_empty_dict if name == "collections.defaultdict" else _Placeholder, name)
+            for name in unknown
+        ]
+        with torch.serialization.safe_globals(list(stand_ins)):
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zip and safetensors raise many types on damaged files
+        raise UsageError(
+            f"{file} cannot be read as weights alone ({type(error).__name__}: "
+            f"{str(error).splitlines()[0]}); save its state dict with safetensors where it was made"
+        ) from error
+    if not isinstance(content, Mapping):
+        raise UsageError(
+            f"{file} holds a {type(content).__name__}; a state dict is needed: names to tensors"
+        )
+    return {str(key): value for key, value in content.items()}
+
+
+class _Placeholder:
+    """Stands for an object that is neither tensor nor container."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
+def _empty_dict(*_: Any) -> dict[Any, Any]:
+    return {}
+
+
+def _state_dict(content: Mapping[str, Any], path: str) -> tuple[dict[str, Tensor], str]:
+    """The state dict in a file, `module.` taken off, and the key it was under ("" for none)."""
+    # FixMatch code keeps the trained model and its average; the average is what is evaluated.
+    for wrapper in ("eval_model", "ema_model", "train_model", "state_dict", "model"):
+        inner = content.get(wrapper)
+        if isinstance(inner, Mapping) and any(
+            isinstance(value, Tensor) for value in inner.values()
+        ):
+            break
+    else:
+        wrapper, inner = "", content
+    state = {
+        str(key).removeprefix("module."): value
+        for key, value in inner.items()
+        if isinstance(value, Tensor)
+    }
+    if not state:
+        raise UsageError(
+            f"{path} holds no tensors by name, only {', '.join(map(str, content)) or 'nothing'}"
+        )
+    return state, wrapper
+
+
+def _stem(parts: Parts, pixels: int, arch: str) -> Stem:
+    if parts.encoder["conv1.weight"].shape[-1] == 7:
+        return "conv7"
+    if parts.layout.startswith("solo-learn"):
+        return "conv3_pad2"  # as solo-learn has it for CIFAR
+    if parts.layout.startswith("lightly"):
+        return "conv3_linear" if "stem without relu" in parts.naming else "conv3"
+    if "shortcut" not in parts.naming:
+        return "conv3_pool"  # the clustering ResNet34
+    if arch.endswith("_cifar"):
+        return "conv3"
+    return "conv3" if pixels <= 32 else "conv3_pool"
+
+
+def _resnet(parts: Parts, stem: Stem) -> dict[str, Any]:
+    state = parts.encoder
+    blocks: dict[int, int] = {}
+    widths: dict[int, int] = {}
+    for key, value in state.items():
+        if found := re.match(r"layer(\d+)\.(\d+)\.conv1\.weight$", key):
+            layer, block = int(found[1]), int(found[2])
+            blocks[layer] = max(blocks.get(layer, 0), block + 1)
+            widths[layer] = len(value)
+    layers = range(1, max(blocks) + 1)
+    return {
+        "_target_": "spice_pl.nn.resnet.ResNet",
+        "blocks": [blocks.get(layer, 1) for layer in layers],
+        "widths": [widths.get(layer, 1) for layer in layers],
+        "stem": stem,
+        "in_channels": state["conv1.weight"].shape[1],
+        "block": "bottleneck" if "layer1.0.conv3.weight" in state else "basic",
+    }
+
+
+def _wide_resnet(state: State) -> dict[str, Any]:
+    numbers = [re.match(r"layer(\d+)\.(\d+)\.conv1\.weight$", key) for key in state]
+    groups = max(int(each[1]) for each in numbers if each)
+    blocks = 1 + max(int(each[2]) for each in numbers if each)
+    return {
+        "_target_": "spice_pl.nn.wide_resnet.WideResNet",
+        "depth": 1 + groups * (2 * blocks + 1),
+        "widen_factor": len(state["layer1.0.conv1.weight"]) // 16,
+        # Three groups are for 32 pixels; a fourth, for 96, comes with a stride in the first.
+        "strides": [1, 2, 2] if groups == 3 else [2] * groups,
+        "in_channels": state["conv1.weight"].shape[1],
+    }
+
+
+def _head(parts: Parts) -> ClusterHead | LinearHead | None:
+    widths = _head_widths(parts.head)
+    if len(widths) == 3:
+        return ClusterHead(*widths)
+    return LinearHead(*widths) if len(widths) == 2 else None
+
+
+def _head_widths(head: State) -> tuple[int, ...]:
+    """Widths from the features on: two numbers for a linear layer, three with a hidden one."""
+    if {"hidden.weight", "output.weight"} <= head.keys():
+        hidden, output = head["hidden.weight"], head["output.weight"]
+        return hidden.shape[1], len(hidden), len(output)
+    if "weight" in head:
+        return head["weight"].shape[1], len(head["weight"])
+    return ()
+
+
+def _fit(
+    module: nn.Module, given: State, unknown: list[str], path: str, *, partial: bool
+) -> list[str]:
+    """Load tensors by name; return lines that say what matched.
+
+    Raises:
+        UsageError: something does not fit and `partial` is false; all of it is listed.
+    """
+    own = module.state_dict()
+    fitting = {key: value for key, value in given.items() if _same_shape(own.get(key), value)}
+    # Files from before torch 1.0 count no batches; nothing reads the count in eval mode.
+    absent = [key for key in own if key not in given and not key.endswith("num_batches_tracked")]
+    differences = [f"missing     {key} {tuple(own[key].shape)}" for key in absent]
+    differences += [f"unexpected  {key}" for key in [*unknown, *(k for k in given if k not in own)]]
+    differences += [
+        f"shape       {key} is {tuple(value.shape)}, needed {tuple(own[key].shape)}"
+        for key, value in given.items()
+        if key in own and key not in fitting
+    ]
+    if differences and not partial:
+        shown = differences[:20] + [f"and {len(differences) - 20} more"] * (len(differences) > 20)
+        raise UsageError(
+            f"{path} does not fit {type(module).__name__} whole; give the network and the size of "
+            "images it was made with, or partial=True (partial=true on the command line) to load "
+            "what fits:\n  " + "\n  ".join(shown)
+        )
+    if not fitting:
+        raise UsageError(f"{path}: none of its {len(given)} tensors fits, not even partly")
+    module.load_state_dict(fitting, strict=False)
+    total = sum(not key.endswith("num_batches_tracked") for key in own)
+    matched = sum(not key.endswith("num_batches_tracked") for key in fitting)
+    return [f"matched: {matched} of {total} tensors", *differences]
+
+
+def _same_shape(own: Tensor | None, given: Tensor) -> bool:
+    return own is not None and own.shape == given.shape
+
+
+def _try(encoder: nn.Module, pixels: int, path: str) -> None:
+    """One forward pass of an empty image: is it large enough for this network?"""
+    channels = encoder.get_submodule("conv1").in_channels
+    try:
+        with torch.no_grad():
+            encoder(torch.zeros(1, int(channels), pixels, pixels))  # type: ignore[arg-type]
+    except RuntimeError as error:
+        raise UsageError(
+            f"{path} does not take images of {pixels} pixels ({str(error).splitlines()[0]}); give "
+            "the size it was made with"
+        ) from error
+
+
+def _describe(encoder: nn.Module) -> str:
+    layers = [layer for name, layer in encoder.named_children() if name.startswith("layer")]
+    convolutions = sum(isinstance(module, nn.Conv2d) for module in encoder.modules())
+    stem = encoder.get_submodule("conv1")
+    return (
+        f"{type(encoder).__name__}, blocks {[len(list(layer.children())) for layer in layers]}, "
+        f"{convolutions} convolutions, stem {tuple(stem.weight.shape[-2:])}"  # type: ignore[index]
+        f"{' with pooling' if isinstance(getattr(encoder, 'maxpool', None), nn.MaxPool2d) else ''}"
+        f", {encoder.num_features} features"
+    )
+
+
+def _families(keys: list[str]) -> str:
+    """Names before the first dot with their number: `encoder_k.* (122), queue`."""
+    tops = [key.partition(".")[0] + (".*" if "." in key else "") for key in keys]
+    return ", ".join(
+        f"{top} ({tops.count(top)})" if tops.count(top) > 1 else top for top in dict.fromkeys(tops)
+    )

@@ -1,0 +1,1 @@
+"""What a run leaves: artifacts, cluster table, scores, page, edits, comparison."""

@@ -1,0 +1,80 @@
+"""Where prototypes look like their cluster, written beside a run's results: after SPICE, Fig. 5(b).
+
+Shapes: N images, n shown prototypes, h x w places, D features, K clusters.
+"""
+
+from __future__ import annotations
+
+import logging
+import zipfile
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from spice_pl.data.images import ImageSet
+from spice_pl.errors import UsageError
+from spice_pl.functional.attention import cosine_attention, stretched
+from spice_pl.functional.prototypes import prototype_means, select_confident
+from spice_pl.reports.page import shown_wall
+from spice_pl.reports.shading import Attention
+from spice_pl.runs.folder import RunFolder
+from spice_pl.system.files import atomic
+
+logger = logging.getLogger(__name__)
+
+ATTENTION_FILE = "attention.npz"
+ATTENTION_BATCH = 64  # images at a time
+
+# uint8 images (B, 3, S, S) -> the map (B, D, h, w) that features are pooled from, if there is one
+Places = Callable[[Tensor], Tensor | None]
+
+
+def write_attention(folder: RunFolder, images: ImageSet, num_clusters: int, places: Places) -> None:
+    """Write where the prototypes that the page shows look like their cluster; reads no label.
+
+    attention.npz holds index (n,) and maps (n, h, w) uint8; none where the backbone has no map.
+    """
+    table = folder.read_clusters()
+    wall = shown_wall(table.confidence, table.agreement, table.clusters, num_clusters)
+    index = np.concatenate([chosen.prototypes for chosen in wall.clusters]).astype(np.int64)  # (n,)
+    (folder.path / ATTENTION_FILE).unlink(missing_ok=True)
+    if not len(index):  # every image is "not sure"
+        return
+    confident = max(1, len(images) // (2 * num_clusters))  # half of an equal share, as in stage 2
+    centres = prototype_means(
+        F.normalize(torch.from_numpy(np.array(folder.features))),
+        select_confident(torch.from_numpy(np.array(folder.probs)), confident),
+    )  # (K, D), Eqs. 2 and 3
+    parts = []
+    for batch in np.split(index, range(ATTENTION_BATCH, len(index), ATTENTION_BATCH)):
+        maps = places(torch.from_numpy(np.array(images.images[batch])))
+        if maps is None:
+            logger.info("the backbone keeps no map of places; the page shows no attention")
+            index = index[:0]
+            break
+        attention = stretched(cosine_attention(maps.cpu(), centres[table.clusters[batch]]))
+        parts.append((255 * attention).round().to(torch.uint8).numpy())
+    shown = np.concatenate(parts) if len(index) else np.zeros((0, 1, 1), np.uint8)
+    with atomic(folder.path / ATTENTION_FILE) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, index=index, maps=shown)
+
+
+def read_attention(folder: RunFolder) -> Attention | None:
+    """Read what `write_attention` wrote; None where nobody did.
+
+    Raises:
+        UsageError: the file is damaged.
+    """
+    file = folder.path / ATTENTION_FILE
+    if not file.is_file():
+        return None
+    try:
+        with np.load(file, allow_pickle=False) as held:
+            return Attention(held["index"], held["maps"])
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise UsageError(
+            f"{file} is damaged ({error}); stage=report makes it and the page anew"
+        ) from error

@@ -1,0 +1,326 @@
+"""Many runs in one table: mean and spread over seeds, what differs, protocol, cost, the papers.
+
+    python -m spice_pl.runs.compare runs/digits runs/photos/fixmatch [--to DIR]
+
+Rows stand in the order of data set, stage and settings; nothing is sorted by a score.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import os
+import statistics
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from spice_pl.errors import UsageError
+from spice_pl.reports.published import published_results
+from spice_pl.reports.tables import NO_LABELS, ResultRow, duration_text, mean_std, score_text
+from spice_pl.system.files import atomic
+
+COLUMNS = (
+    *("Data", "Method", "Settings that differ", "Protocol", "Seeds"),
+    *("ACC", "NMI", "ARI", "Time", "Memory", "Source"),
+)
+RIGHT = {"ACC", "NMI", "ARI", "Time", "Memory"}
+# Where a run lies and how it is seeded; a group is what is left.
+NO_SETTING = ("seed", "cache_dir", "on_bad_image", "root", "path", "name")
+
+
+@dataclass(frozen=True)
+class Line:
+    """Runs that differ in their seed only, or one published result.
+
+    Attributes:
+        dataset: its name.
+        method: what was scored.
+        settings: those in which the runs of one data set and method differ.
+        protocol: which images were trained on and which were scored.
+        seeds: one a run; empty where published.
+        acc: one a run that had labels, in [0, 1].
+        nmi: likewise.
+        ari: likewise.
+        seconds: one a run, with the stages before it.
+        memory_mb: one a run, the largest.
+        spread: published standard deviation of ACC.
+        source: where a published result stands.
+    """
+
+    dataset: str
+    method: str
+    settings: Mapping[str, str]
+    protocol: str
+    seeds: tuple[int, ...]
+    acc: tuple[float, ...]
+    nmi: tuple[float, ...]
+    ari: tuple[float, ...]
+    seconds: tuple[float, ...] = ()
+    memory_mb: tuple[float, ...] = ()
+    spread: float | None = None
+    source: str = "here"
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """One text a column."""
+        acc = _scores(self.acc) + (f" ± {self.spread:.3f}" if self.spread is not None else "")
+        return (
+            *(self.dataset, self.method),
+            ", ".join(f"{key}={value}" for key, value in self.settings.items()),
+            self.protocol or "–",
+            " ".join(map(str, self.seeds)) or "–",
+            *(acc, _scores(self.nmi), _scores(self.ari)),
+            duration_text(statistics.fmean(self.seconds)) if self.seconds else "–",
+            f"{max(self.memory_mb):,.0f} MB" if self.memory_mb else "–",
+            self.source,
+        )
+
+
+def finished_runs(paths: Iterable[str | os.PathLike[str]]) -> list[dict[str, Any]]:
+    """Return metrics.json of every finished stage in or below some folders.
+
+    Raises:
+        UsageError: a path is no folder, or there is no scored run below any of them.
+    """
+    found: dict[Path, dict[str, Any]] = {}
+    for path in map(Path, paths):
+        if not path.is_dir():
+            raise UsageError(f"{path} is no folder; give folders of runs, for example runs/digits")
+        for file in sorted(path.rglob("metrics.json")):
+            metrics = json.loads(file.read_text(encoding="utf-8"))
+            if metrics.get("rows"):  # tasks may leave none
+                found[file.resolve()] = metrics
+    if not found:
+        raise UsageError(
+            f"no finished run in or below {', '.join(map(str, paths))}; a finished stage has a "
+            "metrics.json"
+        )
+    return list(found.values())
+
+
+def compare(runs: Sequence[Mapping[str, Any]]) -> list[Line]:
+    """Group runs that differ in their seed only; add what was published for their data sets."""
+    groups: dict[tuple[str, ...], list[tuple[ResultRow, Mapping[str, Any]]]] = {}
+    for run in runs:
+        for row in _own_rows(run):
+            settings = {} if "pixels" in row.name else _settings(run)
+            key = (str(run["dataset"]), row.name, row.protocol, json.dumps(settings))
+            group = groups.setdefault(key, [])
+            if settings or all(row.seed != other.seed for other, _ in group):
+                group.append((row, run))  # k-means on pixels is the same whatever the settings
+    lines = []
+    for (dataset, method, protocol, packed), group in sorted(groups.items(), key=_order(groups)):
+        settings = json.loads(packed)
+        others = [
+            json.loads(key[3]) for key in groups if key[:2] == (dataset, method) and key[3] != "{}"
+        ]
+        differ = {
+            name: value
+            for name, value in sorted(settings.items())
+            if any(other.get(name) != value for other in others)
+        }
+        group = sorted(group, key=lambda each: each[0].seed)
+        rows = [row for row, _ in group]
+        line = Line(
+            dataset=dataset,
+            method=method,
+            settings=differ,
+            protocol=protocol,
+            seeds=tuple(row.seed for row in rows),
+            acc=tuple(row.acc for row in rows if row.acc is not None),
+            nmi=tuple(row.nmi for row in rows if row.nmi is not None),
+            ari=tuple(row.ari for row in rows if row.ari is not None),
+            seconds=tuple(row.seconds for row in rows),
+            memory_mb=tuple(float(run["peak_memory_mb"]) for _, run in group),
+        )
+        lines.append(line)
+    for dataset in sorted({line.dataset for line in lines}):
+        lines += [
+            Line(
+                dataset=dataset,
+                method=row.method,
+                settings={},
+                protocol=row.protocol,
+                seeds=(),
+                acc=(row.acc,),
+                nmi=() if row.nmi is None else (row.nmi,),
+                ari=() if row.ari is None else (row.ari,),
+                spread=row.spread,
+                source=row.source,
+            )
+            for row in published_results(dataset)
+        ]
+    return lines
+
+
+def markdown(lines: Sequence[Line]) -> str:
+    """Return a Markdown table, ending with a newline."""
+    rule = "|".join("--:" if column in RIGHT else ":--" for column in COLUMNS)
+    rows = [COLUMNS, *(line.cells for line in lines)]
+    text = [f"| {' | '.join(_plain(cell) for cell in row)} |" for row in rows]
+    return (
+        "\n".join([text[0], f"|{rule}|", *text[1:], *(f"\n{note}" for note in notes(lines))]) + "\n"
+    )
+
+
+def table_csv(lines: Sequence[Line]) -> str:
+    """Return the numbers as CSV, one line a row: mean, spread, and count over seeds."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    scores = [f"{name}_{what}" for name in ("acc", "nmi", "ari") for what in ("mean", "std")]
+    head = ["data", "method", "settings", "protocol", "seeds", "runs", *scores]
+    writer.writerow([*head, "seconds_mean", "memory_mb_max", "source"])
+    for line in lines:
+        numbers: list[float | str] = []
+        for values in (line.acc, line.nmi, line.ari):
+            numbers.append(statistics.fmean(values) if values else "")
+            numbers.append(statistics.stdev(values) if len(values) > 1 else "")
+        if line.spread is not None:
+            numbers[1] = line.spread
+        cost = statistics.fmean(line.seconds) if line.seconds else ""
+        memory = max(line.memory_mb, default="")
+        cells = line.cells
+        writer.writerow([*cells[:5], len(line.seeds), *numbers, cost, memory, line.source])
+    return file.getvalue()
+
+
+def page(lines: Sequence[Line]) -> str:
+    """Return the table as a page that opens offline; columns that say nothing are left out."""
+    shown = _telling(lines)
+
+    def row(cells: Sequence[str], tag: str, kind: str = "") -> str:
+        made = (
+            f"<{tag}{' class=n' if COLUMNS[i] in RIGHT else ''}>{escape(cells[i])}</{tag[:2]}>"
+            for i in shown
+        )
+        return f"<tr{kind}>{''.join(made)}</tr>"
+
+    body = "\n".join(row(line.cells, "td", "" if line.seeds else " class=hint") for line in lines)
+    below = "".join(f"<p class=hint>{escape(note)}</p>" for note in notes(lines))
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Runs compared</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
+{files("spice_pl.reports").joinpath("templates/style.css").read_text(encoding="utf-8")}
+</style></head><body><header><h1>Runs compared</h1></header><main>
+<div class="scroll" role="region" aria-label="Runs compared" tabindex="0">
+<table><thead>{row(COLUMNS, "th scope=col")}</thead>
+<tbody>
+{body}
+</tbody></table></div>{below}</main></body></html>
+"""
+
+
+def _telling(lines: Sequence[Line]) -> list[int]:
+    """Columns in which some line says something."""
+    return [
+        i for i, _ in enumerate(COLUMNS) if any(line.cells[i] not in ("", "–") for line in lines)
+    ]
+
+
+def notes(lines: Sequence[Line]) -> list[str]:
+    """What a reader of the table has to know."""
+    said = [
+        "ACC, NMI, ARI: mean ± sample standard deviation over seeds. Time: mean, with the stages"
+    ]
+    said[0] += " before. Memory: largest."
+    if any(not line.acc for line in lines):
+        said.append(NO_LABELS)
+    return said
+
+
+def write(lines: Sequence[Line], folder: Path) -> list[Path]:
+    """Write compare.md, compare.csv and compare.html; return where they are."""
+    made = {"md": markdown(lines), "csv": table_csv(lines), "html": page(lines)}
+    for suffix, text in made.items():
+        with atomic(folder / f"compare.{suffix}") as temporary:
+            temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
+    return [folder / f"compare.{suffix}" for suffix in made]
+
+
+def show(lines: Sequence[Line], folder: Path, console: Console | None = None) -> None:
+    """Print the table and write its files."""
+    table = Table(box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
+    shown = _telling(lines)
+    for i in shown:
+        table.add_column(COLUMNS[i], justify="right" if COLUMNS[i] in RIGHT else "left")
+    for line in lines:
+        # Text, not str: a "[" in a name is no markup.
+        style = None if line.seeds else "dim"
+        table.add_row(*(Text(line.cells[i]) for i in shown), style=style)
+    console = console or Console(width=None if sys.stdout.isatty() else 160)
+    console.print(table)
+    for note in notes(lines):
+        console.print(note, highlight=False)
+    for file in write(lines, folder):
+        console.print(str(file), highlight=False, soft_wrap=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Compare the runs that the command line names."""
+    parser = argparse.ArgumentParser(prog="python -m spice_pl.runs.compare", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("runs", nargs="+", help="folders of runs, searched with their subfolders")
+    parser.add_argument(
+        "--to", help="folder for compare.md, .csv and .html; the runs' own if not given"
+    )
+    given = parser.parse_args(arguments)
+    try:
+        lines = compare(finished_runs(given.runs))
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    show(lines, Path(given.to or os.path.commonpath([Path(run).absolute() for run in given.runs])))
+
+
+def _own_rows(run: Mapping[str, Any]) -> list[ResultRow]:
+    """What this stage added to the rows before it: its clusters, or k-means on its features."""
+    rows = [ResultRow(**row) for row in run["rows"]]
+    return rows[-1:] if "cluster_sizes" in run else rows[-2:]
+
+
+def _settings(run: Mapping[str, Any]) -> dict[str, str]:
+    settings = {**run.get("settings", {}), "images": str(run["fingerprint"])}
+    return {
+        key: str(value)
+        for key, value in sorted(settings.items())
+        if key.rpartition(".")[2] not in NO_SETTING
+    }
+
+
+def _order(groups: Mapping[tuple[str, ...], Sequence[tuple[ResultRow, Mapping[str, Any]]]]) -> Any:
+    """By data set, then by the length of the chain of stages, then by name and settings."""
+
+    def order(item: tuple[tuple[str, ...], Any]) -> tuple[Any, ...]:
+        (dataset, method, protocol, settings), group = item
+        depth = min(
+            next(i for i, row in enumerate(run["rows"]) if row["name"] == method)
+            for _, run in group
+        )
+        return dataset, protocol, depth, method, settings
+
+    return order
+
+
+def _scores(values: Sequence[float]) -> str:
+    return mean_std(values) if values else score_text(None)
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,364 @@
+"""Where files live and what is in them: one folder a stage and run.
+
+`runs/<dataset>/<stage>/<run>/` holds encoder.safetensors, head.safetensors, features.npy,
+probs.npy, dataset.json, clusters.csv, last.ckpt, .hydra/ and, written last of all, metrics.json:
+a folder is finished when it is there. Every file appears under its name when it is whole and on
+the disk; metrics.json holds the digests of what is handed on.
+
+Shapes: N images, D features, K clusters.
+"""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from spice_pl.errors import UsageError
+from spice_pl.nn.weights import load_strictly
+from spice_pl.system.files import atomic, sync_folder
+
+logger = logging.getLogger(__name__)
+
+HANDED_ON = ("encoder.safetensors", "head.safetensors", "features.npy", "probs.npy")
+
+
+@dataclass(frozen=True)
+class ClusterTable:
+    """What clusters.csv holds; every array is (N,), in the order of the data set."""
+
+    keys: Sequence[str]
+    clusters: NDArray[np.int64]
+    confidence: NDArray[np.float32]
+    agreement: NDArray[np.float32]
+    reliable: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The artifacts of one stage's run."""
+
+    path: Path
+
+    @property
+    def finished(self) -> bool:
+        """True when every artifact was written."""
+        return (self.path / "metrics.json").is_file()
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where training is saved at the end of an epoch."""
+        return self.path / "last.ckpt"
+
+    @property
+    def features(self) -> NDArray[np.float32]:
+        """(N, D) raw features of the plain images, memory-mapped."""
+        return self._array("features.npy")
+
+    @property
+    def probs(self) -> NDArray[np.float32]:
+        """(N, K) cluster probabilities of the plain images, memory-mapped."""
+        return self._array("probs.npy")
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """What metrics.json holds.
+
+        Raises:
+            UsageError: the file is damaged.
+        """
+        return self._json("metrics.json")
+
+    @contextmanager
+    def lock(self) -> Iterator[int]:
+        """Hold the folder for one run at a time; a second waits. Gives a handle to pass on.
+
+        The system opens the lock when the last process that has the handle ends, however it ends.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                logger.info("%s: another run works in it; waiting for its end", self.path)
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            except OSError as error:
+                logger.warning("%s cannot be locked (%s); start one run in it", self.path, error)
+            yield handle
+        finally:
+            os.close(handle)
+
+    def clear_temporary(self) -> None:
+        """Remove what a killed run had begun to write; for the one who holds the lock."""
+        for file in self.path.glob(".*.*"):
+            if file.is_file():
+                file.unlink()
+
+    def check_space(self, num_bytes: int) -> None:
+        """Check that a run's files fit on the disk.
+
+        Raises:
+            UsageError: they do not.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.path).free
+        if free < num_bytes:
+            raise UsageError(
+                f"{self.path} needs about {num_bytes / 1e6:,.0f} MB and its disk has "
+                f"{free / 1e6:,.0f} MB left; free some, or give another runs_dir"
+            )
+
+    @property
+    def names(self) -> dict[int, str]:
+        """What a person called clusters, from names.json; empty where nobody did."""
+        if not (self.path / "names.json").is_file():
+            return {}
+        found = self._json("names.json")
+        try:
+            return {int(cluster): str(name) for cluster, name in found.items()}
+        except ValueError as error:
+            raise UsageError(
+                f"{self.path / 'names.json'} names what is no cluster ({error}); its form is "
+                '{"0": "cats", "1": "dogs"}'
+            ) from error
+
+    def moved(self, num_images: int) -> NDArray[np.bool_]:
+        """(N,) images that a person put into their cluster; none in a run without edits."""
+        file = self.path / "moved.npy"
+        return np.load(file) if file.is_file() else np.zeros(num_images, dtype=np.bool_)
+
+    def create(self, name: str, shape: tuple[int, ...]) -> None:
+        """Make an empty float32 array on disk for the ranks to fill; `publish` makes it whole."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        array = np.lib.format.open_memmap(
+            self._part(name), mode="w+", dtype=np.float32, shape=shape
+        )
+        size = self._part(name).stat().st_size
+        del array
+        # Writing to a map of a full disk kills the process; asking for the space first says so.
+        with self._part(name).open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+
+    def write_rows(self, name: str, index: NDArray[np.int64], rows: NDArray[np.float32]) -> None:
+        """Fill rows of an array that `create` made."""
+        array = np.lib.format.open_memmap(self._part(name), mode="r+")
+        array[index] = rows
+        array.flush()
+
+    def publish(self, name: str) -> None:
+        """Give a filled array its name."""
+        with self._part(name).open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(self._part(name), self.path / name)
+        sync_folder(self.path)
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write a JSON file, readable for people."""
+        with atomic(self.path / name) as temporary:
+            temporary.write_text(json.dumps(content, indent=2, default=float) + "\n")
+
+    def write_weights(self, name: str, module: nn.Module) -> None:
+        """Write a module's state without pickle."""
+        state = {
+            key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()
+        }
+        with atomic(self.path / name) as temporary:
+            temporary.write_bytes(save(state))
+
+    def load_weights(self, name: str, module: nn.Module) -> None:
+        """Load weights that `write_weights` wrote.
+
+        Raises:
+            UsageError: the weights belong to another architecture; lists every key that differs;
+                or the file is damaged.
+        """
+        load_strictly(module, self.read_weights(name), str(self.path / name))
+
+    def read_weights(self, name: str) -> dict[str, Tensor]:
+        """Read weights that `write_weights` wrote.
+
+        Raises:
+            UsageError: the file is missing or damaged.
+        """
+        file = self.path / name
+        if not file.is_file():
+            raise UsageError(f"{file} is missing; run its stage again with overwrite=true")
+        try:
+            return dict(load_file(file))
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
+            raise _damaged(file, error) from error
+
+    def write_clusters(
+        self,
+        keys: Sequence[str],
+        clusters: NDArray[np.int64],
+        confidence: NDArray[np.float32],
+        agreement: NDArray[np.float32],
+        reliable: NDArray[np.bool_],
+    ) -> None:
+        """Write clusters.csv: one line an image, in the order of the data set."""
+        with (
+            atomic(self.path / "clusters.csv") as temporary,
+            # A path may hold bytes that are no UTF-8; they come out as they are on disk.
+            temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+        ):
+            writer = csv.writer(file)
+            writer.writerow(["image", "cluster", "confidence", "agreement", "reliable"])
+            for row in zip(keys, clusters, confidence, agreement, reliable, strict=True):
+                image, cluster, sure, agrees, kept = row
+                writer.writerow([image, int(cluster), f"{sure:.4f}", f"{agrees:.4f}", int(kept)])
+
+    def read_clusters(self) -> ClusterTable:
+        """Read what `write_clusters` wrote; confidence and agreement hold four decimals."""
+        file = self.path / "clusters.csv"
+        if not file.is_file():
+            raise UsageError(f"{file} is missing; run its stage again with overwrite=true")
+        try:
+            with file.open(newline="", encoding="utf-8", errors="surrogateescape") as lines:
+                rows = list(csv.DictReader(lines))
+            return ClusterTable(
+                keys=[row["image"] for row in rows],
+                clusters=np.array([row["cluster"] for row in rows], dtype=np.int64),
+                confidence=np.array([row["confidence"] for row in rows], dtype=np.float32),
+                agreement=np.array([row["agreement"] for row in rows], dtype=np.float32),
+                reliable=np.array([row["reliable"] == "1" for row in rows], dtype=np.bool_),
+            )
+        except (ValueError, KeyError, TypeError, OverflowError, csv.Error) as error:
+            raise _damaged(file, error) from error
+
+    def digests(self) -> dict[str, str]:
+        """Digest of each file that is handed on, 16 hexadecimal digits (BLAKE2b)."""
+        found = {}
+        for name in HANDED_ON:
+            if (self.path / name).is_file():
+                digest = hashlib.blake2b(digest_size=8)
+                with (self.path / name).open("rb") as file:
+                    while chunk := file.read(1 << 24):
+                        digest.update(chunk)
+                found[name] = digest.hexdigest()
+        return found
+
+    def digest(self) -> str:
+        """Digest of all that is handed on, 16 hexadecimal digits."""
+        return hashlib.blake2b(repr(self.digests()).encode(), digest_size=8).hexdigest()
+
+    def check_digests(self) -> None:
+        """Compare the files that are handed on with the digests in metrics.json.
+
+        Raises:
+            UsageError: a file is missing or not what the stage wrote.
+        """
+        kept = self.metrics.get("digests")
+        if not isinstance(kept, dict):  # made before digests were kept
+            return
+        found = self.digests()
+        for name in kept:
+            if kept[name] != found.get(name):
+                what = "has changed since it was written" if name in found else "is missing"
+                raise UsageError(
+                    f"{self.path / name} {what} (digest {found.get(name)}, {kept[name]} in "
+                    "metrics.json); make its stage anew with overwrite=true"
+                )
+
+    def stamp(self, fingerprint: str, num_images: int, upstream: RunFolder | None) -> None:
+        """Write which data set and which upstream run the artifacts are made from."""
+        self.write_json(
+            "dataset.json",
+            {
+                "fingerprint": fingerprint,
+                "num_images": num_images,
+                "upstream": upstream.metrics["digest"] if upstream else None,
+            },
+        )
+
+    def check_dataset(self, fingerprint: str, num_images: int) -> None:
+        """Compare the stamp with the present data set.
+
+        Raises:
+            UsageError: the artifacts were made from other images or another order.
+        """
+        stamp = self._stamp()
+        if stamp["fingerprint"] != fingerprint:
+            raise UsageError(
+                f"{self.path} was made from other images or another order of them "
+                f"(fingerprint {stamp['fingerprint']}, {stamp['num_images']} images; now "
+                f"{fingerprint}, {num_images} images); give the same data set, or make it anew "
+                "with overwrite=true or under another run=NAME"
+            )
+
+    def check_upstream(self, upstream: RunFolder) -> None:
+        """Compare the stamp with the present upstream run.
+
+        Raises:
+            UsageError: the upstream was made anew since.
+        """
+        stamp = self._stamp()
+        if stamp["upstream"] != upstream.metrics.get("digest"):
+            raise UsageError(
+                f"{self.path} was made from another {upstream.path}, which was made anew since; "
+                "make it anew too with overwrite=true, or use another run=NAME"
+            )
+
+    def _array(self, name: str) -> NDArray[np.float32]:
+        file = self.path / name
+        if not file.is_file():
+            raise UsageError(f"{file} is missing; run its stage again with overwrite=true")
+        try:
+            array: NDArray[np.float32] = np.load(file, mmap_mode="r", allow_pickle=False)
+            if array.dtype != np.float32 or array.ndim != 2:
+                raise ValueError(f"{array.dtype} of {array.ndim} dimensions, not float32 of 2")
+        # A damaged header can break numpy's reader in any way.
+        except Exception as error:
+            raise _damaged(file, error) from error
+        return array
+
+    def _json(self, name: str) -> dict[str, Any]:
+        file = self.path / name
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            if not isinstance(content, dict):
+                raise ValueError("it holds no names")
+        except FileNotFoundError:
+            raise UsageError(f"{file} is missing; make its stage anew") from None
+        except (ValueError, RecursionError) as error:
+            raise _damaged(file, error) from error
+        return content
+
+    def _stamp(self) -> dict[str, Any]:
+        stamp = self._json("dataset.json")
+        if not {"fingerprint", "num_images", "upstream"} <= stamp.keys():
+            raise _damaged(self.path / "dataset.json", ValueError("it lacks its names"))
+        return stamp
+
+    def _part(self, name: str) -> Path:
+        return self.path / f".{name}.part"
+
+
+def _damaged(file: Path, error: Exception) -> UsageError:
+    reason = str(error).partition("\n")[0]
+    return UsageError(f"{file} is damaged ({reason}); make its stage anew with overwrite=true")
+
+
+def as_tensor(array: NDArray[np.float32]) -> Tensor:
+    """Read a memory-mapped array as a tensor without a copy; never write to it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(array)

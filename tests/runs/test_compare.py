@@ -1,0 +1,149 @@
+"""Runs in one table: grouped by settings, spread over seeds, published results beside."""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+from rich.console import Console
+from tests.conftest import Finished
+
+from spice_pl.errors import UsageError
+from spice_pl.job.sweep import TRIALS, CompareTrials
+from spice_pl.runs.compare import compare, finished_runs, main, markdown, page, show, table_csv
+
+
+def run(seed: int, acc: float | None, lr: str = "0.1", **more: Any) -> dict[str, Any]:
+    """Metrics of a stage 2 run."""
+    scores = {"acc": acc, "nmi": acc, "ari": acc}
+    row = {"name": "SPICE stage 2", "protocol": "whole", "seed": seed, "seconds": 60.0 + seed}
+    return {
+        "dataset": "digits",
+        "fingerprint": "f00",
+        "peak_memory_mb": 500.0 + seed,
+        "settings": {"proto.module.lr": lr, "proto.module.seed": str(seed), "proto.epochs": "3"},
+        "cluster_sizes": [1, 0],
+        "rows": [row | {"name": "k-means on pixels"} | scores, row | scores],
+    } | more
+
+
+def test_seeds_are_one_row_and_settings_are_apart() -> None:
+    lines = compare([run(1, 0.9), run(0, 0.8), run(0, 0.7, lr="0.2")])
+    assert [line.seeds for line in lines] == [(0, 1), (0,)]
+    assert [dict(line.settings) for line in lines] == [
+        {"proto.module.lr": "0.1"},
+        {"proto.module.lr": "0.2"},
+    ]
+    assert lines[0].acc == (0.8, 0.9)
+    # Mean ± sample standard deviation; mean time; largest memory.
+    assert lines[0].cells[5:10] == (
+        *("0.850 ± 0.071", "0.850 ± 0.071", "0.850 ± 0.071"),
+        *("1 min 00 s", "501 MB"),
+    )
+
+
+def test_rows_do_not_depend_on_scores() -> None:
+    one = compare([run(0, 0.1, lr="0.1"), run(0, 0.9, lr="0.2")])
+    other = compare([run(0, 0.9, lr="0.1"), run(0, 0.1, lr="0.2")])
+    assert [line.settings for line in one] == [line.settings for line in other]
+
+
+def test_other_images_of_one_name_are_another_row() -> None:
+    lines = compare([run(0, 0.8), run(1, 0.8, fingerprint="b0b")])
+    assert [dict(line.settings) for line in lines] == [{"images": "b0b"}, {"images": "f00"}]
+
+
+def test_published_results_stand_beside() -> None:
+    lines = compare([run(0, None, dataset="cifar10")])
+    published = [line for line in lines if not line.seeds]
+    assert len(published) > 5
+    spice = next(line for line in published if line.method == "SPICE")
+    assert (spice.acc, spice.protocol) == ((0.926,), "whole")
+    assert "SPICE (Niu et al. 2022)" in spice.source
+    assert not [line for line in compare([run(0, 0.5)]) if not line.seeds]  # none for digits
+
+
+def test_runs_without_labels_have_no_score() -> None:
+    lines = compare([run(0, None)])
+    assert lines[0].cells[5:8] == ("–", "–", "–")
+    assert "No labels were given" in markdown(lines)
+
+
+def test_baselines_are_not_repeated_for_every_setting() -> None:
+    features = [run(seed, 0.5, lr) for seed in (0, 1) for lr in ("1", "2")]
+    for each in features:
+        del each["cluster_sizes"]
+    lines = compare(features)
+    assert [line.method for line in lines].count("k-means on pixels") == 1
+    assert lines[0].seeds == (0, 1)
+    assert [line.method for line in lines].count("SPICE stage 2") == 2
+
+
+def test_all_formats_say_the_same() -> None:
+    name = "<b>a|b</b>"
+    lines = compare([run(0, 0.8, dataset=name), run(1, 0.9, dataset=name)])
+    assert r"<b>a\|b</b>" in markdown(lines)
+    assert "&lt;b&gt;a|b&lt;/b&gt;" in page(lines)
+    assert name not in page(lines)
+    (row,) = csv.DictReader(io.StringIO(table_csv(lines)))
+    assert row["data"] == name
+    assert float(row["acc_mean"]) == pytest.approx(0.85)
+    assert float(row["acc_std"]) == pytest.approx(statistics.stdev([0.8, 0.9]))
+    assert (row["runs"], row["seeds"]) == ("2", "0 1")
+
+
+def test_it_reads_the_folders_of_runs(
+    straight: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([str(straight.runs / "my photos"), "--to", str(tmp_path)])
+    shown = capsys.readouterr().out
+    for name in ("k-means on pixels", "k-means on MoCo features", "SPICE stage 2", "SPICE stage 3"):
+        assert shown.count(name) == 1
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "compare.csv",
+        "compare.html",
+        "compare.md",
+    ]
+    assert "SPICE stage 3" in (tmp_path / "compare.md").read_text()
+
+
+def test_folders_without_runs_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no finished run in or below"):
+        finished_runs([tmp_path])
+    with pytest.raises(UsageError, match="is no folder; give folders of runs"):
+        finished_runs([tmp_path / "not there"])
+    with pytest.raises(SystemExit) as stopped:
+        main([str(tmp_path)])
+    assert stopped.value.code == 2
+
+
+def test_a_terminal_shows_no_empty_column(tmp_path: Path) -> None:
+    console = Console(width=200, record=True, file=io.StringIO())
+    show(compare([run(0, 0.8), run(1, 0.9)]), tmp_path, console)
+    text = console.export_text()
+    assert "0.850 ± 0.071" in text
+    assert "Settings that differ" not in text
+
+
+def test_a_sweep_ends_in_a_table(
+    straight: Finished,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
+    monkeypatch.setenv(TRIALS, "")  # so that it is put back
+    callback = CompareTrials()
+    callback.on_multirun_start(config)
+    import os
+
+    folders = [str(straight.folder(stage).path) for stage in ("moco", "proto", "proto")]
+    Path(os.environ[TRIALS]).write_text("\n".join(folders))
+    callback.on_multirun_end(config)
+    assert capsys.readouterr().out.count("SPICE stage 2") == 1
+    assert (tmp_path / "compare.html").is_file()
