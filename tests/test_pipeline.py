@@ -508,7 +508,7 @@ def test_settings_that_do_not_fit_are_refused_before_work(
 
 
 def test_missing_values_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"no value for dataset\.root, dataset\.num_clusters"):
+    with pytest.raises(UsageError, match=r"no value for dataset\.root; give"):
         run_stages(make_job("dataset=folder", f"runs_dir={tmp_path / 'runs'}"))
 
 

@@ -65,7 +65,7 @@ def test_mistakes_end_with_one_message_and_code_2(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["dataset=folder"], r"error: no value for dataset\.root, dataset\.num_clusters"),
+        (["dataset=folder"], r"error: no value for dataset\.root; give"),
         (["stage=proto"], r"error: stage=proto reads .*\n  python train\.py stage=moco runs_dir="),
     ],
 )

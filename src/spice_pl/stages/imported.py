@@ -37,7 +37,7 @@ class ImportModule(Stage):
 
     def __init__(
         self,
-        path: str,
+        path: str | None,
         num_clusters: int,
         *,
         pixels: int = 32,
@@ -45,6 +45,8 @@ class ImportModule(Stage):
         partial: bool = False,
     ) -> None:
         super().__init__()
+        if path is None:
+            raise UsageError("stage=import reads a checkpoint; give path=FILE")
         model = read_reference(path, pixels, stem=stem, partial=partial)
         found = model.num_clusters
         if found is not None and found != num_clusters:
