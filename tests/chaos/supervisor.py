@@ -23,10 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tests.conftest import TINY, make_job, write_folder
+from tests.conftest import TINY, make_job, run_as_a_person_does, write_folder
 
 from spice_pl.data.datamodule import ViewsDataModule
-from spice_pl.job import run
 from spice_pl.runs.folder import RunFolder
 from spice_pl.stages import fixmatch, moco, proto
 from spice_pl.system.interrupts import RESUME_CODE
@@ -123,7 +122,7 @@ def fork(
                 os.dup2(file.fileno(), 1)
                 os.dup2(file.fileno(), 2)
                 prepare()
-                run._with_clear_errors(make_job(*overrides))
+                run_as_a_person_does(make_job(*overrides))
                 code = 0
         except SystemExit as end:
             code = int(end.code or 0)

@@ -14,7 +14,8 @@ from tests.conftest import make_job
 
 from spice_pl.callbacks.checkpoints import read_checkpoint
 from spice_pl.errors import UsageError
-from spice_pl.job.job import stamp
+from spice_pl.job.checks import stamp
+from spice_pl.job.plan import plan
 from spice_pl.job.settings import build
 from spice_pl.runs.folder import RunFolder
 
@@ -145,7 +146,7 @@ def test_secrets_are_written_nowhere(tmp_path: Path) -> None:
         *("+logger.wandb.api_key=abc123secret", "+dataset.access_token=abc123secret"),
         *("+moco.module.password=abc123secret", f"runs_dir={tmp_path}"),
     )
-    stamp(job, job.folder("moco"), keep=False)
+    stamp(plan(job)[0], keep=False)
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(written) == 2
     for path in written:

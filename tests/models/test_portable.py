@@ -168,7 +168,7 @@ def test_known_images_are_optional_and_few(finished: Finished) -> None:
     assert found.similarity.shape == (NUM_IMAGES, 0)
     assert found.nearest == [[]] * NUM_IMAGES
     features = np.eye(10, dtype=np.float32)
-    known = choose_known([str(i) for i in range(10)], features, features, most=4)
+    known = choose_known([str(i) for i in range(10)], features, np.arange(10), most=4)
     assert isinstance(known, Known)
     assert known.keys == ["0", "3", "6", "9"]
     assert known.clusters.tolist() == [0, 3, 6, 9]

@@ -29,7 +29,7 @@ Ranks = Callable[[str], Path]
 
 @pytest.fixture
 def ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ranks:
-    """Let every rank run a shell script; its arguments are -m spice_pl.job.run FILE."""
+    """Let every rank run a shell script; its arguments are -m spice_pl.job.rank FILE."""
 
     def make(script: str) -> Path:
         program = tmp_path / "rank.sh"

@@ -12,6 +12,7 @@ from tests.conftest import Finished
 from spice_pl.errors import UsageError
 from spice_pl.job.run import run_stages
 from spice_pl.reports.trust_page import Check, NullCheck, TrustData, record, render_trust, track
+from spice_pl.runs.clusters import ClusterTable
 from spice_pl.runs.folder import RunFolder
 from spice_pl.tasks.trust import (
     Trust,
@@ -107,7 +108,8 @@ def test_seeds_are_compared_on_the_same_images_only(straight: Finished, tmp_path
     assert seeds_agreement([proto, proto]) == 1.0
     other = RunFolder(tmp_path)
     empty = np.zeros(1, np.float32)
-    other.write_clusters(["other"], np.zeros(1, np.int64), empty, empty, np.zeros(1, bool))
+    table = ClusterTable(["other"], np.zeros(1, np.int64), empty, empty, np.zeros(1, bool))
+    other.write_clusters(table)
     with pytest.raises(UsageError, match="of other images"):
         seeds_agreement([proto, other])
 

@@ -336,16 +336,16 @@ def portable_settings(encoder: Any, head: nn.Module, plain: Any) -> dict[str, An
 
 
 def choose_known(
-    keys: Sequence[str], features: NDArray[np.float32], probs: NDArray[np.float32], most: int
+    keys: Sequence[str], features: NDArray[np.float32], clusters: NDArray[np.int64], most: int
 ) -> Known | None:
-    """Keep at most `most` of N images, evenly spaced; features (N, D), probs (N, K)."""
+    """Keep at most `most` of N images, evenly spaced; features (N, D), clusters (N,)."""
     if most <= 0:
         return None
     index = np.arange(0, len(keys), -(-len(keys) // most))  # (n,)
     return Known(
         keys=[keys[i] for i in index.tolist()],
         embeddings=F.normalize(torch.from_numpy(features[index])).half(),
-        clusters=torch.from_numpy(probs[index].argmax(axis=1)),
+        clusters=torch.from_numpy(clusters[index]),
     )
 
 

@@ -18,7 +18,7 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,22 +33,13 @@ from torch import Tensor, nn
 
 from spice_pl.errors import UsageError
 from spice_pl.nn.weights import load_strictly
+from spice_pl.runs.clusters import FILE_NAME as CLUSTERS
+from spice_pl.runs.clusters import ClusterTable, read_table, write_table
 from spice_pl.system.files import atomic, sync_folder
 
 logger = logging.getLogger(__name__)
 
 HANDED_ON = ("encoder.safetensors", "head.safetensors", "features.npy", "probs.npy")
-
-
-@dataclass(frozen=True)
-class ClusterTable:
-    """What clusters.csv holds; every array is (N,), in the order of the data set."""
-
-    keys: Sequence[str]
-    clusters: NDArray[np.int64]
-    confidence: NDArray[np.float32]
-    agreement: NDArray[np.float32]
-    reliable: NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -111,6 +102,11 @@ class RunFolder:
         for file in self.path.glob(".*.*"):
             if file.is_file():
                 file.unlink()
+
+    def forget(self) -> None:
+        """Remove what marks the run as finished or lets a later one continue it."""
+        for name in ("metrics.json", "metrics.csv", self.checkpoint.name):
+            (self.path / name).unlink(missing_ok=True)
 
     def check_space(self, num_bytes: int) -> None:
         """Check that a run's files fit on the disk.
@@ -206,41 +202,21 @@ class RunFolder:
         except (SafetensorError, OSError, ValueError, KeyError) as error:
             raise _damaged(file, error) from error
 
-    def write_clusters(
-        self,
-        keys: Sequence[str],
-        clusters: NDArray[np.int64],
-        confidence: NDArray[np.float32],
-        agreement: NDArray[np.float32],
-        reliable: NDArray[np.bool_],
-    ) -> None:
-        """Write clusters.csv: one line an image, in the order of the data set."""
-        with (
-            atomic(self.path / "clusters.csv") as temporary,
-            # A path may hold bytes that are no UTF-8; they come out as they are on disk.
-            temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
-        ):
-            writer = csv.writer(file)
-            writer.writerow(["image", "cluster", "confidence", "agreement", "reliable"])
-            for row in zip(keys, clusters, confidence, agreement, reliable, strict=True):
-                image, cluster, sure, agrees, kept = row
-                writer.writerow([image, int(cluster), f"{sure:.4f}", f"{agrees:.4f}", int(kept)])
+    def write_clusters(self, table: ClusterTable) -> None:
+        """Write clusters.csv."""
+        write_table(table, self.path / CLUSTERS)
 
     def read_clusters(self) -> ClusterTable:
-        """Read what `write_clusters` wrote; confidence and agreement hold four decimals."""
-        file = self.path / "clusters.csv"
+        """Read clusters.csv.
+
+        Raises:
+            UsageError: the file is missing or damaged.
+        """
+        file = self.path / CLUSTERS
         if not file.is_file():
             raise UsageError(f"{file} is missing; run its stage again with overwrite=true")
         try:
-            with file.open(newline="", encoding="utf-8", errors="surrogateescape") as lines:
-                rows = list(csv.DictReader(lines))
-            return ClusterTable(
-                keys=[row["image"] for row in rows],
-                clusters=np.array([row["cluster"] for row in rows], dtype=np.int64),
-                confidence=np.array([row["confidence"] for row in rows], dtype=np.float32),
-                agreement=np.array([row["agreement"] for row in rows], dtype=np.float32),
-                reliable=np.array([row["reliable"] == "1" for row in rows], dtype=np.bool_),
-            )
+            return read_table(file)
         except (ValueError, KeyError, TypeError, OverflowError, csv.Error) as error:
             raise _damaged(file, error) from error
 

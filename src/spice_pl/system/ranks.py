@@ -34,15 +34,20 @@ def is_ours() -> bool:
     return PARENT in os.environ
 
 
+def rank() -> int:
+    """Return the number of this process among all ranks; 0 without ranks."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+
+
 def is_first_rank() -> bool:
     """Whether this process writes what all ranks have made; true of a process without ranks."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
+    return rank() == 0
 
 
 def launch_ranks(
     num_ranks: int, job: str, locks: Sequence[int] = (), grace_s: float = 10.0
 ) -> None:
-    """Run `python -m spice_pl.job.run FILE` once a rank and wait for all of them.
+    """Run `python -m spice_pl.job.rank FILE` once a rank and wait for all of them.
 
     A signal that asks this process to stop is passed on to the ranks, which save and end. Should
     this process be killed, the ranks are asked to stop by the system.
@@ -71,7 +76,7 @@ def launch_ranks(
             for rank in range(num_ranks):
                 ranks.append(
                     subprocess.Popen(  # noqa: S603 - our own interpreter, our own file
-                        [sys.executable, "-m", "spice_pl.job.run", str(file)],
+                        [sys.executable, "-m", "spice_pl.job.rank", str(file)],
                         env=inherited
                         # More threads than cores starve each other.
                         | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}

@@ -14,7 +14,7 @@ from spice_pl.models import portable
 from spice_pl.nn.places import fine_feature_map
 from spice_pl.reports.page import write_report
 from spice_pl.runs.attention import write_attention
-from spice_pl.runs.results import report_data
+from spice_pl.runs.page_data import report_data
 from spice_pl.tasks.base import Context
 
 logger = logging.getLogger(__name__)
@@ -34,16 +34,16 @@ class Report:
     def __call__(self, context: Context) -> None:
         """Look anew where the prototypes resemble their cluster, and write the page."""
         folder, images = context.upstream[0], context.images()
-        metrics = folder.metrics
+        metrics, table = folder.metrics, folder.read_clusters()
         if (folder.path / portable.FILE_NAME).is_file():
             model = portable.load(folder.path, allow_targets=self.allow_targets)
 
-            def places(pixels: torch.Tensor) -> torch.Tensor | None:
+            def feature_map(pixels: torch.Tensor) -> torch.Tensor | None:
                 plain = model.network.plain(pixels.to(model.device), torch.empty(0))
                 return fine_feature_map(model.network.encoder, plain)
 
-            write_attention(folder, images, int(metrics["num_clusters"]), places)
+            write_attention(folder, table, images, int(metrics["num_clusters"]), feature_map)
         else:
             logger.info("no %s there: where it looks stays as it was", portable.FILE_NAME)
-        data = report_data(folder, context.upstream[1:], images, metrics, self.map_method)
+        data = report_data(folder, context.upstream[1:], images, metrics, table, self.map_method)
         logger.info("%s", write_report(data, folder.path / "report.html"))

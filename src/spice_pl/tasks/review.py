@@ -26,7 +26,7 @@ from spice_pl.errors import UsageError
 from spice_pl.reports.page import render_report
 from spice_pl.runs.edits import check_reviewed, parse_edits, read_edits
 from spice_pl.runs.folder import RunFolder
-from spice_pl.runs.results import report_data
+from spice_pl.runs.page_data import report_data
 from spice_pl.tasks.base import Context
 
 logger = logging.getLogger(__name__)
@@ -103,7 +103,9 @@ class Answers:
 
     def page(self) -> tuple[str, bytes]:
         """Return the report, with the edits that were saved last."""
-        data = report_data(self.folder, self.upstream, self.images, self.metrics)
+        data = report_data(
+            self.folder, self.upstream, self.images, self.metrics, self.folder.read_clusters()
+        )
         more: dict[str, Any] = {"save": "/edits", "image": "/image/"}
         saved = self.folder.path / "edits.json"
         if saved.is_file():
