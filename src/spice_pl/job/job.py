@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import re
 import shlex
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from spice_pl.errors import UsageError
 from spice_pl.job.settings import masked_override
+from spice_pl.nn.encoders import pretrained
 from spice_pl.runs.edited import reviewed_run
 from spice_pl.runs.edits import Edits, read_edits
 from spice_pl.runs.folder import RunFolder
@@ -21,6 +24,9 @@ from spice_pl.system.command import command
 
 OmegaConf.register_new_resolver(
     "folder_name", lambda root: Path(str(root)).expanduser().resolve().name, replace=True
+)
+OmegaConf.register_new_resolver(  # a property of the encoder that a name stands for
+    "pretrained", lambda name, what: getattr(pretrained(name), what), replace=True
 )
 
 # Settings that change where or how a run goes but not what it computes.
@@ -48,6 +54,13 @@ class Job:
     def stages(self) -> list[str]:
         """Stages to run, in order."""
         return [str(name) for name in self.cfg.stages]
+
+    def with_settings(self, values: Mapping[str, Any]) -> Job:
+        """Return a copy of the job with some settings replaced, by dotted key."""
+        cfg = copy.deepcopy(self.cfg)
+        for key, value in values.items():
+            OmegaConf.update(cfg, key, value)
+        return replace(self, cfg=cfg)
 
     @cached_property
     def edits(self) -> Edits | None:

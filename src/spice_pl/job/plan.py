@@ -72,15 +72,23 @@ class Step:
         return self.resume and self.folder.checkpoint.is_file()
 
 
-def plan(job: Job) -> list[Step]:
-    """Return the steps of a job in order.
+def check_settings(job: Job) -> None:
+    """Refuse settings without a value.
 
     Raises:
-        UsageError: a setting has no value, or clusters are asked for without their number.
+        UsageError: names them.
     """
     OmegaConf.set_struct(job.cfg, True)
     if absent := missing(job.cfg):
         raise UsageError(f"no value for {', '.join(absent)}; give it on the command line")
+
+
+def plan(job: Job) -> list[Step]:
+    """Return the steps of a job in order; its number of clusters is settled.
+
+    Raises:
+        UsageError: clusters are asked for without their number.
+    """
     _check_num_clusters(job)
     settings: Any = OmegaConf.to_container(job.cfg, resolve=True)
     return [_step(job, name, settings) for name in job.stages]
@@ -119,11 +127,10 @@ def _check_num_clusters(job: Job) -> None:
     """Refuse to train clusters without their number; stage 1 and tasks do without."""
     given = job.cfg.dataset.num_clusters
     clustering = [name for name in job.stages if job.upstream(name) and not job.is_task(name)]
-    if given == "auto" or (given is None and clustering):
+    if given is None and clustering:
         raise UsageError(
-            f"dataset.num_clusters={given} is not a number. Estimate how many clusters the "
-            "features show:\n"
-            f"  {job.command('stage=moco', 'dataset.num_clusters=null', without=ASKED)}\n"
+            f"dataset.num_clusters={given} is not a number; give one, or the word auto, which "
+            "takes the estimate of\n"
             f"  {job.command('stage=estimate_k', without=ASKED)}\n"
-            "then give dataset.num_clusters=K; the features are reused"
+            "from the features of stage 1"
         )

@@ -23,8 +23,9 @@ from spice_pl.job.checks import check, check_chain, check_folders, check_upstrea
 from spice_pl.job.errors import clear_errors, quiet
 from spice_pl.job.finish import show
 from spice_pl.job.job import Job
+from spice_pl.job.num_clusters import settled
 from spice_pl.job.parts import build_stage, open_images
-from spice_pl.job.plan import Step, plan
+from spice_pl.job.plan import Step, check_settings, plan
 from spice_pl.job.stage import run_stage
 from spice_pl.job.task import run_task
 from spice_pl.job.trainer import num_ranks
@@ -63,6 +64,9 @@ def run_stages(job: Job) -> float | None:
         Stopped: a signal asked to stop; what was made is kept, `resume=true` continues.
     """
     quiet()
+    check_settings(job)
+    if job.cfg.dataset.num_clusters == "auto":
+        job = settled(job, run_stages)
     steps = plan(job)
     num_processes = num_ranks(job.cfg)
     with Interrupts() as interrupts:
