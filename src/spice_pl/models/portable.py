@@ -114,7 +114,7 @@ class PortableModel:
         return next(self.network.head.parameters()).device
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the model to one file; an interrupted write leaves no file."""
+        """Write the model to one file; an interrupted write leaves an earlier file unchanged."""
         parts = {"encoder": self.network.encoder, "head": self.network.head}
         tensors = {
             f"{part}.{key}": value.detach().cpu().contiguous()

@@ -41,7 +41,7 @@ class Predictions:
 
 
 def join(parts: Sequence[Predictions], skipped: Sequence[tuple[str, str]]) -> Predictions:
-    """Join the predictions of one batch after another.
+    """Join the predictions of several batches in their order.
 
     Args:
         parts: predictions of at least one batch.
