@@ -78,13 +78,13 @@ def _folded(network: nn.Module) -> nn.Module:
     calls = [node for node in nodes if node.op == "call_module"]
     times = Counter(str(node.target) for node in calls)
     for node in calls:
-        before, place = next(iter(node.args), None), str(node.target)
+        before, name = next(iter(node.args), None), str(node.target)
         if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) > 1:
             continue
-        convolution, norm = modules[str(before.target)], modules[place]
-        if times[place] == times[str(before.target)] == 1 and _linear(convolution, norm):
+        convolution, norm = modules[str(before.target)], modules[name]
+        if times[name] == times[str(before.target)] == 1 and _linear(convolution, norm):
             network.set_submodule(str(before.target), fuse_conv_bn_eval(convolution, norm))
-            network.set_submodule(place, getattr(norm, "act", nn.Identity()))
+            network.set_submodule(name, getattr(norm, "act", nn.Identity()))
     return network
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-FEWEST_PLACES = 7  # smallest side of a feature map; coarser maps are refined by shifts
+SMALLEST_SIDE = 7  # positions along a side of a feature map; coarser maps are refined by shifts
 
 
 @torch.inference_mode()
@@ -67,7 +67,7 @@ def fine_feature_map(backbone: nn.Module, images: Tensor) -> Tensor | None:
         Feature map (B, D, h, w), or None if `feature_map` gives None.
     """
     coarse = feature_map(backbone, images)
-    if coarse is None or (times := -(-FEWEST_PLACES // min(coarse.shape[2:]))) == 1:
+    if coarse is None or (times := -(-SMALLEST_SIDE // min(coarse.shape[2:]))) == 1:
         return coarse
     (height, width), side = coarse.shape[2:], images.shape[-1]
     stride = side / min(height, width)  # pixels
