@@ -21,7 +21,7 @@ def test_weights_of_zero_and_one_are_fixmatch() -> None:
     assert torch.equal(found, expected)
 
 
-def test_no_weight_gives_no_loss_and_no_gradient() -> None:
+def test_weights_of_zero_give_no_loss_and_no_gradient() -> None:
     logits = torch.randn(5, 3, requires_grad=True)
     loss = weighted_cross_entropy(logits, torch.full((5,), -1), torch.zeros(5))
     loss.backward()  # type: ignore[no-untyped-call]
@@ -67,7 +67,7 @@ def test_fairness_by_hand() -> None:
 
 
 @pytest.mark.parametrize("mask", [torch.zeros(4).bool(), torch.tensor([True, False, False, False])])
-def test_fairness_is_finite_without_a_mask_or_a_cluster(mask: torch.Tensor) -> None:
+def test_fairness_is_finite_with_an_empty_mask_or_cluster(mask: torch.Tensor) -> None:
     logits = torch.randn(4, 3, requires_grad=True)
     histogram = torch.tensor([1.0, 0.0, 0.0])
     loss = self_adaptive_fairness(logits.softmax(dim=1), mask, torch.ones(3) / 3, histogram)

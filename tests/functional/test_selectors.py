@@ -24,7 +24,7 @@ def probabilities(num: int = 120, seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("selector", [clusmatch_labels, confident_labels, random_labels])
 @pytest.mark.parametrize("fraction", [0.05, 0.29, 0.5])
-def test_every_cluster_gives_its_budget(selector: object, fraction: float) -> None:
+def test_each_cluster_has_its_number_of_labels(selector: object, fraction: float) -> None:
     probs = probabilities()
     label = selector(None, probs, K, torch.Generator().manual_seed(0), fraction=fraction)  # type: ignore[operator]
     budget = int(120 // K * fraction + 1e-9)
@@ -55,11 +55,11 @@ def test_feature_branch_keeps_the_nearest_to_each_centre() -> None:
     for group in range(3):
         kept = (label[10 * group : 10 * group + 10] >= 0).nonzero()[:, 0]
         assert len(kept) == 4
-        assert kept.max() - kept.min() == 3  # neighbours of the centre, in the middle of the row
+        assert kept.max() - kept.min() == 3  # samples around the centre, in the middle of the row
         assert 0 < int(kept.min()) <= 5
 
 
-def test_auto_reads_the_head_where_there_is_one() -> None:
+def test_auto_reads_the_head_if_there_is_one() -> None:
     embeddings, probs = torch.randn(120, 5), probabilities()
     auto = clusmatch_labels(embeddings, probs, K, fraction=0.1)
     assert torch.equal(auto, clusmatch_labels(None, probs, K, fraction=0.1, branch="head"))
@@ -79,15 +79,15 @@ def test_reliable_labels_are_those_of_spice() -> None:
     assert torch.equal(label[mask], probs.argmax(dim=1)[mask])
 
 
-def test_an_empty_cluster_takes_nothing_from_the_others() -> None:
+def test_an_empty_cluster_does_not_change_the_others() -> None:
     probs = probabilities()
     probs[:, 2] = 0
     label = clusmatch_labels(None, probs / probs.sum(dim=1, keepdim=True), K, fraction=0.1)
     assert label[label >= 0].bincount(minlength=K).tolist() == [4, 4, 0]
 
 
-def test_equal_scores_go_by_lot() -> None:
-    # Saturated probabilities, and files in the order of their classes: no class may go first.
+def test_among_equal_scores_the_draw_is_random() -> None:
+    # Probabilities are saturated and files in the order of classes: no class may be preferred.
     score, clusters = torch.ones(400), torch.zeros(400).long()
     drawn = [
         best_of_each(score, clusters, 1, 0.5, torch.Generator().manual_seed(seed)) == 0
@@ -97,18 +97,18 @@ def test_equal_scores_go_by_lot() -> None:
     assert 60 < drawn[0][:200].sum() < 140
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
-    score[300:] = 2  # what differs is not drawn
+    score[300:] = 2  # larger scores are selected without a draw
     assert (best_of_each(score, clusters, 1, 0.25) == 0).nonzero()[:, 0].tolist() == [
         *range(300, 400)
     ]
 
 
-def test_what_is_missing_is_named() -> None:
+def test_errors_name_what_is_missing_or_unknown() -> None:
     with pytest.raises(ValueError, match="reads probs and the upstream has none"):
         confident_labels(torch.eye(3), None, K)
     with pytest.raises(ValueError, match="reads embeddings and the upstream has none"):
         clusmatch_labels(None, probabilities(), K, branch="features")
-    with pytest.raises(ValueError, match=r"fraction 0.01 of 40 samples a cluster gives 0 labels"):
+    with pytest.raises(ValueError, match=r"fraction 0.01 of 40 samples per cluster gives 0 labels"):
         best_of_each(torch.zeros(120), torch.zeros(120).long(), K, 0.01)
     with pytest.raises(ValueError, match="branch 'tail' is unknown"):
         clusmatch_labels(None, probabilities(), K, branch="tail")  # type: ignore[arg-type]
@@ -120,13 +120,13 @@ def test_oracle_draws_evenly_from_known_labels() -> None:
     assert label[label >= 0].bincount().tolist() == [4, 4]
     assert torch.equal(label[label >= 0], truth[label >= 0])
     assert torch.equal(OracleLabels()(truth), truth)
-    with pytest.raises(ValueError, match="num_labels 1 gives none for each of 2 classes"):
+    with pytest.raises(ValueError, match="num_labels 1 gives 0 labels for each of 2 classes"):
         OracleLabels(1)(truth)
 
 
-def test_agreement_for_a_count_is_the_largest_that_gives_it() -> None:
+def test_agreement_for_a_count_is_the_largest_that_enough_samples_reach() -> None:
     agreements = torch.tensor([0.9, 0.2, 0.8, 1.0, 0.5])
-    confidences = torch.tensor([1.0, 1.0, 1.0, 0.5, 1.0])  # the fourth is not sure
+    confidences = torch.tensor([1.0, 1.0, 1.0, 0.5, 1.0])  # the fourth is not confident
     for count, expected in ((1, 0.9), (2, 0.8), (3, 0.5), (4, 0.2), (9, 0.2)):
         assert agreement_for_count(agreements, confidences, count) == pytest.approx(expected)
     assert agreement_for_count(agreements, torch.zeros(5), 2) == pytest.approx(0.2)

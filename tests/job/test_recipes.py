@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pytest
 from tests.conftest import compose, make_job
 
+from spice_pl.errors import UsageError
 from spice_pl.job.run import run_stages
 
 OWN = ("folder", "array", "shards", "hugging_face")
@@ -65,6 +66,6 @@ def test_k_is_estimated_once_and_then_that_of_the_run(tiny: Sequence[str]) -> No
     run_stages(make_job(*tiny, *more, "stage=report", "report.upstream=proto"))
     # Another K reuses the features.
     other = make_job(*tiny, *more[1:], "dataset.num_clusters=2", "run=two")
-    with pytest.raises(Exception, match="upstream|moco"):
+    with pytest.raises(UsageError, match=r"stage=proto reads what stage=moco writes"):
         run_stages(make_job(*tiny, *more[1:], "dataset.num_clusters=2", "run=two", "stage=proto"))
     assert not other.folder("proto").finished

@@ -93,8 +93,9 @@ def _described(name: str, reason: str) -> PretrainedEncoder:
     config = get_pretrained_cfg(name)
     if config is None or not config.hf_hub_id:
         raise UsageError(
-            f"encoder={name}: timm has no pretrained weights of this name; take one of "
-            f"{', '.join(sorted({*PACKAGED, *PREFERRED}))}, or any that timm.list_pretrained() names"
+            f"encoder={name}: timm has no pretrained weights of this name; take "
+            f"{', '.join(sorted({*PACKAGED, *PREFERRED}))} or another that "
+            "timm.list_pretrained() names"
         )
     backbone = {
         "_target_": "timm.create_model",
