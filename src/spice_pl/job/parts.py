@@ -12,6 +12,8 @@ from spice_pl.data.datamodule import Stream
 from spice_pl.data.images import ImageSet
 from spice_pl.data.sources.subset import subset
 from spice_pl.errors import UsageError
+from spice_pl.job.fit import fitted
+from spice_pl.job.job import Job
 from spice_pl.job.plan import Step
 from spice_pl.job.settings import build
 from spice_pl.stages.base import Stage
@@ -48,8 +50,17 @@ def open_images(cfg: DictConfig, **other: Any) -> ImageSet:
     return images
 
 
-def build_stage(cfg: DictConfig, step: Step) -> tuple[Stage, dict[str, Stream]]:
-    """Return the module of a stage, with the initial weights of the run's seed, and its streams."""
+def build_stage(job: Job, step: Step, images: ImageSet) -> tuple[Stage, dict[str, Stream]]:
+    """Return the module of a stage, with the initial weights of the run's seed, and its streams.
+
+    Raises:
+        UsageError: a setting does not fit the data.
+    """
+    own, changes = fitted(step.name, step.own, images, step.num_clusters, job.overrides)
+    if changes:
+        logger.info("fitted to %d images: %s", len(images.train_index), ", ".join(changes))
     pl.seed_everything(step.seed, verbose=False)
-    streams = {key: build(cfg, value) for key, value in step.own["streams"].items()}
-    return build(cfg, step.own["module"]), streams
+    streams = {key: build(job.cfg, value) for key, value in own["streams"].items()}
+    module: Stage = build(job.cfg, own["module"])
+    module.check(images, streams)
+    return module, streams

@@ -110,14 +110,11 @@ def start_ranks(job: Job, steps: Sequence[Step], num_processes: int) -> None:
 def run_steps(job: Job, steps: Sequence[Step], interrupts: Interrupts) -> None:
     """Build and check all stages, then run the steps one after another in this process."""
     load_images = functools.cache(functools.partial(open_images, job.cfg))
-    stages: dict[str, Any] = {}
-    for step in steps:
-        if step.trains and not step.reused:
-            if not stages:
-                load_images()
-                logger.info("preset: %s", job.preset)
-            module, streams = stages[step.name] = build_stage(job.cfg, step)
-            module.check(load_images(), streams)
+    todo = [step for step in steps if step.trains and not step.reused]
+    if todo:
+        load_images()
+        logger.info("preset: %s", job.preset)
+    stages = {step.name: build_stage(job, step, load_images()) for step in todo}
     if job.cfg.overwrite and ranks.is_first_rank():
         for step in steps:  # all of them first: an interrupted overwrite leaves no stale result
             step.folder.forget()
@@ -132,8 +129,10 @@ def run_steps(job: Job, steps: Sequence[Step], interrupts: Interrupts) -> None:
                 check_chain(step)
                 logger.info("%s: finished earlier, reused from %s", step.name, step.folder.path)
             elif step.trains:
-                module, streams = stages.pop(step.name, None) or build_stage(job.cfg, step)
-                run_stage(job, step, module, streams, load_images(), interrupts)
+                images = load_images()
+                if step.name not in stages:  # another run removed what was reused
+                    stages[step.name] = build_stage(job, step, images)
+                run_stage(job, step, *stages.pop(step.name), images, interrupts)
             else:
                 run_task(job, step, load_images)
     if ranks.is_first_rank():
