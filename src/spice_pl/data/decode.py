@@ -1,4 +1,6 @@
-"""One image file to (3, S, S) RGB, or the reason why not: the only place where files are decoded.
+"""Decode one image file to (3, S, S) RGB, or return the reason why it cannot be decoded.
+
+No other module decodes files.
 
 Shapes: S side in pixels.
 """
@@ -18,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-# Only these are tried, whatever a file is called: other decoders of Pillow run programs (EPS).
+# Only these decoders are tried, whatever a file is called: others of Pillow run programs (EPS).
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "HEIF")
 SUFFIXES = {
     *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"),
@@ -30,13 +32,13 @@ MAX_PIXELS = 89_478_485  # of one file, Pillow's own: a quarter of a gigabyte in
 
 @dataclass(frozen=True)
 class Decoded:
-    """An image that could be decoded.
+    """A decoded image.
 
     Attributes:
         pixels: (3, S, S) uint8.
-        format: of the file, as Pillow calls it; "array" for pixels that were no file.
-        width: of the file, in pixels.
-        height: of the file, in pixels.
+        format: Pillow's name of the file format; "array" for pixels from an array.
+        width: width of the file in pixels.
+        height: height of the file in pixels.
     """
 
     pixels: NDArray[np.uint8]
@@ -52,10 +54,10 @@ def decode(path: Path, image_size: int) -> NDArray[np.uint8] | str:
 
 
 def read_image(file: Path | bytes, image_size: int) -> Decoded | str:
-    """Decode one file as `square` does, or tell the reason why not.
+    """Decode one file as `square` does, or return the reason why it cannot be decoded.
 
-    A JPEG of more than twice the size is read at 1/2, 1/4 or 1/8, which its format allows, and
-    scaled from there.
+    A JPEG of more than twice the size is decoded at 1/2, 1/4 or 1/8 of its size, which the format
+    allows, and scaled from there.
     """
     try:
         opened = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, "r", _formats())
@@ -79,8 +81,8 @@ def read_image(file: Path | bytes, image_size: int) -> Decoded | str:
 def square(image: Image.Image, image_size: int) -> NDArray[np.uint8]:
     """Return an image of any size and mode as (3, S, S) RGB.
 
-    EXIF rotation is applied, transparency is laid on white, the first frame is taken of several,
-    the shorter side is scaled to `image_size` and the middle square kept.
+    EXIF rotation is applied, transparency is blended with white, the first of several frames is
+    used, the shorter side is scaled to `image_size` and the middle square is kept.
     """
     image = _upright(image)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -98,9 +100,9 @@ def square(image: Image.Image, image_size: int) -> NDArray[np.uint8]:
 
 @contextmanager
 def quiet_warnings() -> Iterator[None]:
-    """Keep what Pillow warns of in damaged files out of the log; a reason is given for each.
+    """Silence Pillow's warnings about damaged files; `read_image` returns a reason for each.
 
-    Filters belong to the whole process: enter it in the thread that starts the others.
+    Warning filters apply to the whole process: enter this in the thread that starts the others.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -121,12 +123,12 @@ def _upright(image: Image.Image) -> Image.Image:
     image.load()
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # what is damaged is the note beside the picture
+    except Exception:  # only the EXIF data are damaged
         return image
 
 
 def _largest_level(levels: NDArray[np.float64], *, floating: bool) -> float:
-    """What white is: 1 or 255 for floats that stay within, else 65535 or the brightest level."""
+    """Return the level of white: 1 or 255 if floats stay below, else 65535 or the maximum."""
     brightest = float(levels.max(initial=0))
     if floating and brightest <= 255:
         return 1.0 if brightest <= 1 else 255.0

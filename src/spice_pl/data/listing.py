@@ -1,10 +1,9 @@
-"""Which files a folder holds, and whether that has changed since it was last looked at.
+"""List the image files below a folder, and find out whether they changed since the last scan.
 
-A million files take seconds to look at and a second look finds the same. So a scan of many files
-leaves a note: the time of change of every folder, which moves when a file is added, removed or
-renamed, and of 10,000 files, evenly spaced. While these are unchanged the files are trusted. What
-that does not see is a file rewritten in place under its name that is not among the 10,000;
-`dataset.scan=files` looks at every file.
+Scanning a million files takes seconds. A scan of many files therefore saves a note: the time of
+change of every folder, which moves when a file is added, removed or renamed, and those of 10,000
+evenly spaced files. While all of these are unchanged, the earlier scan is trusted. It misses a file
+that was rewritten in place and is not among the 10,000; `dataset.scan=files` checks every file.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ from spice_pl.system.files import atomic
 logger = logging.getLogger(__name__)
 
 SCAN = ("auto", "files", "folders")
-TRUST_ABOVE = 100_000  # files; a scan of fewer takes less than a second or two
-SAMPLED = 10_000  # files that are looked at in any case
+TRUST_ABOVE = 100_000  # files; fewer are scanned in a second or two
+SAMPLED = 10_000  # files that are checked in any case
 GONE, DENIED = -1, -2
-SETTLED_S = 2.0  # seconds; the coarsest clock of a file system in use (FAT)
+SETTLED_S = 2.0  # seconds; resolution of the coarsest clock of a file system (FAT)
 
 
 @dataclass
@@ -38,13 +37,13 @@ class Found:
     """Image files below a folder, sorted by path.
 
     Attributes:
-        paths: below the folder, with "/".
-        sizes: bytes of each; GONE where there is no file behind a link, DENIED where it must not
-            be read. Both count as content, so that a store notices when it can be had.
-        times: of change, nanoseconds.
-        folders: path to time of change of every folder that was listed.
-        other: files that are no images by name.
-        problems: what could not be looked at, and why.
+        paths: paths relative to the folder, with "/".
+        sizes: bytes of each file; GONE for a broken link, DENIED without permission to read. Both
+            are part of the identity, so that a new store is made when the file can be read.
+        times: times of change in nanoseconds.
+        folders: time of change of every folder that was listed, by path.
+        other: number of files whose names are not those of images.
+        problems: path and reason of everything that could not be listed.
     """
 
     paths: list[str] = field(default_factory=list)
@@ -56,7 +55,7 @@ class Found:
 
     @property
     def identity(self) -> str:
-        """Digest of every path, size and time of change."""
+        """Digest of all paths, sizes and times of change."""
         digest = hashlib.blake2b(digest_size=16)
         for path in self.paths:
             digest.update(path.encode("utf-8", "surrogateescape") + b"\0")
@@ -67,13 +66,13 @@ class Found:
 
 @dataclass(frozen=True)
 class Note:
-    """What a scan found, in short.
+    """Summary of a scan.
 
     Attributes:
-        identity: as of `Found`.
-        num_images: files found.
-        other: as of `Found`.
-        problems: as of `Found`.
+        identity: identity of its `Found`.
+        num_images: number of files found.
+        other: as in `Found`.
+        problems: as in `Found`.
     """
 
     identity: str
@@ -83,17 +82,17 @@ class Note:
 
 
 def look(root: Path, cache_dir: Path, scan: str, subfolders: Sequence[str] = ("",)) -> Note | Found:
-    """Return the note of an earlier scan if it may be trusted, else scan anew.
+    """Return the note of an earlier scan if it can be trusted, else scan again.
 
     Args:
-        root: folder.
-        cache_dir: where notes are kept.
-        scan: "files" looks at every file, "folders" trusts a note, "auto" trusts it for more than
+        root: folder to search.
+        cache_dir: folder of the notes.
+        scan: "files" checks every file, "folders" trusts a note, "auto" trusts a note of more than
             100,000 files.
-        subfolders: the ones of root to search.
+        subfolders: subfolders of root to search; "" is root itself.
 
     Raises:
-        UsageError: scan is none of these.
+        UsageError: scan is not one of these.
     """
     if scan not in SCAN:
         raise UsageError(f"dataset.scan {scan!r} is none of {SCAN}")
@@ -107,19 +106,19 @@ def look(root: Path, cache_dir: Path, scan: str, subfolders: Sequence[str] = (""
     begun = time.time_ns()
     found = scan_files(root, subfolders)
     settled = max(found.folders.values(), default=0) < begun - SETTLED_S * 1e9
-    # A folder that changes just now may change again within one tick of its clock.
+    # A folder that has just changed may change again within one tick of its clock.
     if settled and (scan == "folders" or len(found.paths) > TRUST_ABOVE):
         _write_note(path, found)
     return found
 
 
 def scan_files(root: Path, subfolders: Sequence[str] = ("",)) -> Found:
-    """Look at every file below a folder; links to folders are followed, each folder once."""
+    """List every file below a folder; links to folders are followed, each folder once."""
     found, pending, links = Found(), list(subfolders), list[str]()
     rows: list[tuple[str, int, int]] = []
     seen: set[tuple[int, int]] = set()
     while pending or links:
-        # Links last, so that a folder is found under its own name where it has one here.
+        # Links come last, so that a folder below root is found under its own path.
         below = pending.pop() if pending else links.pop(links.index(min(links)))
         try:
             stat = os.stat(root / below)
@@ -153,12 +152,12 @@ def scan_files(root: Path, subfolders: Sequence[str] = ("",)) -> Found:
 
 
 def image_files(root: Path) -> list[str]:
-    """Return the path below root of every image, sorted."""
+    """Return the paths of all images relative to root, sorted."""
     return scan_files(root).paths
 
 
 def leaves(path: str) -> bool:
-    """Whether a path that a data set names would lead out of its folder.
+    """Return whether a path named by a data set would leave its folder.
 
     >>> leaves("val/images/1.JPEG"), leaves("val/../../1.JPEG"), leaves("/etc/passwd")
     (False, True, True)
@@ -167,7 +166,7 @@ def leaves(path: str) -> bool:
 
 
 def size_and_time(path: str | Path) -> tuple[int, int]:
-    """Return bytes and time of change of a file, or why there are none in place of bytes."""
+    """Return size and time of change of a file; GONE or DENIED replace the size."""
     try:
         stat = os.stat(path)
     except OSError:
@@ -205,7 +204,7 @@ def _trusted(root: Path, note: dict[str, Any], scan: str) -> Note | None:
     except OSError:
         return None
     logger.info(
-        "trusting %d images in %d folders that have not changed; dataset.scan=files looks at each",
+        "trusting %d images in %d folders that have not changed; dataset.scan=files checks each",
         *(note["num_images"], len(note["folders"])),
     )
     problems = [(path, reason) for path, reason in note["problems"]]

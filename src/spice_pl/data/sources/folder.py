@@ -1,4 +1,4 @@
-"""Any folder of images: found, decoded once into the image store, and listed.
+"""Load any folder of images: list its files and decode them once into the image store.
 
 Shapes: N images, S side in pixels.
 """
@@ -33,26 +33,26 @@ def folder(
 ) -> ImageSet:
     """Return every image below `root`, in the order of the sorted paths, or those of a table.
 
-    The shorter side is scaled to `image_size` and the middle square kept. Pixels are decoded once
-    into `cache_dir` and memory-mapped from then on; a change of any path, size or time of change
+    The shorter side is scaled to `image_size` and the middle square is kept. Pixels are decoded
+    once into `cache_dir` and memory-mapped afterwards; a change of any path, size or time of change
     makes a new store.
 
     Args:
-        root: folder; searched with its subfolders.
+        root: folder that is searched, with its subfolders.
         image_size: side S in pixels.
-        cache_dir: where the store goes, 3·S·S bytes an image.
-        name: names the folder of results.
+        cache_dir: folder of the image stores; one takes 3·S·S bytes per image.
+        name: name of the data set and of its folder of results.
         labels: "folders" takes the first folder below root as the true class, "csv" the column
             `label` of the table, for `truth/*` metrics only; "none" has no truth.
-        table: CSV or Parquet file with a column `path` below root, or absolute; its order counts.
-        scan: see `spice_pl.data.listing`.
-        on_bad_image: "skip" counts and names what cannot be decoded, "raise" stops there.
-        protocol: "whole"; a folder has no test images of its own.
+        table: CSV or Parquet file with a column `path`, relative to root or absolute; images keep
+            its order.
+        scan: "auto", "files" or "folders", see `spice_pl.data.listing`.
+        on_bad_image: "skip" leaves out what cannot be decoded and reports it, "raise" stops.
+        protocol: "whole"; a folder has no test images.
 
     Raises:
-        UsageError: root is missing, is no folder, or holds no image that can be decoded; the
-            table does not fit; a bad image with `on_bad_image="raise"`; the disk cannot hold the
-            store.
+        UsageError: root is missing, is not a folder, or has no image that can be decoded; the
+            table does not fit; a bad image with `on_bad_image="raise"`; the disk is too small.
     """
     if labels not in LABELS:
         raise UsageError(f"dataset.labels {labels!r} is none of {LABELS}")
@@ -123,7 +123,7 @@ def _load(root: Path, files: Found, image_size: int, i: int) -> Decoded | str:
     path = root / files.paths[i]
     if files.sizes[i] in REASONS:
         return REASONS[files.sizes[i]]
-    if not path.is_file():  # opening a pipe would wait for ever
+    if not path.is_file():  # opening a pipe would block
         return "vanished after the folder was listed" if not path.exists() else "not a file"
     image = read_image(path, image_size)
     now = size_and_time(path)
@@ -135,7 +135,7 @@ def _load(root: Path, files: Found, image_size: int, i: int) -> Decoded | str:
 
 
 def _listed(root: Path, paths: Sequence[str]) -> Found:
-    """Look at the files that a table names, in its order."""
+    """Return the files that a table names, in its order."""
     found = Found(paths=list(paths))
     for path in paths:
         size, changed = size_and_time(root / path)
