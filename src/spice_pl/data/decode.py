@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import io
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,11 +22,24 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 # Only these decoders are tried, whatever a file is called: others of Pillow run programs (EPS).
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "HEIF")
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF", "HEIF")
+# A file with one of these is expected to be an image; other files are if they begin like one.
 SUFFIXES = {
-    *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"),
-    *(".heic", ".heif"),
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".pjp", ".mpo", ".png", ".apng", ".webp", ".bmp"),
+    *(".dib", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm", ".pnm", ".heic", ".heif", ".avif"),
 }
+RAW_SUFFIXES = {
+    *(".dng", ".cr2", ".cr3", ".nef", ".nrw", ".arw", ".srf", ".sr2", ".orf", ".rw2", ".raf"),
+    *(".pef", ".srw", ".3fr", ".iiq", ".erf", ".kdc", ".dcr", ".mef", ".mos", ".mrw", ".rwl"),
+}
+HEAD_BYTES = 32  # of a file, enough to tell its format
+# The first bytes of the formats above. BMP's two letters may begin a text, so the size of its
+# second header counts too; the last kind is HEIF and AVIF, with their brands.
+HEADS = re.compile(
+    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|II[*+]\0|MM\0[*+]|P[1-6]\s+[\d#]"
+    rb"|BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0|....ftyp(avi[fs]|he[iv][cfmsx]|mif1|msf1)",
+    re.DOTALL,
+)
 
 MAX_PIXELS = 89_478_485  # of one file, Pillow's own: a quarter of a gigabyte in RGB
 
@@ -45,6 +59,15 @@ class Decoded:
     format: str
     width: int
     height: int
+
+
+def is_image(head: bytes) -> bool:
+    """Return whether a file that begins with these bytes is an image of a format above.
+
+    >>> is_image(b"GIF89a, of 8 x 8 pixels"), is_image(b"BMW is a maker of cars")
+    (True, False)
+    """
+    return HEADS.match(head) is not None
 
 
 def decode(path: Path, image_size: int) -> NDArray[np.uint8] | str:

@@ -35,7 +35,8 @@ class ImageSet:
         is_test: (N,) True for test images as published.
         protocol: "whole" trains and scores on all images, "split" trains on train and scores on
             test images.
-        skipped: name and reason of everything that was left out.
+        skipped: name and reason of files that were left out.
+        unlisted: number of further files that were left out and are not in `skipped`.
         root: folder that the keys are relative to; None if images are not files.
         extra: (M, 3, S, S) uint8, images beside the data set, such as the unlabelled ones of STL10.
             Streams that ask for them see them as images N to N + M - 1. They are never clustered,
@@ -52,6 +53,7 @@ class ImageSet:
     is_test: NDArray[np.bool_] | None = None
     protocol: str = "whole"
     skipped: Sequence[tuple[str, str]] = field(default_factory=tuple)
+    unlisted: int = 0
     root: Path | None = None
     extra: NDArray[np.uint8] | None = None
     files: NDArray[Any] | None = None
@@ -67,6 +69,11 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def num_skipped(self) -> int:
+        """Number of files that were left out."""
+        return len(self.skipped) + self.unlisted
 
     @property
     def train_index(self) -> NDArray[np.int64]:

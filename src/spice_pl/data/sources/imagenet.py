@@ -16,8 +16,8 @@ import numpy as np
 
 from spice_pl.data.decode import Decoded, read_image
 from spice_pl.data.images import ImageSet
-from spice_pl.data.listing import leaves, look
-from spice_pl.data.sources.folder import open_files
+from spice_pl.data.listing import Search, leaves, look
+from spice_pl.data.sources.folder import add_left_out, open_files
 from spice_pl.data.sources.table import class_labels
 from spice_pl.data.store import Source, open_store
 from spice_pl.errors import UsageError
@@ -67,8 +67,9 @@ def imagenet(
             f"{', '.join(TRAIN_FOLDERS)}"
         )
     order = sorted(wnids)
-    found = look(place, Path(cache_dir).expanduser(), scan, order)
-    stored = open_files(place, found, image_size, cache_dir, on_bad_image, order)
+    search = Search(place, order, cache_dir=Path(cache_dir).expanduser())
+    found = look(search, scan)
+    stored = open_files(search, found, image_size, cache_dir, on_bad_image)
     if len(stored.images) != num_images:
         logger.warning(
             "%s: %d images, %d are published; scores cannot be compared with published ones",
@@ -76,17 +77,20 @@ def imagenet(
         )
     number = {wnid: i for i, wnid in enumerate(order)}
     labels = [number[key.partition("/")[0]] for key in stored.keys]
-    return ImageSet(
-        name=name,
-        images=stored.images,
-        keys=stored.keys,
-        fingerprint=stored.fingerprint,
-        labels=np.asarray(labels, dtype=np.int64),
-        class_names=[wnids[wnid] for wnid in order],
-        protocol=protocol,
-        skipped=[*stored.skipped, *found.problems],
-        root=place.resolve(),
-        files=stored.files,
+    return add_left_out(
+        ImageSet(
+            name=name,
+            images=stored.images,
+            keys=stored.keys,
+            fingerprint=stored.fingerprint,
+            labels=np.asarray(labels, dtype=np.int64),
+            class_names=[wnids[wnid] for wnid in order],
+            protocol=protocol,
+            skipped=stored.skipped,
+            root=place.resolve(),
+            files=stored.files,
+        ),
+        found.left_out,
     )
 
 
