@@ -1,4 +1,6 @@
-"""One image file to (3, S, S) RGB, or the reason why not: the only place where files are decoded.
+"""Decode one image file to (3, S, S) RGB, or return the reason why it cannot be decoded.
+
+No other module decodes files.
 
 Shapes: S side in pixels.
 """
@@ -8,6 +10,7 @@ from __future__ import annotations
 import functools
 import io
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,31 +21,53 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-# Only these are tried, whatever a file is called: other decoders of Pillow run programs (EPS).
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "HEIF")
+# Only these decoders are tried, whatever a file is called: others of Pillow run programs (EPS).
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF", "HEIF")
+# A file with one of these is expected to be an image; other files are if they begin like one.
 SUFFIXES = {
-    *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"),
-    *(".heic", ".heif"),
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".pjp", ".mpo", ".png", ".apng", ".webp", ".bmp"),
+    *(".dib", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm", ".pnm", ".heic", ".heif", ".avif"),
 }
+RAW_SUFFIXES = {
+    *(".dng", ".cr2", ".cr3", ".nef", ".nrw", ".arw", ".srf", ".sr2", ".orf", ".rw2", ".raf"),
+    *(".pef", ".srw", ".3fr", ".iiq", ".erf", ".kdc", ".dcr", ".mef", ".mos", ".mrw", ".rwl"),
+}
+HEAD_BYTES = 32  # of a file, enough to tell its format
+# The first bytes of the formats above. BMP's two letters may begin a text, so the size of its
+# second header counts too; the last kind is HEIF and AVIF, with their brands.
+HEADS = re.compile(
+    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|II[*+]\0|MM\0[*+]|P[1-6]\s+[\d#]"
+    rb"|BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0|....ftyp(avi[fs]|he[iv][cfmsx]|mif1|msf1)",
+    re.DOTALL,
+)
 
 MAX_PIXELS = 89_478_485  # of one file, Pillow's own: a quarter of a gigabyte in RGB
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """An image that could be decoded.
+    """A decoded image.
 
     Attributes:
         pixels: (3, S, S) uint8.
-        format: of the file, as Pillow calls it; "array" for pixels that were no file.
-        width: of the file, in pixels.
-        height: of the file, in pixels.
+        format: Pillow's name of the file format; "array" for pixels from an array.
+        width: width of the file in pixels.
+        height: height of the file in pixels.
     """
 
     pixels: NDArray[np.uint8]
     format: str
     width: int
     height: int
+
+
+def is_image(head: bytes) -> bool:
+    """Return whether a file that begins with these bytes is an image of a format above.
+
+    >>> is_image(b"GIF89a, of 8 x 8 pixels"), is_image(b"BMW is a maker of cars")
+    (True, False)
+    """
+    return HEADS.match(head) is not None
 
 
 def decode(path: Path, image_size: int) -> NDArray[np.uint8] | str:
@@ -52,10 +77,10 @@ def decode(path: Path, image_size: int) -> NDArray[np.uint8] | str:
 
 
 def read_image(file: Path | bytes, image_size: int) -> Decoded | str:
-    """Decode one file as `square` does, or tell the reason why not.
+    """Decode one file as `square` does, or return the reason why it cannot be decoded.
 
-    A JPEG of more than twice the size is read at 1/2, 1/4 or 1/8, which its format allows, and
-    scaled from there.
+    A JPEG of more than twice the size is decoded at 1/2, 1/4 or 1/8 of its size, which the format
+    allows, and scaled from there.
     """
     try:
         opened = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, "r", _formats())
@@ -79,8 +104,8 @@ def read_image(file: Path | bytes, image_size: int) -> Decoded | str:
 def square(image: Image.Image, image_size: int) -> NDArray[np.uint8]:
     """Return an image of any size and mode as (3, S, S) RGB.
 
-    EXIF rotation is applied, transparency is laid on white, the first frame is taken of several,
-    the shorter side is scaled to `image_size` and the middle square kept.
+    EXIF rotation is applied, transparency is blended with white, the first of several frames is
+    used, the shorter side is scaled to `image_size` and the middle square is kept.
     """
     image = _upright(image)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -98,9 +123,9 @@ def square(image: Image.Image, image_size: int) -> NDArray[np.uint8]:
 
 @contextmanager
 def quiet_warnings() -> Iterator[None]:
-    """Keep what Pillow warns of in damaged files out of the log; a reason is given for each.
+    """Silence Pillow's warnings about damaged files; `read_image` returns a reason for each.
 
-    Filters belong to the whole process: enter it in the thread that starts the others.
+    Warning filters apply to the whole process: enter this in the thread that starts the others.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -121,12 +146,12 @@ def _upright(image: Image.Image) -> Image.Image:
     image.load()
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # what is damaged is the note beside the picture
+    except Exception:  # only the EXIF data are damaged
         return image
 
 
 def _largest_level(levels: NDArray[np.float64], *, floating: bool) -> float:
-    """What white is: 1 or 255 for floats that stay within, else 65535 or the brightest level."""
+    """Return the level of white: 1 or 255 if floats stay below, else 65535 or the maximum."""
     brightest = float(levels.max(initial=0))
     if floating and brightest <= 255:
         return 1.0 if brightest <= 1 else 255.0

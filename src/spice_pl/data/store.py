@@ -1,15 +1,15 @@
-"""The image store: every image is decoded once, into pixels that are memory-mapped from then on.
+"""The image store: every image is decoded once into pixels, which are memory-mapped afterwards.
 
-One folder a store, named after what decides its content:
+Each store is one folder, named after a digest of everything that decides its content:
 
     images.u8    (N, 3, S, S) uint8, rows in the order of the source
-    files.npy    (N,) place in the source, format and size of every file
-    keys.bin     N names, and keys.npy where each begins
-    index.json   written last: shape, fingerprint, what was skipped and why
+    files.npy    (N,) position in the source, format and size of every file
+    keys.bin     N names; keys.npy says where each begins
+    index.json   written last: shape, fingerprint, skipped images with reasons
 
-It is written beside its place, in steps that a journal closes, and renamed when whole: a run that
-is killed leaves either no store or a part that the next run goes on with. One process writes, the
-others wait for it.
+A store is written in a temporary folder, in steps that are recorded in a journal, and renamed when
+it is complete. A run that is killed leaves no store or a part that the next run continues. One
+process writes, the others wait for it.
 
 Shapes: N images, S side in pixels.
 """
@@ -42,18 +42,19 @@ logger = logging.getLogger(__name__)
 
 STORE_VERSION = 2
 BAD_IMAGE = ("skip", "raise")
-STEP_BYTES = 1 << 26  # of pixels between two entries of the journal
-STEP_IMAGES = (64, 8192)  # at least, at most
+STEP_BYTES = 1 << 26  # bytes of pixels between two entries of the journal
+STEP_IMAGES = (64, 8192)  # least and most images between two entries
 
 
 @dataclass(frozen=True)
 class Source:
-    """Images in a fixed order that are not decoded yet.
+    """Images in a fixed order, not decoded yet.
 
     Attributes:
-        name: what a message calls it.
-        keys: one name an image.
-        load: place to decoded image, or the reason why it cannot be had; called by threads.
+        name: name for messages.
+        keys: one name per image.
+        load: function from a position to the decoded image, or to the reason why there is none;
+            called from several threads.
     """
 
     name: str
@@ -63,14 +64,14 @@ class Source:
 
 @dataclass(frozen=True)
 class Stored:
-    """A whole store.
+    """A complete store.
 
     Attributes:
         images: (N, 3, S, S) uint8, memory-mapped.
         keys: (N,) names.
-        files: (N,) place in the source (`source`), format, width and height of every file.
+        files: (N,) position in the source (`source`), format, width and height of every file.
         fingerprint: digest of pixels and order.
-        skipped: name and reason of every image of the source that is not here.
+        skipped: name and reason of every image of the source that was left out.
     """
 
     images: NDArray[np.uint8]
@@ -81,7 +82,7 @@ class Stored:
 
 
 class Names(Sequence[str]):
-    """Names read from disk as they are asked for: a million of them take no memory."""
+    """Names that are read from disk on access, so that a million of them take no memory."""
 
     def __init__(self, blob: Path, starts: Path) -> None:
         self._blob = np.memmap(blob, dtype=np.uint8, mode="r")
@@ -104,7 +105,7 @@ class Names(Sequence[str]):
 
     @staticmethod
     def write(keys: Sequence[str], blob: Path, starts: Path) -> None:
-        """Write names; bytes of a file name that are no UTF-8 stay as they are."""
+        """Write names; bytes that are not valid UTF-8 are kept."""
         lengths = np.zeros(len(keys) + 1, dtype=np.int64)
         with blob.open("wb") as file:
             for i, key in enumerate(keys):
@@ -119,18 +120,18 @@ def open_store(
     source: Callable[[], Source],
     on_bad_image: str = "skip",
 ) -> Stored:
-    """Return the store of some images, made unless it is there.
+    """Return the store of some images; make it if it does not exist.
 
     Args:
-        identity: whatever decides pixels and order, as JSON can hold it.
+        identity: everything that decides pixels and order, as a JSON value.
         image_size: side S in pixels.
-        cache_dir: where the store goes, 3·S·S bytes an image.
-        source: gives the images; called only when the store has to be made.
-        on_bad_image: "skip" counts and names what cannot be decoded, "raise" stops there.
+        cache_dir: folder of the stores; one takes 3·S·S bytes per image.
+        source: function that returns the images; called only if the store has to be made.
+        on_bad_image: "skip" leaves out what cannot be decoded and reports it, "raise" stops.
 
     Raises:
-        UsageError: no image can be decoded; a bad image with `on_bad_image="raise"`; the disk
-            cannot hold the store or must not be written.
+        UsageError: no image can be decoded; a bad image with `on_bad_image="raise"`; the disk is
+            too small or cannot be written.
     """
     if on_bad_image not in BAD_IMAGE:
         raise UsageError(f"on_bad_image {on_bad_image!r} is none of {BAD_IMAGE}")
@@ -172,7 +173,7 @@ def _read(place: Path, image_size: int, on_bad_image: str) -> Stored:
 
 @contextmanager
 def _only_writer(place: Path) -> Iterator[None]:
-    """Let one process at a time make a store; the lock ends with its process."""
+    """Let one process at a time make a store; the system frees the lock when a process ends."""
     with place.with_name(f".{place.name}.lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -248,17 +249,17 @@ def _finish(
         file.flush()
         os.fsync(file.fileno())
     os.rename(part, place)
-    for name in ("files.part", "journal.jsonl"):  # a part that lost them would start anew
+    for name in ("files.part", "journal.jsonl"):  # removed last: a part without them starts again
         (place / name).unlink()
 
 
 class _Journal:
-    """What of a store is on disk for good; a step that was cut off is written again.
+    """Record of the steps of a store that are safely on disk; an unfinished step is repeated.
 
     Attributes:
-        done: images of the source that were looked at.
-        num_rows: images that were kept.
-        skipped: place in the source, and reason.
+        done: number of images of the source that were processed.
+        num_rows: number of images that were kept.
+        skipped: position in the source and reason of the others.
     """
 
     def __init__(self, part: Path, row_bytes: int) -> None:
@@ -287,7 +288,7 @@ class _Journal:
             os.truncate(path, size)
 
     def append(self, start: int, images: Sequence[Decoded | str]) -> None:
-        """Write the images from place `start` on; the journal's line comes last."""
+        """Write the images from position `start`; the line of the journal is written last."""
         kept = [(i, image) for i, image in enumerate(images, start) if isinstance(image, Decoded)]
         skipped = [(i, image) for i, image in enumerate(images, start) if isinstance(image, str)]
         facts = [(i, image.format, image.width, image.height) for i, image in kept]
@@ -308,7 +309,7 @@ def _append(path: Path, arrays: Sequence[NDArray[Any]]) -> None:
 
 
 def report(name: str, skipped: Sequence[tuple[str, str]], shown: int = 10) -> None:
-    """Say what was skipped and why."""
+    """Log which images were skipped and why."""
     logger.warning("skipped %d images of %s that cannot be used:", len(skipped), name)
     for key, reason in skipped[:shown]:
         logger.warning("  %s: %s", key, reason)
@@ -317,13 +318,13 @@ def report(name: str, skipped: Sequence[tuple[str, str]], shown: int = 10) -> No
 
 
 def _bad_image(name: str, key: str, reason: str) -> str:
-    return f"bad image {key} of {name}: {reason}; mend or remove it, or use on_bad_image=skip"
+    return f"bad image {key} of {name}: {reason}; repair or remove it, or use on_bad_image=skip"
 
 
 def _disk(error: OSError, cache_dir: Path) -> str:
     if is_disk_full(error):
         return (
-            f"the disk that holds {cache_dir} is full; make room and start again, which goes on "
+            f"the disk that holds {cache_dir} is full; make room and start again, which continues "
             "where it stopped, or set dataset.cache_dir"
         )
     return f"{cache_dir} cannot be written ({error.strerror}); set dataset.cache_dir"
