@@ -6,7 +6,7 @@ Shapes: N images, K clusters before and L after.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,19 +34,9 @@ def write_edited(edits: Edits, reviewed: RunFolder, target: RunFolder, num_clust
         UsageError: the run is not there or was made anew, the edits do not fit it, or
             `num_clusters` is not what the edits leave.
     """
-    if not reviewed.finished:
-        raise UsageError(f"edits are of {reviewed.path}, and no finished run is there")
-    metrics, table = reviewed.metrics, reviewed.read_clusters()
-    check_reviewed(
-        edits, metrics["fingerprint"], metrics["digest"], metrics["num_clusters"], table.keys
-    )
-    if edits.num_clusters_after != num_clusters:
-        raise UsageError(
-            f"the edits leave {edits.num_clusters_after} clusters and dataset.num_clusters is "
-            f"{num_clusters}; give dataset.num_clusters={edits.num_clusters_after}"
-        )
+    metrics, keys = _check_fits(edits, reviewed, num_clusters)
     before = as_tensor(reviewed.probs)
-    probs, moved = edited_probs(edits, before, as_tensor(reviewed.features), table.keys)
+    probs, moved = edited_probs(edits, before, as_tensor(reviewed.features), keys)
     rows = edited_rows(edits, before)
     target.path.mkdir(parents=True, exist_ok=True)
     (target.path / "metrics.json").unlink(missing_ok=True)
@@ -74,6 +64,22 @@ def write_edited(edits: Edits, reviewed: RunFolder, target: RunFolder, num_clust
         num_clusters,
         int(moved.sum()),
     )
+
+
+def _check_fits(
+    edits: Edits, reviewed: RunFolder, num_clusters: int
+) -> tuple[Mapping[str, Any], Sequence[str]]:
+    """Check edits against the reviewed run; return its metrics and the keys of its images."""
+    if not reviewed.finished:
+        raise UsageError(f"edits are of {reviewed.path}, and no finished run is there")
+    metrics, keys = reviewed.metrics, reviewed.read_clusters().keys
+    check_reviewed(edits, metrics["fingerprint"], metrics["digest"], metrics["num_clusters"], keys)
+    if edits.num_clusters_after != num_clusters:
+        raise UsageError(
+            f"the edits leave {edits.num_clusters_after} clusters and dataset.num_clusters is "
+            f"{num_clusters}; give dataset.num_clusters={edits.num_clusters_after}"
+        )
+    return metrics, keys
 
 
 def order_like(earlier: RunFolder, clusters: Tensor, keys: Any, num_clusters: int) -> Tensor:

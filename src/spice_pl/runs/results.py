@@ -99,17 +99,13 @@ def stage_metrics(
     seconds_in_all = cost.seconds + float(before.get("seconds_in_all", 0.0))
     logged = last_logged(folder)  # callback_metrics is empty when resumed after the last epoch
     oracle = oracle or any(_is_oracle(each) for each in upstream)
-    rows = [ResultRow(**row) for row in before.get("rows", [])]
-    for name, clusters, seconds in _clusterings(record, folder, images, table, seconds_in_all):
-        more = {"seed": record.seed, "seconds": seconds, "oracle": oracle}
-        rows.append(score_row(name, clusters, images, **more))
+    rows = [
+        score_row(name, clusters, images, seed=record.seed, seconds=seconds, oracle=oracle)
+        for name, clusters, seconds in _clusterings(record, folder, images, table, seconds_in_all)
+    ]
     return {
         **asdict(record),
-        "dataset": images.name,
-        "fingerprint": images.fingerprint,
-        "protocol": images.protocol,
-        "num_images": len(images),
-        "num_skipped": len(images.skipped),
+        **_data_metrics(images),
         **asdict(cost),
         "seconds_in_all": seconds_in_all,
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
@@ -120,7 +116,7 @@ def stage_metrics(
         **_table_metrics(table, record.num_clusters),
         "digest": folder.digest(),
         "digests": folder.digests(),
-        "rows": [asdict(row) for row in rows],
+        "rows": [*before.get("rows", []), *map(asdict, rows)],
     }
 
 
@@ -142,6 +138,16 @@ def _clusterings(
             begun = time.monotonic()
             clusters = kmeans_clusters(data, record.num_clusters, record.seed)
             yield f"k-means on {what}", clusters, spent + time.monotonic() - begun
+
+
+def _data_metrics(images: ImageSet) -> dict[str, Any]:
+    return {
+        "dataset": images.name,
+        "fingerprint": images.fingerprint,
+        "protocol": images.protocol,
+        "num_images": len(images),
+        "num_skipped": len(images.skipped),
+    }
 
 
 def _table_metrics(table: ClusterTable | None, num_clusters: int) -> dict[str, Any]:
