@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from spice_pl.errors import UsageError
 from spice_pl.functional.assignment import count_table, match_clusters
 from spice_pl.runs.edits import Edits, check_reviewed, edited_probs, edited_rows
-from spice_pl.runs.folder import RunFolder, as_tensor
+from spice_pl.runs.folder import RunFolder, as_tensor, identity
 from spice_pl.system.files import atomic
 
 logger = logging.getLogger(__name__)
@@ -42,19 +42,20 @@ def write_edited(edits: Edits, reviewed: RunFolder, target: RunFolder, num_clust
     (target.path / "metrics.json").unlink(missing_ok=True)
     for name in ("encoder.safetensors", "features.npy"):
         with atomic(target.path / name) as temporary:
-            temporary.write_bytes((reviewed.path / name).read_bytes())
-    _write_rows(load_file(reviewed.path / "head.safetensors"), rows, target)
+            temporary.write_bytes(reviewed.checked(name).read_bytes())
+    _write_rows(reviewed.read_weights("head.safetensors"), rows, target)
     _write_array(target, "probs.npy", probs.numpy())
     _write_array(target, "moved.npy", moved.numpy())
     target.write_json("names.json", {str(k): name for k, name in edits.names_after.items()})
     target.write_json("edits.json", edits.as_json())
     target.stamp(metrics["fingerprint"], metrics["num_images"], reviewed)
+    digests = target.digests()
     more: Mapping[str, Any] = {
         "stage": "edits",
         "title": "edits",
         "num_clusters": num_clusters,
-        "digest": target.digest(),
-        "digests": target.digests(),
+        "digest": identity(digests),
+        "digests": digests,
         "seconds": 0.0,
     }
     target.write_json("metrics.json", {**metrics, **more})

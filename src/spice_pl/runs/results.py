@@ -25,7 +25,7 @@ from spice_pl.functional.assignment import clustering_scores
 from spice_pl.functional.kmeans import kmeans_clusters
 from spice_pl.reports.tables import ResultRow
 from spice_pl.runs.clusters import ClusterTable
-from spice_pl.runs.folder import RunFolder
+from spice_pl.runs.folder import RunFolder, identity
 from spice_pl.system.provenance import machine, versions
 
 logger = logging.getLogger(__name__)
@@ -97,6 +97,7 @@ def stage_metrics(
     """
     before: dict[str, Any] = upstream[0].metrics if upstream else {}
     seconds_in_all = cost.seconds + float(before.get("seconds_in_all", 0.0))
+    digests = folder.digests()
     logged = last_logged(folder)  # callback_metrics is empty when resumed after the last epoch
     oracle = oracle or any(_is_oracle(each) for each in upstream)
     rows = [
@@ -114,8 +115,8 @@ def stage_metrics(
         "objective": objective(logged),
         "logged": logged,
         **_table_metrics(table, record.num_clusters),
-        "digest": folder.digest(),
-        "digests": folder.digests(),
+        "digest": identity(digests),
+        "digests": digests,
         "rows": [*before.get("rows", []), *map(asdict, rows)],
     }
 
