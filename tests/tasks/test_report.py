@@ -21,7 +21,7 @@ def test_the_page_is_made_anew_and_the_numbers_stay(finished: Finished) -> None:
     before = {name: (folder.path / name).read_bytes() for name in ("metrics.json", "clusters.csv")}
     folder.write_json("names.json", {"0": "owls"})
     (folder.path / "attention.npz").write_bytes(b"no archive")
-    with pytest.raises(UsageError, match=r"attention\.npz is damaged .* stage=report makes"):
+    with pytest.raises(UsageError, match=r"attention\.npz is damaged .* stage=report writes"):
         read_attention(folder)
     run_stages(finished.job("stage=report"))
     page = (folder.path / "report.html").read_text()

@@ -132,6 +132,15 @@ def read_table(file: Path) -> ClusterTable:
     )
 
 
+def fits_probs(table: ClusterTable, probs: NDArray[np.float32]) -> bool:
+    """Whether every row of a table is of the image with these probabilities (N, K)."""
+    return (
+        len(table.keys) == len(probs)
+        and bool((table.clusters == probs.argmax(axis=1)).all())
+        and bool((np.abs(table.confidence - probs.max(axis=1)) <= 10.0**-DECIMALS).all())
+    )
+
+
 def _rounded(values: torch.Tensor) -> NDArray[np.float32]:
     """Round as the file does, so that a table in memory equals one that was read."""
     rounded: NDArray[np.float32] = values.double().numpy().round(DECIMALS).astype(np.float32)

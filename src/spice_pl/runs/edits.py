@@ -189,9 +189,17 @@ def edited_probs(
     for key, cluster in edits.move.items():
         probs[row[key]] = F.one_hot(torch.tensor(cluster), edits.num_clusters).to(probs.dtype)
         moved[row[key]] = True
-    origins = edits.origins
-    first = [sources[0] for sources in origins]
-    after = torch.stack([probs[:, sources].sum(dim=1) for sources in origins], dim=1)  # (N, L)
+    after = torch.stack([probs[:, each].sum(dim=1) for each in edits.origins], dim=1)  # (N, L)
+    _split_(after, edits, features, seed)
+    return after, moved
+
+
+def _split_(after: Tensor, edits: Edits, features: Tensor, seed: int) -> None:
+    """Divide the probabilities (N, L) of split clusters among their parts, in place.
+
+    Every column of a split cluster holds the whole probability of the cluster at first.
+    """
+    first = [sources[0] for sources in edits.origins]
     embeddings = F.normalize(features).numpy()
     before_split = after[:, : len(set(first))].argmax(dim=1)
     for cluster, parts in edits.split.items():
@@ -205,7 +213,6 @@ def edited_probs(
         mass = after[:, columns[0]].clone()
         for part, column in enumerate(columns):
             after[:, column] = torch.where(nearest == part, mass, 0.0)
-    return after, moved
 
 
 def edited_rows(edits: Edits, probs: Tensor) -> list[int]:

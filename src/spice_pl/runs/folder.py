@@ -18,9 +18,9 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,16 @@ from torch import Tensor, nn
 from spice_pl.errors import UsageError
 from spice_pl.nn.weights import load_strictly
 from spice_pl.runs.clusters import FILE_NAME as CLUSTERS
-from spice_pl.runs.clusters import ClusterTable, read_table, write_table
+from spice_pl.runs.clusters import ClusterTable, fits_probs, read_table, write_table
 from spice_pl.system.files import atomic, sync_folder
 
 logger = logging.getLogger(__name__)
 
+# What the next stage reads; their digests together identify a run.
 HANDED_ON = ("encoder.safetensors", "head.safetensors", "features.npy", "probs.npy")
+# Files whose digests metrics.json holds. Not attention.npz, which stage=report writes again, nor
+# names.json, which is for the user to edit.
+WITH_DIGEST = (*HANDED_ON, "heads.safetensors", CLUSTERS, "model.spice", "moved.npy")
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class RunFolder:
     """The artifacts of one stage's run."""
 
     path: Path
+    _compared: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
 
     @property
     def finished(self) -> bool:
@@ -138,7 +143,7 @@ class RunFolder:
 
     def moved(self, num_images: int) -> NDArray[np.bool_]:
         """(N,) images that a person put into their cluster; none in a run without edits."""
-        file = self.path / "moved.npy"
+        file = self.checked("moved.npy")
         return np.load(file) if file.is_file() else np.zeros(num_images, dtype=np.bool_)
 
     def create(self, name: str, shape: tuple[int, ...]) -> None:
@@ -192,9 +197,9 @@ class RunFolder:
         """Read weights that `write_weights` wrote.
 
         Raises:
-            UsageError: the file is missing or damaged.
+            UsageError: the file is missing, damaged or has changed.
         """
-        file = self.path / name
+        file = self.checked(name)
         if not file.is_file():
             raise UsageError(f"{file} is missing; run its stage again with overwrite=true")
         try:
@@ -209,50 +214,74 @@ class RunFolder:
     def read_clusters(self) -> ClusterTable:
         """Read clusters.csv.
 
+        Its rows are in the order of the other arrays, so a sorted or edited table is refused.
+
         Raises:
-            UsageError: the file is missing or damaged.
+            UsageError: the file is missing, damaged or has changed.
         """
+        self.check_digests(CLUSTERS)
         file = self.path / CLUSTERS
         if not file.is_file():
             raise UsageError(f"{file} is missing; run its stage again with overwrite=true")
         try:
-            return read_table(file)
+            table = read_table(file)
         except (ValueError, KeyError, TypeError, OverflowError, csv.Error) as error:
             raise _damaged(file, error) from error
+        # Runs made before 0.2 have no digest of their table.
+        without_digest = self.finished and CLUSTERS not in self._kept_digests()
+        if without_digest and not fits_probs(table, self.probs):
+            raise self._changed(CLUSTERS, "its rows do not fit those of probs.npy")
+        return table
 
-    def digests(self) -> dict[str, str]:
-        """Digest of each file that is handed on, 16 hexadecimal digits (BLAKE2b)."""
-        found = {}
-        for name in HANDED_ON:
-            if (self.path / name).is_file():
-                digest = hashlib.blake2b(digest_size=8)
-                with (self.path / name).open("rb") as file:
-                    while chunk := file.read(1 << 24):
-                        digest.update(chunk)
-                found[name] = digest.hexdigest()
-        return found
+    def digests(self, names: Sequence[str] = WITH_DIGEST) -> dict[str, str]:
+        """Return the digest of each file that is there, 16 hexadecimal digits (BLAKE2b)."""
+        return {name: _digest(self.path / name) for name in names if (self.path / name).is_file()}
 
     def digest(self) -> str:
-        """Digest of all that is handed on, 16 hexadecimal digits."""
-        return hashlib.blake2b(repr(self.digests()).encode(), digest_size=8).hexdigest()
+        """Return one digest of all that is handed on, 16 hexadecimal digits."""
+        return identity(self.digests(HANDED_ON))
 
-    def check_digests(self) -> None:
-        """Compare the files that are handed on with the digests in metrics.json.
+    def checked(self, name: str) -> Path:
+        """Return the path of a file after comparing it with its digest in metrics.json.
+
+        The comparison is made once per object, since the files can be large.
+
+        Raises:
+            UsageError: the file is missing or not what the stage wrote.
+        """
+        if name not in self._compared:
+            self.check_digests(name)
+        return self.path / name
+
+    def check_digests(self, *names: str) -> None:
+        """Compare files with their digests in metrics.json; without names, all that is handed on.
+
+        A run that is not finished has no digests, and an older one not of every file.
 
         Raises:
             UsageError: a file is missing or not what the stage wrote.
         """
-        kept = self.metrics.get("digests")
-        if not isinstance(kept, dict):  # made before digests were kept
-            return
-        found = self.digests()
-        for name in kept:
-            if kept[name] != found.get(name):
-                what = "has changed since it was written" if name in found else "is missing"
-                raise UsageError(
-                    f"{self.path / name} {what} (digest {found.get(name)}, {kept[name]} in "
-                    "metrics.json); make its stage anew with overwrite=true"
-                )
+        kept = self._kept_digests()
+        for name in names or HANDED_ON:
+            if name not in kept:
+                continue
+            found = self.digests([name]).get(name)
+            if found != kept[name]:
+                raise self._changed(name, f"digest {found}, {kept[name]} in metrics.json")
+            self._compared.add(name)
+
+    def _kept_digests(self) -> dict[str, str]:
+        return dict(self.metrics.get("digests", {})) if self.finished else {}
+
+    def _changed(self, name: str, difference: str) -> UsageError:
+        file = self.path / name
+        changed = f"has changed since it was written ({difference})"
+        return UsageError(
+            f"{file} {changed if file.is_file() else 'is missing'}; put the original back and keep "
+            f"a sorted or edited copy under another name, or delete {self.path / 'metrics.json'} "
+            "and run the stage with resume=true: it writes the file again, without training if "
+            f"{self.checkpoint.name} is there"
+        )
 
     def stamp(self, fingerprint: str, num_images: int, upstream: RunFolder | None) -> None:
         """Write which data set and which upstream run the artifacts are made from."""
@@ -294,7 +323,7 @@ class RunFolder:
             )
 
     def _array(self, name: str) -> NDArray[np.float32]:
-        file = self.path / name
+        file = self.checked(name)
         if not file.is_file():
             raise UsageError(f"{file} is missing; run its stage again with overwrite=true")
         try:
@@ -326,6 +355,20 @@ class RunFolder:
 
     def _part(self, name: str) -> Path:
         return self.path / f".{name}.part"
+
+
+def identity(digests: Mapping[str, str]) -> str:
+    """Return the digest that identifies a run: of the digests of what it hands on."""
+    handed_on = {name: digests[name] for name in HANDED_ON if name in digests}
+    return hashlib.blake2b(repr(handed_on).encode(), digest_size=8).hexdigest()
+
+
+def _digest(file: Path) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    with file.open("rb") as opened:
+        while chunk := opened.read(1 << 24):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _damaged(file: Path, error: Exception) -> UsageError:

@@ -11,7 +11,7 @@ from typing import Any
 
 from spice_pl.data.images import ImageSet
 from spice_pl.errors import UsageError
-from spice_pl.reports.map import feature_map
+from spice_pl.reports.map import Map, feature_map
 from spice_pl.reports.page import ReportData
 from spice_pl.reports.tables import ResultRow, duration_text
 from spice_pl.runs.attention import read_attention
@@ -45,11 +45,6 @@ def report_data(
     num_clusters = int(metrics["num_clusters"])
     upstream = [each for each in upstream if each.finished]
     rows = [ResultRow(**row) for row in metrics["rows"]]
-    try:
-        points = feature_map(folder.features, map_method, int(metrics["seed"]))
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    overrides = " ".join(metrics["overrides"])
     return ReportData(
         title=f"{images.name}: {len(images):,} images in {num_clusters} clusters",
         dataset=images.name,
@@ -66,26 +61,23 @@ def report_data(
         reliable=table.reliable,
         labels=images.labels,
         class_names=images.class_names,
-        logs={
-            each.path.parent.name: curves
-            for each in [*reversed(upstream), folder]
-            if (curves := _curves(each))
-        },
-        map=points,
+        logs=_logs([*reversed(upstream), folder]),
+        map=_map(folder, map_method, int(metrics["seed"])),
         attention=read_attention(folder),
         names=folder.names,
         cost=_cost(metrics, upstream),
-        review={
-            "reviewed": f"{folder.path.parent.name}/{folder.path.name}",
-            "fingerprint": metrics["fingerprint"],
-            "digest": metrics["digest"],
-            "command": _review_command(metrics["overrides"]),
-        },
+        review=_review(folder, metrics),
         skipped=images.skipped,
-        settings={"command line": overrides, "preset": metrics["preset"]}
-        | dict(metrics.get("settings", {})),
+        settings=_settings(metrics),
         versions=metrics["versions"],
     )
+
+
+def _map(folder: RunFolder, method: str, seed: int) -> Map:
+    try:
+        return feature_map(folder.features, method, seed)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def _cost(metrics: Mapping[str, Any], upstream: Sequence[RunFolder]) -> dict[str, str]:
@@ -99,12 +91,32 @@ def _cost(metrics: Mapping[str, Any], upstream: Sequence[RunFolder]) -> dict[str
     }
 
 
+def _settings(metrics: Mapping[str, Any]) -> dict[str, str]:
+    given = {"command line": " ".join(metrics["overrides"]), "preset": metrics["preset"]}
+    return given | dict(metrics.get("settings", {}))
+
+
+def _review(folder: RunFolder, metrics: Mapping[str, Any]) -> dict[str, str]:
+    """What edits of this run say about it, and the command that takes them."""
+    return {
+        "reviewed": f"{folder.path.parent.name}/{folder.path.name}",
+        "fingerprint": metrics["fingerprint"],
+        "digest": metrics["digest"],
+        "command": _review_command(metrics["overrides"]),
+    }
+
+
 def _review_command(overrides: Sequence[str]) -> str:
     """The command that trains on from edits; the page fills in the braces."""
     chosen = ("stage=", "edits=", "run=", "overwrite=", "resume=", "dataset.num_clusters=")
     kept = [text for text in overrides if not text.startswith(chosen)]
     line = shlex.join([*command(), "stage=fixmatch", *kept, "run=reviewed"])
     return line + " edits={edits} dataset.num_clusters={num_clusters}"
+
+
+def _logs(folders: Sequence[RunFolder]) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """Curves of each stage that logged any, by name of the stage."""
+    return {each.path.parent.name: found for each in folders if (found := _curves(each))}
 
 
 def _curves(folder: RunFolder) -> dict[str, list[tuple[int, float]]]:

@@ -25,7 +25,7 @@ from spice_pl.functional.assignment import clustering_scores
 from spice_pl.functional.kmeans import kmeans_clusters
 from spice_pl.reports.tables import ResultRow
 from spice_pl.runs.clusters import ClusterTable
-from spice_pl.runs.folder import RunFolder
+from spice_pl.runs.folder import RunFolder, identity
 from spice_pl.system.provenance import machine, versions
 
 logger = logging.getLogger(__name__)
@@ -97,19 +97,16 @@ def stage_metrics(
     """
     before: dict[str, Any] = upstream[0].metrics if upstream else {}
     seconds_in_all = cost.seconds + float(before.get("seconds_in_all", 0.0))
+    digests = folder.digests()
     logged = last_logged(folder)  # callback_metrics is empty when resumed after the last epoch
     oracle = oracle or any(_is_oracle(each) for each in upstream)
-    rows = [ResultRow(**row) for row in before.get("rows", [])]
-    for name, clusters, seconds in _clusterings(record, folder, images, table, seconds_in_all):
-        more = {"seed": record.seed, "seconds": seconds, "oracle": oracle}
-        rows.append(score_row(name, clusters, images, **more))
+    rows = [
+        score_row(name, clusters, images, seed=record.seed, seconds=seconds, oracle=oracle)
+        for name, clusters, seconds in _clusterings(record, folder, images, table, seconds_in_all)
+    ]
     return {
         **asdict(record),
-        "dataset": images.name,
-        "fingerprint": images.fingerprint,
-        "protocol": images.protocol,
-        "num_images": len(images),
-        "num_skipped": len(images.skipped),
+        **_data_metrics(images),
         **asdict(cost),
         "seconds_in_all": seconds_in_all,
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
@@ -118,9 +115,9 @@ def stage_metrics(
         "objective": objective(logged),
         "logged": logged,
         **_table_metrics(table, record.num_clusters),
-        "digest": folder.digest(),
-        "digests": folder.digests(),
-        "rows": [asdict(row) for row in rows],
+        "digest": identity(digests),
+        "digests": digests,
+        "rows": [*before.get("rows", []), *map(asdict, rows)],
     }
 
 
@@ -142,6 +139,16 @@ def _clusterings(
             begun = time.monotonic()
             clusters = kmeans_clusters(data, record.num_clusters, record.seed)
             yield f"k-means on {what}", clusters, spent + time.monotonic() - begun
+
+
+def _data_metrics(images: ImageSet) -> dict[str, Any]:
+    return {
+        "dataset": images.name,
+        "fingerprint": images.fingerprint,
+        "protocol": images.protocol,
+        "num_images": len(images),
+        "num_skipped": len(images.skipped),
+    }
 
 
 def _table_metrics(table: ClusterTable | None, num_clusters: int) -> dict[str, Any]:
