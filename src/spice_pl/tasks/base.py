@@ -1,10 +1,13 @@
-"""The interface of a task: what it is given, and what it returns."""
+"""The interface of a task, and the sample that several tasks take."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from spice_pl.data.augment import View
 from spice_pl.data.images import ImageSet
@@ -41,3 +44,10 @@ class Task(Protocol):
 
         A task that may run several times in one folder (a server, a prediction) returns None.
         """
+
+
+def sample(num_images: int, limit: int, seed: int) -> NDArray[np.intp]:
+    """Return the positions of at most `limit` images, drawn at random, in their order."""
+    if num_images <= limit:
+        return np.arange(num_images)
+    return np.sort(np.random.default_rng(seed).choice(num_images, limit, replace=False))

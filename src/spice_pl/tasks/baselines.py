@@ -25,7 +25,7 @@ from spice_pl.functional.kmeans import kmeans_clusters
 from spice_pl.functional.neighbors import nearest_neighbors
 from spice_pl.reports.tables import results_markdown
 from spice_pl.runs.results import score_row
-from spice_pl.tasks.base import Context
+from spice_pl.tasks.base import Context, sample
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ class Baselines:
         limit = self.max_samples if method in ("spectral", "agglomerative") else len(data)
         if len(data) <= limit:
             return fitters[method](data).astype(np.int64), ""
-        chosen = np.sort(np.random.default_rng(seed).choice(len(data), limit, replace=False))
+        chosen = sample(len(data), limit, seed)
         fitted = torch.from_numpy(fitters[method](data[chosen]).astype(np.int64))
         _, nearest = nearest_neighbors(torch.from_numpy(data), torch.from_numpy(data[chosen]), 1)
         return fitted[nearest[:, 0]].numpy(), f", fitted on {limit:,}"

@@ -21,7 +21,7 @@ from sklearn.preprocessing import normalize
 from spice_pl.errors import UsageError
 from spice_pl.reports.lines import line_figure
 from spice_pl.system.files import atomic
-from spice_pl.tasks.base import Context
+from spice_pl.tasks.base import Context, sample
 
 logger = logging.getLogger(__name__)
 
@@ -122,10 +122,7 @@ def sampled(features: NDArray[np.float32], limit: int, seed: int) -> NDArray[np.
     Raises:
         UsageError: the rows hold NaN, or are all the same.
     """
-    chosen = np.arange(len(features))
-    if len(features) > limit:
-        chosen = np.sort(np.random.default_rng(seed).choice(len(features), limit, replace=False))
-    rows = np.asarray(features[chosen], dtype=np.float64)
+    rows = np.asarray(features[sample(len(features), limit, seed)], dtype=np.float64)
     if not np.isfinite(rows).all():
         raise UsageError("the features hold NaN; run their stage again with overwrite=true")
     if not len(rows) or (rows == rows[0]).all():

@@ -30,7 +30,7 @@ from spice_pl.nn.heads import ParallelHeads, head_of
 from spice_pl.nn.weights import load_strictly
 from spice_pl.reports.trust_page import Check, NullCheck, TrustData, record, write_trust
 from spice_pl.runs.folder import RunFolder
-from spice_pl.tasks.base import Context
+from spice_pl.tasks.base import Context, sample
 
 logger = logging.getLogger(__name__)
 
@@ -138,13 +138,6 @@ class Trust:
             weak = head(encode(self.weak(pixels, uniforms)).float()).argmax(dim=1)
             same += int((weak == clusters[index]).sum())
         return same / len(chosen)
-
-
-def sample(num_images: int, limit: int, seed: int) -> NDArray[np.intp]:
-    """Return the positions of at most `limit` images, drawn at random, in their order."""
-    if num_images <= limit:
-        return np.arange(num_images)
-    return np.sort(np.random.default_rng(seed).choice(num_images, limit, replace=False))
 
 
 def read_head(folder: RunFolder) -> nn.Module | None:
