@@ -1,4 +1,4 @@
-"""Trust: every measure by a case whose answer is known, and one page of a real run."""
+"""stage=trust: every measure on a case with a known answer, and the page of a real run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from spice_pl.tasks.trust import (
 
 
 def cloud(centres: float, num_images: int = 300, num_features: int = 6) -> np.ndarray:
-    """Three groups whose centres lie `centres` away from zero, each of deviation one."""
+    """Three groups of deviation one whose centres are at distance `centres` from zero."""
     generator = np.random.default_rng(0)
     middle = centres * np.eye(num_features)[np.arange(num_images) % 3]
     return (middle + generator.normal(size=(num_images, num_features))).astype(np.float32)
@@ -49,7 +49,7 @@ def test_constant_features_have_no_clusters() -> None:
     assert not null_check(np.ones((50, 4), np.float32), 3, 2, seed=0).clear
 
 
-def test_agreement_does_not_depend_on_numbers() -> None:
+def test_agreement_does_not_depend_on_the_numbers_of_clusters() -> None:
     one = torch.tensor([0, 0, 1, 1, 2, 2])
     assert matched_agreement([one, (one + 1) % 3]) == 1.0
     assert matched_agreement([one, torch.tensor([0, 0, 1, 1, 2, 0])]) == pytest.approx(5 / 6)
@@ -63,7 +63,7 @@ def test_separation_of_far_groups_is_near_one_and_of_random_ones_near_zero() -> 
     assert separation(features, np.zeros(300, np.int64)) is None
 
 
-def test_track_says_how_ranks_agree() -> None:
+def test_track_holds_the_rank_correlation() -> None:
     assert track([0.1, 0.2, 0.9], [0.3, 0.5, 0.6]).rho == pytest.approx(1)
     assert track([0.9, 0.2, 0.1], [0.3, 0.5, 0.6]).rho == pytest.approx(-1)
     assert track([0.5, 0.5], [0.3, 0.5]).rho is None

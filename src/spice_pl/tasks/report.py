@@ -1,6 +1,6 @@
-"""The page of a finished run, made anew from what the run left.
+"""Write the report page of a finished run again, from the files of the run.
 
-For a run whose clusters were named since, for another layout of its map, or for a newer release.
+Use it after clusters were named, for another layout of the map, or after an update of this package.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ logger = logging.getLogger(__name__)
 
 
 class Report:
-    """Write report.html of the upstream run; its numbers stay as they are.
+    """Write report.html and attention.npz of the upstream run; metrics.json stays as it is.
 
     Args:
-        map_method: "pca" or "tsne".
-        allow_targets: packages of your own that hold the model's network.
+        map_method: layout of the map, "pca" or "tsne".
+        allow_targets: names of your own packages that define the model's network.
     """
 
     def __init__(self, map_method: str = "pca", allow_targets: Sequence[str] = ()) -> None:
         self.map_method, self.allow_targets = map_method, allow_targets
 
     def __call__(self, context: Context) -> None:
-        """Look anew where the prototypes resemble their cluster, and write the page."""
+        """Compute where the prototypes resemble their cluster, and write the page."""
         folder, images = context.upstream[0], context.images()
         metrics, table = folder.metrics, folder.read_clusters()
         if (folder.path / portable.FILE_NAME).is_file():
@@ -44,6 +44,6 @@ class Report:
 
             write_attention(folder, table, images, int(metrics["num_clusters"]), feature_map)
         else:
-            logger.info("no %s there: where it looks stays as it was", portable.FILE_NAME)
+            logger.info("no %s: the page keeps its attention maps", portable.FILE_NAME)
         data = report_data(folder, context.upstream[1:], images, metrics, table, self.map_method)
         logger.info("%s", write_report(data, folder.path / "report.html"))
