@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from hydra.utils import get_object, instantiate
+from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from tests.conftest import CONF, compose
 
-from spice_pl.job.settings import ALLOWED_NAMES, ALLOWED_TARGETS
+from spice_pl.job.settings import ALLOWED_NAMES, ALLOWED_TARGETS, build
 from spice_pl.stages.base import Stage
 
 STAGES = ("moco", "proto", "fixmatch")
@@ -135,7 +135,7 @@ def test_every_backbone_is_built_and_maps_images_to_features(backbone: str) -> N
     if backbone.startswith(("timm", "efficientnet")):
         pytest.importorskip("timm")
     cfg = compose(f"backbone={backbone}", *NEEDED.get(backbone, ()), "dataset=cifar10")
-    network = instantiate(cfg.backbone, _convert_="all").eval()
+    network = build(cfg, cfg.backbone).eval()
     with torch.no_grad():
         assert network(torch.zeros(1, 3, 32, 32)).shape == (1, network.num_features)
 
@@ -146,7 +146,7 @@ def test_every_view_is_built_and_keeps_the_size(augment: str) -> None:
     images = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
     assert {"plain", "moco", "weak", "strong", "strong_joint"} <= set(cfg.augment)
     for name in cfg.augment:
-        view = instantiate(cfg.augment[name], _convert_="all")
+        view = build(cfg, cfg.augment[name])
         made = view(images, torch.rand(2, view.num_uniforms))
         assert made.shape == (2, 3, 16, 16), name
 
@@ -155,11 +155,11 @@ def test_every_view_is_built_and_keeps_the_size(augment: str) -> None:
 @pytest.mark.parametrize("stage", [*STAGES, *FAMILY])
 def test_every_stage_is_built_with_its_streams(dataset: str, stage: str) -> None:
     cfg = compose(f"dataset={dataset}")
-    module = instantiate(cfg[stage].module, _convert_="all")
+    module = build(cfg, cfg[stage].module)
     assert isinstance(module, Stage)
-    assert module.feature_dim == instantiate(cfg.backbone, _convert_="all").num_features
+    assert module.feature_dim == build(cfg, cfg.backbone).num_features
     for stream in cfg[stage].streams.values():
-        assert instantiate(stream, _convert_="all").batch_size == stream.batch_size
+        assert build(cfg, stream).batch_size == stream.batch_size
 
 
 def test_every_plain_setting_is_read_somewhere() -> None:
