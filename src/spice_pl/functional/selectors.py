@@ -1,20 +1,35 @@
-"""Who is labelled: selectors of semi-supervised methods.
+"""Which samples get a label: selectors of semi-supervised methods.
 
-Each maps what a clustering left, embeddings and probabilities of all training samples, to labels
-(N,), -1 for a sample that stays unlabelled. The oracle is apart: it alone reads true labels.
+Each maps the embeddings and probabilities of all training samples, as a clustering left them, to a
+`Selection`. `OracleLabels` is different: it alone reads true labels.
 
 Shapes: N samples, D embedding width, K clusters.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from spice_pl.functional.kmeans import cosine_kmeans
-from spice_pl.functional.reliability import Balance, reliable_mask
+from spice_pl.functional.reliability import Balance, local_consistency, select_reliable
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The labels that a selector gives, and what each of its rules let pass.
+
+    Attributes:
+        label: (N,), the cluster; -1 for a sample that stays unlabelled.
+        passed: rule in words to the number of samples that pass it; empty where the selector has
+            no thresholds.
+    """
+
+    label: Tensor
+    passed: Mapping[str, int] = field(default_factory=dict)
 
 
 def reliable_labels(
@@ -27,7 +42,7 @@ def reliable_labels(
     agreement: float = 0.95,
     confidence: float = 0.99,
     balance: Balance = "min",
-) -> Tensor:
+) -> Selection:
     """Label the samples whose neighbours and head agree: SPICE, Eqs. 6-7.
 
     Args:
@@ -35,29 +50,39 @@ def reliable_labels(
         probs: (N, K).
         num_clusters: K.
         generator: of the draw among reliable samples of large clusters.
-        num_neighbors: see `reliable_mask`; at most N are taken.
-        agreement: see `reliable_mask`.
-        confidence: see `reliable_mask`.
-        balance: see `reliable_mask`.
+        num_neighbors: N_s in `local_consistency`, the sample itself counted; N where there are
+            fewer samples.
+        agreement: λ in `select_reliable`.
+        confidence: least max p in `select_reliable`, itself not enough.
+        balance: number of reliable samples that a cluster keeps, see `select_reliable`.
 
     Returns:
-        Labels (N,), -1 where unreliable.
+        Labels, and how many samples pass each threshold before balancing.
 
     Raises:
         ValueError: embeddings or probs are missing.
     """
     probs = _needed("probs", probs)
     embeddings = _needed("embeddings", embeddings)
-    mask = reliable_mask(
-        embeddings,
-        probs,
-        num_neighbors=min(num_neighbors, len(embeddings)),
+    num_neighbors = min(num_neighbors, len(embeddings))
+    confidences, clusters = probs.max(dim=1)  # (N,) each
+    agreements = local_consistency(embeddings, clusters, num_neighbors)  # Eq. 6
+    reliable = select_reliable(
+        agreements,
+        confidences,
+        clusters,
         agreement=agreement,
         confidence=confidence,
         balance=balance,
         generator=generator,
-    )
-    return torch.where(mask, probs.argmax(dim=1), -1)
+    )  # Eq. 7
+    agrees, sure = agreements >= agreement, confidences > confidence
+    passed = {
+        f"agreement of {num_neighbors} neighbours ≥ {agreement}": int(agrees.sum()),
+        f"confidence > {confidence}": int(sure.sum()),
+        "both": int((agrees & sure).sum()),
+    }
+    return Selection(torch.where(reliable, clusters, -1), passed)
 
 
 def clusmatch_labels(
@@ -68,7 +93,7 @@ def clusmatch_labels(
     *,
     fraction: float = 0.1,
     branch: Literal["auto", "head", "features"] = "auto",
-) -> Tensor:
+) -> Selection:
     """Label each cluster's surest samples: ClusMatch, both branches.
 
     Args:
@@ -82,27 +107,26 @@ def clusmatch_labels(
             "auto" is "head" where there are probabilities.
 
     Returns:
-        Labels (N,), -1 elsewhere.
+        Labels of the selected samples.
 
     Raises:
         ValueError: what the branch reads is missing, or the budget is 0 samples a cluster.
 
     Examples:
         >>> probs = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.0, 1.0]])
-        >>> clusmatch_labels(None, probs, 2, fraction=0.5)
+        >>> clusmatch_labels(None, probs, 2, fraction=0.5).label
         tensor([ 0, -1, -1,  1])
     """
     if branch not in ("auto", "head", "features"):
         raise ValueError(f"branch {branch!r} is unknown; choose auto, head or features")
     if branch == "head" or (branch == "auto" and probs is not None):
         probs = _needed("probs", probs)
-        return best_of_each(
-            probs.var(dim=1), probs.argmax(dim=1), num_clusters, fraction, generator
-        )
+        score, clusters = probs.var(dim=1), probs.argmax(dim=1)
+        return Selection(best_of_each(score, clusters, num_clusters, fraction, generator))
     embeddings = _needed("embeddings", embeddings)
     clusters, centres = cosine_kmeans(embeddings, num_clusters, generator=generator)
     near = torch.nn.functional.cosine_similarity(embeddings, centres[clusters], dim=1)
-    return best_of_each(near, clusters, num_clusters, fraction, generator)
+    return Selection(best_of_each(near, clusters, num_clusters, fraction, generator))
 
 
 def confident_labels(
@@ -112,7 +136,7 @@ def confident_labels(
     generator: torch.Generator | None = None,
     *,
     fraction: float = 0.1,
-) -> Tensor:
+) -> Selection:
     """Label the samples of largest probability in each predicted cluster.
 
     Args:
@@ -123,13 +147,13 @@ def confident_labels(
         fraction: a cluster labels at most ⌊⌊N/K⌋·fraction⌋ samples.
 
     Returns:
-        Labels (N,), -1 elsewhere.
+        Labels of the selected samples.
 
     Raises:
         ValueError: probs are missing, or the budget is 0 samples a cluster.
     """
     confidence, clusters = _needed("probs", probs).max(dim=1)
-    return best_of_each(confidence, clusters, num_clusters, fraction, generator)
+    return Selection(best_of_each(confidence, clusters, num_clusters, fraction, generator))
 
 
 def random_labels(
@@ -139,7 +163,7 @@ def random_labels(
     generator: torch.Generator | None = None,
     *,
     fraction: float = 0.1,
-) -> Tensor:
+) -> Selection:
     """Label a random draw of each predicted cluster: what a selector is compared with.
 
     Args:
@@ -150,13 +174,14 @@ def random_labels(
         fraction: a cluster labels at most ⌊⌊N/K⌋·fraction⌋ samples.
 
     Returns:
-        Labels (N,), -1 elsewhere.
+        Labels of the selected samples.
 
     Raises:
         ValueError: probs are missing, or the budget is 0 samples a cluster.
     """
     clusters = _needed("probs", probs).argmax(dim=1)
-    return best_of_each(torch.zeros(len(clusters)), clusters, num_clusters, fraction, generator)
+    score = torch.zeros(len(clusters))
+    return Selection(best_of_each(score, clusters, num_clusters, fraction, generator))
 
 
 @dataclass(frozen=True)
@@ -171,14 +196,14 @@ class OracleLabels:
 
     num_labels: int | None = None
 
-    def __call__(self, truth: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Return labels (N,) of a class-balanced random draw; truth (N,) is -1 where unknown.
+    def __call__(self, truth: Tensor, generator: torch.Generator | None = None) -> Selection:
+        """Return the labels of a class-balanced random draw; truth (N,) is -1 where unknown.
 
         Raises:
             ValueError: there are fewer labels than classes.
         """
         if self.num_labels is None:
-            return truth
+            return Selection(truth)
         classes = torch.bincount(truth[truth >= 0]).nonzero()[:, 0]
         per_class = self.num_labels // max(1, len(classes))
         if not per_class:
@@ -191,7 +216,7 @@ class OracleLabels:
         for each in classes:
             members = (truth == each).nonzero()[:, 0]
             label[members[tickets[members].argsort()[:per_class]]] = each
-        return label
+        return Selection(label)
 
 
 def best_of_each(
