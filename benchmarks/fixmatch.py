@@ -27,7 +27,7 @@ from contextlib import nullcontext
 import numpy as np
 import torch
 from moco import WARM_UP, figures, network, rate, timed_trainer
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms import v2
 from views import MEAN, STD, photographs
@@ -35,7 +35,9 @@ from views import MEAN, STD, photographs
 from spice_pl.data.augment import PlainView, StrongView, WeakView
 from spice_pl.data.datamodule import Stream, ViewsDataModule
 from spice_pl.data.images import ImageSet
+from spice_pl.functional.selectors import OracleLabels
 from spice_pl.job.trainer import auto_precision
+from spice_pl.nn.thresholds import FixedThreshold
 from spice_pl.stages.fixmatch import ReliableFixMatchModule
 
 LABELLED, UNLABELLED, CLUSTERS = 64, 448, 10
@@ -43,23 +45,22 @@ BATCH = LABELLED + 2 * UNLABELLED
 NUM_LABELLED = 1000  # images with a label
 
 
-class GivenLabels(ReliableFixMatchModule):
-    """Stage 3 with made-up labels, so that no stage 2 is needed."""
-
-    def _select(self, images: ImageSet, upstream: object) -> Tensor:
-        label = torch.arange(len(images)) % CLUSTERS
-        label[NUM_LABELLED:] = -1
-        return label
-
-
 def ours(backbone: nn.Module, images: np.ndarray, steps: int) -> tuple[list[float], float]:
     """Return the seconds of each step, and the share of them spent waiting for views."""
-    module = GivenLabels(
-        copy.deepcopy(backbone), CLUSTERS, init="scratch", steps_per_epoch=steps + WARM_UP + 1
+    module = ReliableFixMatchModule(
+        copy.deepcopy(backbone),
+        CLUSTERS,
+        selector=OracleLabels(),  # given labels, so that no stage 2 is needed
+        threshold=FixedThreshold(),
+        init="scratch",
+        steps_per_epoch=steps + WARM_UP + 1,
     )
     module.to(memory_format=torch.channels_last)
     weak, strong = WeakView(MEAN, STD), StrongView(MEAN, STD)
-    data_set = ImageSet("noise", images, [str(i) for i in range(len(images))], "noise")
+    labels = np.arange(len(images)) % CLUSTERS
+    labels[NUM_LABELLED:] = -1
+    keys = [str(i) for i in range(len(images))]
+    data_set = ImageSet("noise", images, keys, "noise", labels=labels)
     streams = module.prepare(
         data_set,
         None,

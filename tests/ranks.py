@@ -69,11 +69,11 @@ class DumpingFixMatch(ReliableFixMatchModule):
 
 
 class DumpingSemi(SemiSupervisedModule):
-    """ClusMatch and its family."""
+    """ClusMatch."""
 
     def on_train_end(self) -> None:
         super().on_train_end()
-        dump(self, self.name, reliable=self.reliable_index, pseudo_labels=self.pseudo_labels)
+        dump(self, "clusmatch", reliable=self.reliable_index, pseudo_labels=self.pseudo_labels)
 
 
 class Flat(nn.Module):

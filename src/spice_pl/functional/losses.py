@@ -1,6 +1,6 @@
-"""Losses of the clustering heads (stage 2) and of joint training (stage 3).
+"""Losses of the clustering heads of stage 2.
 
-Shapes: H heads, B samples or slots, U unlabelled samples, K clusters.
+Shapes: H heads, B samples or slots, K clusters.
 """
 
 import math
@@ -173,40 +173,6 @@ def mutual_information(probs: Tensor) -> Tensor:
     """
     unsure: Tensor = torch.special.entr(probs).sum(dim=-1).mean(dim=-1)  # (...)
     return mean_prediction_entropy(probs) - unsure
-
-
-def consistency_cross_entropy(
-    logits_strong: Tensor, probs_weak: Tensor, threshold: float
-) -> tuple[Tensor, Tensor]:
-    """Teach the strong view the label that the weak view is sure of.
-
-    SPICE, Eqs. 8-9, after Sohn et al. 2020 (FixMatch), Eq. 4. The weak view gets no gradient.
-
-    Args:
-        logits_strong: (U, K), before any softmax.
-        probs_weak: (U, K), rows sum to one.
-        threshold: eta, smallest max p that makes a label, in [0, 1].
-
-    Returns:
-        Loss in nats, scalar, a mean over all U samples with or without a label; and the mask (U,)
-        of those that have one.
-
-    Raises:
-        ValueError: the shapes disagree.
-
-    Examples:
-        >>> weak = torch.tensor([[0.96, 0.04], [0.6, 0.4]])
-        >>> consistency_cross_entropy(torch.zeros(2, 2), weak, threshold=0.95)  # (log 2) / 2
-        (tensor(0.3466), tensor([ True, False]))
-    """
-    if logits_strong.shape != probs_weak.shape:
-        raise ValueError(
-            f"logits_strong (U, K) = {tuple(logits_strong.shape)} and "
-            f"probs_weak (U, K) = {tuple(probs_weak.shape)} differ; they are views of one batch"
-        )
-    confidence, label = probs_weak.max(dim=-1)  # (U,) each
-    mask = confidence >= threshold  # (U,)
-    return (_cross_entropy(logits_strong, label) * mask).mean(), mask
 
 
 def _cross_entropy(logits: Tensor, label: Tensor) -> Tensor:

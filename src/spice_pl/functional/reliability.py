@@ -153,34 +153,6 @@ def select_reliable(
     return _keep_at_most(int(limit), reliable, clusters, generator)
 
 
-def agreement_for_count(
-    agreements: Tensor, confidences: Tensor, count: int, confidence: float = 0.99
-) -> float:
-    """Find the largest λ that at least `count` confident samples reach.
-
-    Args:
-        agreements: (N,), from `local_consistency`.
-        confidences: (N,), max p.
-        count: wanted number of samples before balancing; equal agreements may give more.
-        confidence: threshold on max p; a confident sample has a larger one.
-
-    Returns:
-        λ for `select_reliable`. If fewer than `count` samples are confident, the smallest agreement
-        of these, or of all samples if none is confident.
-
-    Raises:
-        ValueError: count is less than 1.
-
-    Examples:
-        >>> agreement_for_count(torch.tensor([1.0, 0.5, 0.25]), torch.ones(3), count=2)
-        0.5
-    """
-    if count < 1:
-        raise ValueError(f"target_count {count} leaves nothing to learn from; use at least 1")
-    sure = agreements[confidences > confidence].sort(descending=True).values
-    return float(sure[min(count, len(sure)) - 1]) if len(sure) else float(agreements.min())
-
-
 def _keep_at_most(
     limit: int, reliable: Tensor, clusters: Tensor, generator: torch.Generator | None
 ) -> Tensor:

@@ -1,21 +1,36 @@
 """Selectors of semi-supervised methods: which samples are labelled.
 
 A selector maps the embeddings and probabilities of all training samples, the results of any
-clustering, to labels (N,), with -1 for samples that stay unlabelled. Only `OracleLabels` reads true
-labels instead.
+clustering, to a `Selection`: labels (N,), -1 for samples that stay unlabelled. Only `OracleLabels`
+reads true labels instead.
 
 Shapes: N samples, D embedding width, K clusters.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from spice_pl.functional.kmeans import cosine_kmeans
-from spice_pl.functional.reliability import Balance, reliable_mask
+from spice_pl.functional.reliability import Balance, local_consistency, select_reliable
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The labels that a selector gives, and what each of its rules let pass.
+
+    Attributes:
+        label: (N,), the cluster; -1 for a sample that stays unlabelled.
+        passed: rule in words to the number of samples that pass it; empty where the selector has
+            no thresholds.
+    """
+
+    label: Tensor
+    passed: Mapping[str, int] = field(default_factory=dict)
 
 
 def reliable_labels(
@@ -28,7 +43,7 @@ def reliable_labels(
     agreement: float = 0.95,
     confidence: float = 0.99,
     balance: Balance = "min",
-) -> Tensor:
+) -> Selection:
     """Label the reliable samples with their most probable cluster.
 
     Niu et al. 2022 (SPICE), Eqs. 6-7.
@@ -52,21 +67,30 @@ def reliable_labels(
     Examples:
         >>> embeddings = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.1, 0.9], [0.0, 1.0]])
         >>> probs = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.6, 0.4], [0.0, 1.0]])
-        >>> reliable_labels(embeddings, probs, 2, num_neighbors=2)
+        >>> reliable_labels(embeddings, probs, 2, num_neighbors=2).label
         tensor([ 0,  0, -1, -1])
     """
     probs = _needed("probs", probs)
     embeddings = _needed("embeddings", embeddings)
-    mask = reliable_mask(
-        embeddings,
-        probs,
-        num_neighbors=min(num_neighbors, len(embeddings)),
+    num_neighbors = min(num_neighbors, len(embeddings))
+    confidences, clusters = probs.max(dim=1)  # (N,) each
+    agreements = local_consistency(embeddings, clusters, num_neighbors)  # Eq. 6
+    reliable = select_reliable(
+        agreements,
+        confidences,
+        clusters,
         agreement=agreement,
         confidence=confidence,
         balance=balance,
         generator=generator,
-    )
-    return torch.where(mask, probs.argmax(dim=1), -1)
+    )  # Eq. 7
+    agrees, sure = agreements >= agreement, confidences > confidence
+    passed = {
+        f"agreement of {num_neighbors} neighbours ≥ {agreement}": int(agrees.sum()),
+        f"confidence > {confidence}": int(sure.sum()),
+        "both": int((agrees & sure).sum()),
+    }
+    return Selection(torch.where(reliable, clusters, -1), passed)
 
 
 def clusmatch_labels(
@@ -77,7 +101,7 @@ def clusmatch_labels(
     *,
     fraction: float = 0.1,
     branch: Literal["auto", "head", "features"] = "auto",
-) -> Tensor:
+) -> Selection:
     """Label the most confident samples of each cluster, as ClusMatch selects them.
 
     Args:
@@ -101,20 +125,19 @@ def clusmatch_labels(
 
     Examples:
         >>> probs = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.0, 1.0]])
-        >>> clusmatch_labels(None, probs, 2, fraction=0.5)
+        >>> clusmatch_labels(None, probs, 2, fraction=0.5).label
         tensor([ 0, -1, -1,  1])
     """
     if branch not in ("auto", "head", "features"):
         raise ValueError(f"branch {branch!r} is unknown; choose auto, head or features")
     if branch == "head" or (branch == "auto" and probs is not None):
         probs = _needed("probs", probs)
-        return best_of_each(
-            probs.var(dim=1), probs.argmax(dim=1), num_clusters, fraction, generator
-        )
+        score, clusters = probs.var(dim=1), probs.argmax(dim=1)
+        return Selection(best_of_each(score, clusters, num_clusters, fraction, generator))
     embeddings = _needed("embeddings", embeddings)
     clusters, centres = cosine_kmeans(embeddings, num_clusters, generator=generator)
     near = torch.nn.functional.cosine_similarity(embeddings, centres[clusters], dim=1)
-    return best_of_each(near, clusters, num_clusters, fraction, generator)
+    return Selection(best_of_each(near, clusters, num_clusters, fraction, generator))
 
 
 def confident_labels(
@@ -124,7 +147,7 @@ def confident_labels(
     generator: torch.Generator | None = None,
     *,
     fraction: float = 0.1,
-) -> Tensor:
+) -> Selection:
     """Label the samples with the largest max p in each predicted cluster.
 
     Args:
@@ -142,11 +165,11 @@ def confident_labels(
 
     Examples:
         >>> probs = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.0, 1.0]])
-        >>> confident_labels(None, probs, 2, fraction=0.5)
+        >>> confident_labels(None, probs, 2, fraction=0.5).label
         tensor([ 0, -1, -1,  1])
     """
     confidence, clusters = _needed("probs", probs).max(dim=1)
-    return best_of_each(confidence, clusters, num_clusters, fraction, generator)
+    return Selection(best_of_each(confidence, clusters, num_clusters, fraction, generator))
 
 
 def random_labels(
@@ -156,7 +179,7 @@ def random_labels(
     generator: torch.Generator | None = None,
     *,
     fraction: float = 0.1,
-) -> Tensor:
+) -> Selection:
     """Label random samples of each predicted cluster, as a baseline for other selectors.
 
     Args:
@@ -173,12 +196,13 @@ def random_labels(
         ValueError: probs are missing, or fraction is above 1 or gives 0 labels per cluster.
 
     Examples:
-        >>> label = random_labels(None, torch.eye(2).repeat(50, 1), 2, fraction=0.1)
+        >>> label = random_labels(None, torch.eye(2).repeat(50, 1), 2, fraction=0.1).label
         >>> label[label >= 0].bincount()
         tensor([5, 5])
     """
     clusters = _needed("probs", probs).argmax(dim=1)
-    return best_of_each(torch.zeros(len(clusters)), clusters, num_clusters, fraction, generator)
+    score = torch.zeros(len(clusters))
+    return Selection(best_of_each(score, clusters, num_clusters, fraction, generator))
 
 
 @dataclass(frozen=True)
@@ -192,14 +216,14 @@ class OracleLabels:
             labels every sample.
 
     Examples:
-        >>> label = OracleLabels(num_labels=4)(torch.arange(100) % 2)
+        >>> label = OracleLabels(num_labels=4)(torch.arange(100) % 2).label
         >>> label[label >= 0].bincount()
         tensor([2, 2])
     """
 
     num_labels: int | None = None
 
-    def __call__(self, truth: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def __call__(self, truth: Tensor, generator: torch.Generator | None = None) -> Selection:
         """Return labels (N,) of a class-balanced random draw, -1 for samples that are not drawn.
 
         Args:
@@ -210,7 +234,7 @@ class OracleLabels:
             ValueError: there are fewer labels than classes.
         """
         if self.num_labels is None:
-            return truth
+            return Selection(truth)
         classes = torch.bincount(truth[truth >= 0]).nonzero()[:, 0]
         per_class = self.num_labels // max(1, len(classes))
         if not per_class:
@@ -223,7 +247,7 @@ class OracleLabels:
         for each in classes:
             members = (truth == each).nonzero()[:, 0]
             label[members[draws[members].argsort()[:per_class]]] = each
-        return label
+        return Selection(label)
 
 
 def best_of_each(

@@ -5,7 +5,7 @@ Shapes: B images, N images of the whole data set, D features, K clusters, S pixe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from spice_pl.data.datamodule import Stream, Views
 from spice_pl.data.images import ImageSet
+from spice_pl.errors import UsageError
 from spice_pl.functional.reliability import local_consistency
 from spice_pl.runs.folder import RunFolder
 
@@ -43,6 +44,7 @@ class Stage(pl.LightningModule):
     receives a label: truth is a callback's business.
     """
 
+    name = ""  # key of its settings, such as moco, for messages; the job sets it
     has_clusters = True
     oracle = False  # whether true labels are trained on, which every result must say
     encoder: nn.Module
@@ -173,6 +175,16 @@ class Stage(pl.LightningModule):
         stacked = self.all_gather(tensor)
         assert isinstance(stacked, Tensor)  # noqa: S101 - Lightning answers in kind
         return stacked
+
+
+def check_word(setting: str, word: str, words: Sequence[str]) -> None:
+    """Refuse a word that a setting does not know.
+
+    Raises:
+        UsageError: `word` is none of `words`.
+    """
+    if word not in words:
+        raise UsageError(f"{setting} {word!r} is none of {', '.join(words)}")
 
 
 class EpochMeans(pl.callbacks.Checkpoint):

@@ -33,7 +33,7 @@ from spice_pl.functional.losses import (
 from spice_pl.functional.prototypes import prototype_pseudo_labels, prototype_shares
 from spice_pl.nn.heads import ParallelHeads
 from spice_pl.runs.folder import RunFolder, as_tensor
-from spice_pl.stages.base import Prediction, Stage
+from spice_pl.stages.base import Prediction, Stage, check_word
 from spice_pl.stages.proto_views import BankedViews, FrozenViews, MovingEncoder
 
 logger = logging.getLogger(__name__)
@@ -120,10 +120,10 @@ class ProtoHeadModule(Stage):
         if not 0 < select_ratio <= 1:  # above 1 the slots of Eq. 4 outnumber the images
             raise UsageError(f"proto.module.select_ratio {select_ratio} is not in (0, 1]")
         losses = _losses(temperature)
-        _check_word("loss", loss, tuple(losses))
-        _check_word("bn_mode", bn_mode, BN_MODES)
-        _check_word("joint", joint, JOINT)
-        _check_word("selection", selection, SELECTION)
+        check_word("proto.module.loss", loss, tuple(losses))
+        check_word("proto.module.bn_mode", bn_mode, BN_MODES)
+        check_word("proto.module.joint", joint, JOINT)
+        check_word("proto.module.selection", selection, SELECTION)
         moves = joint != "none" or bn_mode == "reference"
         if view_bank is not None and (view_bank < 1 or moves):
             raise UsageError(
@@ -412,7 +412,7 @@ def _losses(temperature: float) -> dict[str, HeadLosses]:
 def _shares(prior: str | Sequence[float], num_clusters: int) -> Tensor | None:
     """Shares (K,) of the clusters that training starts with; None where they stay equal."""
     if isinstance(prior, str):
-        _check_word("prior", prior, PRIORS)
+        check_word("proto.module.prior", prior, PRIORS)
         return None if prior == "uniform" else torch.full((num_clusters,), 1 / num_clusters)
     shares = torch.tensor(prior, dtype=torch.float32)  # (K,)
     fits = shares.shape == (num_clusters,) and bool((shares >= 0).all())
@@ -422,8 +422,3 @@ def _shares(prior: str | Sequence[float], num_clusters: int) -> Tensor | None:
             "clusters, none negative and not all 0; or give the word uniform or estimated"
         )
     return shares / shares.sum()
-
-
-def _check_word(name: str, word: str, words: tuple[str, ...]) -> None:
-    if word not in words:
-        raise UsageError(f"proto.module.{name} {word!r} is none of {', '.join(words)}")
