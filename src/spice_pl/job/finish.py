@@ -45,12 +45,18 @@ def finish_stage(
 ) -> None:
     """Write everything that a stage leaves; metrics.json last, which marks it as finished."""
     if trainer.is_global_zero:
+        upstream = step.upstream[0] if step.upstream else None
+        step.folder.write_embeddings(images.train_index, upstream)
         table = None
         if module.has_clusters:
             keep_numbers(step, module, images)
             folder = step.folder
             table = cluster_table(
-                images.keys, folder.features, folder.probs, step.reliable, step.seed
+                images.keys,
+                folder.embeddings(images.train_index),
+                folder.probs,
+                step.reliable,
+                step.seed,
             )
             folder.write_clusters(table)
         for part, weights in module.weights().items():

@@ -106,7 +106,9 @@ class Job:
                     f"{key}={part!r} is no name for a folder; leave out / and \\, line ends and a "
                     "dot at its start (runs_dir=PATH chooses where the folders are)"
                 )
-        return RunFolder(Path(cfg.runs_dir, str(cfg.dataset.name), stage, name))
+        return RunFolder(
+            Path(cfg.runs_dir, str(cfg.dataset.name), stage, name), str(cfg.embeddings)
+        )
 
     def _reaching(self, stage: str) -> list[str]:
         # A stage may read another's settings by interpolation, as freematch those of fixmatch. One

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.nn import functional as F
+from torch import Tensor
 
 from spice_pl.data.keyed import keyed_generator
 from spice_pl.functional.reliability import Balance, local_consistency, select_reliable
@@ -67,7 +67,7 @@ class ClusterTable:
 
 def cluster_table(
     keys: Sequence[str],
-    features: NDArray[np.float32],
+    embeddings: Tensor,
     probs: NDArray[np.float32],
     rule: ReliableRule,
     seed: int,
@@ -76,14 +76,13 @@ def cluster_table(
 
     Args:
         keys: (N,) names of the images.
-        features: (N, D), raw.
+        embeddings: (N, D), which images are alike by their cosine.
         probs: (N, K).
         rule: which images count as reliable.
         seed: seed of the draw where `balance` keeps some images of a cluster.
     """
     clusters = torch.from_numpy(probs.argmax(axis=1).astype(np.int64))
     confidence = torch.from_numpy(np.array(probs.max(axis=1)))
-    embeddings = F.normalize(torch.from_numpy(np.array(features)))
     num_neighbors = min(rule.num_neighbors, len(keys))
     agreement = local_consistency(embeddings, clusters, num_neighbors)  # Eq. 6
     reliable = select_reliable(  # Eq. 7

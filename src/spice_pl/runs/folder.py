@@ -30,8 +30,10 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from spice_pl.errors import UsageError
+from spice_pl.functional.embeddings import smoothed_embeddings
 from spice_pl.nn.weights import load_strictly
 from spice_pl.runs.clusters import FILE_NAME as CLUSTERS
 from spice_pl.runs.clusters import ClusterTable, fits_probs, read_table, write_table
@@ -40,6 +42,7 @@ from spice_pl.system.files import atomic, sync_folder
 logger = logging.getLogger(__name__)
 
 # What the next stage reads; their digests together identify a run.
+EMBEDDINGS = "embeddings.npy"
 HANDED_ON = ("encoder.safetensors", "head.safetensors", "features.npy", "probs.npy")
 # Files whose digests metrics.json holds. Not attention.npz, which stage=report writes again, nor
 # names.json, which is for the user to edit.
@@ -48,9 +51,15 @@ WITH_DIGEST = (*HANDED_ON, "heads.safetensors", CLUSTERS, "model.spice", "moved.
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The artifacts of one stage's run."""
+    """The artifacts of one stage's run.
+
+    Attributes:
+        path: the folder.
+        similarity: which images count as alike, "cosine" or "smoothed"; see `embeddings`.
+    """
 
     path: Path
+    similarity: str = "cosine"
     _compared: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
 
     @property
@@ -67,6 +76,39 @@ class RunFolder:
     def features(self) -> NDArray[np.float32]:
         """(N, D) raw features of the plain images, memory-mapped."""
         return self._array("features.npy")
+
+    def embeddings(self, train_index: NDArray[np.int64]) -> Tensor:
+        """Return embeddings (N, d), l2-normalised: which images are alike, by their cosine.
+
+        With similarity "cosine" they are the l2-normalised features, as in the paper (D = d). With
+        "smoothed" they are those of `functional.embeddings.smoothed_embeddings`, read from
+        embeddings.npy if it was written.
+
+        Args:
+            train_index: images to fit the smoothed embeddings on; the others join them.
+        """
+        if self.similarity == "cosine":
+            return F.normalize(torch.from_numpy(np.array(self.features)))
+        if (self.path / EMBEDDINGS).is_file():
+            return as_tensor(self._array(EMBEDDINGS))
+        return smoothed_embeddings(
+            as_tensor(self.features), fit_index=_fit_index(train_index, self)
+        )
+
+    def write_embeddings(self, train_index: NDArray[np.int64], upstream: RunFolder | None) -> None:
+        """Write embeddings.npy, or remove it where similarity is "cosine".
+
+        A stage that hands its upstream's features on unchanged takes its embeddings too.
+        """
+        (self.path / EMBEDDINGS).unlink(missing_ok=True)
+        if self.similarity == "cosine":
+            return
+        source = self
+        if upstream is not None and _same_features(self, upstream):
+            source = upstream
+        embeddings = source.embeddings(train_index)
+        with atomic(self.path / EMBEDDINGS) as temporary, temporary.open("wb") as file:
+            np.save(file, embeddings.numpy())
 
     @property
     def probs(self) -> NDArray[np.float32]:
@@ -374,6 +416,17 @@ def _digest(file: Path) -> str:
 def _damaged(file: Path, error: Exception) -> UsageError:
     reason = str(error).partition("\n")[0]
     return UsageError(f"{file} is damaged ({reason}); make its stage anew with overwrite=true")
+
+
+def _same_features(one: RunFolder, other: RunFolder) -> bool:
+    """Whether two runs have the same features, bit by bit."""
+    file = other.path / "features.npy"
+    return file.is_file() and np.array_equal(one.features, other.features)
+
+
+def _fit_index(train_index: NDArray[np.int64], folder: RunFolder) -> Tensor | None:
+    """Return the images to fit on, None for all of them."""
+    return None if len(train_index) == len(folder.features) else torch.from_numpy(train_index)
 
 
 def as_tensor(array: NDArray[np.float32]) -> Tensor:

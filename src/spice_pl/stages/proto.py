@@ -16,7 +16,6 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from spice_pl.data.datamodule import Stream, Views
 from spice_pl.data.images import ImageSet
@@ -242,6 +241,7 @@ class ProtoHeadModule(Stage):
                 f"tells them apart; train stage={upstream.path.parent.name} anew with another seed "
                 "or a lower lr"
             )
+        self.embeddings = upstream.embeddings(images.train_index)  # of the plain images, (N, d)
         num_train = len(images.train_index)
         size = min(self.buffer_size, num_train)
         self.check(images, streams)
@@ -279,7 +279,7 @@ class ProtoHeadModule(Stage):
 
     def on_fit_start(self) -> None:
         """Put the embeddings of the untransformed images (N, D) where the heads are."""
-        self.embeddings = F.normalize(self.features.to(self.device))
+        self.embeddings = self.embeddings.to(self.device)
         self.branches.on_fit_start()
         if self.has_floor:
             floor = double_softmax_floor(self.num_clusters)

@@ -65,6 +65,9 @@ class LabelSource:
         else:
             features, probs = self._evidence(images, upstream, stage)
             embeddings = None if features is None else F.normalize(features)
+            if embeddings is not None and upstream is not None and self.features_file is None:
+                train_index = torch.from_numpy(images.train_index)
+                embeddings = upstream.embeddings(images.train_index)[train_index]
             evidence = (embeddings, probs, self.num_clusters, generator)
         try:
             selection: Selection = self.selector(*evidence)
