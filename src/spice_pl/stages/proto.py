@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ from spice_pl.functional.losses import (
 from spice_pl.functional.prototypes import prototype_pseudo_labels, prototype_shares
 from spice_pl.nn.heads import ParallelHeads
 from spice_pl.runs.folder import RunFolder, as_tensor
-from spice_pl.stages.base import Prediction, Stage, check_word
+from spice_pl.stages.base import Prediction, Stage, check_word, width_of
 from spice_pl.stages.proto_views import BankedViews, FrozenViews, MovingEncoder
 
 logger = logging.getLogger(__name__)
@@ -87,7 +88,6 @@ class ProtoHeadModule(Stage):
     best_head: Tensor
     best_epoch: Tensor
     shares: Tensor | None
-    epoch_head = 0  # the one chosen after this epoch
     warned = False  # of empty clusters, once a run
 
     def __init__(
@@ -134,7 +134,7 @@ class ProtoHeadModule(Stage):
         if joint == "single_head":
             num_heads = 1
         self.automatic_optimization = False
-        width = int(backbone.num_features)  # type: ignore[arg-type]
+        width = width_of(backbone)
         self.encoder = backbone.requires_grad_(joint != "none")
         if moves:
             self.kept_encoder = copy.deepcopy(backbone).requires_grad_(False)
@@ -201,6 +201,14 @@ class ProtoHeadModule(Stage):
         if batch_idx + 1 == self.trainer.num_training_batches:
             self._select()
         return losses.mean()
+
+    def validation_step(self, batch: Views, batch_idx: int) -> Any:
+        """Watch the kept head; add the clusters of all heads, if the kept encoder is theirs."""
+        prediction: Prediction = super().validation_step(batch, batch_idx)
+        if self.moves:
+            return prediction
+        clusters = self.heads(prediction.features).argmax(dim=-1)  # (H, B)
+        return replace(prediction, head_clusters=clusters)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam at a constant rate; one optimizer for all heads, and for a `joint` encoder."""
@@ -273,10 +281,6 @@ class ProtoHeadModule(Stage):
         features = self.branches.predict(batch)
         return Prediction(batch.index, features, self.selected(features))
 
-    def head_clusters(self, prediction: Prediction) -> Tensor | None:
-        """Return each head's clusters (H, B); none where the kept encoder is not theirs."""
-        return None if self.moves else self.heads(prediction.features).argmax(dim=-1)
-
     def on_fit_start(self) -> None:
         """Put the embeddings of the untransformed images (N, D) where the heads are."""
         self.embeddings = self.embeddings.to(self.device)
@@ -348,12 +352,11 @@ class ProtoHeadModule(Stage):
             num_empty.append(self.num_clusters - len(probs.argmax(dim=1).unique()))
         costs = -torch.stack(information) if information else torch.stack(losses)  # (H,)
         cost, head_index = costs.min(dim=0)
-        self.epoch_head = int(head_index)
-        loss = losses[self.epoch_head]
-        self._warn_of_empty(num_empty[self.epoch_head])
+        chosen = self.chosen_head = int(head_index)
+        loss = losses[chosen]
+        self._warn_of_empty(num_empty[chosen])
         self.record("val/selection_loss", loss)
-        empty = torch.tensor(float(num_empty[self.epoch_head]), device=self.device)
-        self.record("val/empty_clusters", empty)
+        self.record("val/empty_clusters", num_empty[chosen])
         for head, each in enumerate(losses):
             self.record(f"val/selection_loss_head_{head}", each)
         if cost < self.best_cost:
@@ -361,7 +364,7 @@ class ProtoHeadModule(Stage):
             self.best_loss.copy_(loss)
             self.best_head.copy_(head_index)
             self.best_epoch.fill_(self.current_epoch)
-            self.selected.load_state_dict(self.heads.head(self.epoch_head).state_dict())
+            self.selected.load_state_dict(self.heads.head(chosen).state_dict())
             self.branches.keep()
         self.record("val/best_selection_loss", self.best_loss)
 

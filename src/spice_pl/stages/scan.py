@@ -58,7 +58,7 @@ class ScanModule(Stage):
     ) -> None:
         super().__init__()
         self.encoder = backbone
-        self.head = LinearHead(int(backbone.num_features), num_clusters)  # type: ignore[arg-type]
+        self.head = LinearHead(self.feature_dim, num_clusters)
         self.best_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
         self.best_head = copy.deepcopy(self.head).requires_grad_(False)
         self.register_buffer("best_loss", torch.tensor(math.inf))

@@ -37,7 +37,7 @@ from spice_pl.functional.selectors import OracleLabels
 from spice_pl.nn.heads import ClusterHead, LinearHead, head_of
 from spice_pl.nn.thresholds import Threshold
 from spice_pl.runs.folder import RunFolder
-from spice_pl.stages.base import Prediction, Stage, check_word
+from spice_pl.stages.base import Prediction, Stage, check_word, width_of
 from spice_pl.stages.semi_labels import LabelSource, Selector
 
 INIT = ("joint", "encoder", "scratch")
@@ -147,15 +147,15 @@ class SemiSupervisedModule(Stage):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        width = int(backbone.num_features)  # type: ignore[arg-type]
+        width = width_of(backbone)
         head: ClusterHead | LinearHead
         if init == "joint":
             head = ClusterHead(width, hidden_dim or width, num_clusters)
         else:
-            head = LinearHead(width, num_clusters)
-        if init == "encoder":
-            nn.init.xavier_uniform_(head.weight)  # type: ignore[arg-type]
-            nn.init.zeros_(head.bias)  # type: ignore[arg-type]
+            head = linear = LinearHead(width, num_clusters)
+            if init == "encoder":
+                nn.init.xavier_uniform_(linear.weight)
+                nn.init.zeros_(linear.bias)
         self.encoder, self.head = backbone, head
         self.ema_encoder = copy.deepcopy(backbone).requires_grad_(False)
         self.ema_head = copy.deepcopy(head).requires_grad_(False)
@@ -279,6 +279,10 @@ class SemiSupervisedModule(Stage):
         features = self.ema_encoder(batch.views["plain"]).float()
         return Prediction(batch.index, features, self.ema_head(features).float())
 
+    def labelled(self) -> tuple[Tensor, Tensor]:
+        """Return the images (n,) that the selector labelled, and their labels (n,)."""
+        return self.reliable_index, self.pseudo_labels[self.reliable_index]
+
     def on_fit_start(self) -> None:
         """Move the labels to the device of the images."""
         self.pseudo_labels = self.pseudo_labels.to(self.device)
@@ -314,7 +318,7 @@ class SemiSupervisedModule(Stage):
     @torch.no_grad()
     def _refresh_kmeans(self) -> None:
         """Cluster the features of the averaged model; the labelled images alone name clusters."""
-        batches = self.trainer.datamodule.plain_batches(self.train_index, self.device)  # type: ignore[attr-defined]
+        batches = self.datamodule.plain_batches(self.train_index, self.device)
         features = torch.cat([self.ema_encoder(batch.views["plain"]).float() for batch in batches])
         features = self.across_ranks(features)  # (n, D)
         clusters, _ = cosine_kmeans(
