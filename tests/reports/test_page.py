@@ -281,7 +281,7 @@ def test_labels_are_shown_as_truth() -> None:
     labels[0] = 1  # one of the 20 images of cluster 0
     labels[3] = -1  # and one of unknown class
     text = render_report(report(labels=labels, class_names=["cat", "dog", "owl"]))
-    assert '<span class="truth">truth: cat (95%)</span>' in text  # 18 of 19
+    assert '<span class="truth">truth: mostly cat (95%)</span>' in text  # 18 of 19
     row = text.split('class="confusion"')[1].split("<tr>")[2]
     assert [int(n) for n in re.findall(r">(\d+)</td>", row)] == [18, 1, 0]
     assert "0.900" in text

@@ -28,13 +28,15 @@ TERMS = {
     "Agreement": "the share of an image's nearest neighbours that are in the same cluster",
     "Reliable": "an image of high confidence and agreement; stage 3 trains on its cluster as label",
     "Not sure": "an image with agreement below 50%: most neighbours are in other clusters",
+    "Protocol": "whole: all images are trained on and scored; split: one part is trained on, the "
+    "other scored",
     "Seed": "the number that all random choices of the run follow from",
 }
 SCORE_TERMS = {
     "ACC": "the share of correct images, with clusters and classes matched one to one",
     "NMI": "normalised mutual information of clusters and classes; 1 is perfect",
     "ARI": "adjusted Rand index of clusters and classes; 0 is chance, 1 is perfect",
-    "Truth": "needs labels; they were read after training, to score the result",
+    "Truth": "a value that is computed with labels, only to score the result",
 }
 
 

@@ -206,11 +206,12 @@ def sentence(found: Point, doubts: Sequence[str]) -> str:
     if doubts:
         return (
             f"the data shows no clear K: {' and '.join(doubts)}. The best guess is "
-            f"{found.num_clusters}; choose by what the clusters are for"
+            f"{found.num_clusters}; choose K by what you need the clusters for"
         )
     return (
         f"the data shows {found.num_clusters} clusters: halves of the images agree to "
-        f"{found.stability:.2f}, {found.null:.2f} without groups; silhouette {found.silhouette:.2f}"
+        f"{found.stability:.2f}, halves of points without groups to {found.null:.2f}; silhouette "
+        f"{found.silhouette:.2f}"
     )
 
 
