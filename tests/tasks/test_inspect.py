@@ -36,9 +36,7 @@ def test_everything_that_is_there_is_on_the_page(page: Path) -> None:
     html = page.read_text()
     counts = json.loads(page.with_name("inspect.json").read_text())
     assert (counts["num_images"], counts["num_copies"]) == (NUM_IMAGES + 2, 1)
-    assert counts["skipped"] == [
-        ["class 1/<b>bad&.png", "UnidentifiedImageError: cannot identify image file '<b>bad&.png'"]
-    ]
+    assert counts["skipped"] == [["class 1/<b>bad&.png", "cannot identify image file"]]
     for text in ("class 1/copy.png", "2 times the same", "cannot identify image file", "class 2"):
         assert text in html
     assert "More than twice as long as wide: 1 of 92 images." in html

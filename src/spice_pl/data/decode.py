@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import functools
 import io
-import os
 import re
+import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
+import PIL
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError, features
+
+from spice_pl.data.retry import may_pass
 
 # Only these decoders are tried, whatever a file is called: others of Pillow run programs (EPS).
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF", "HEIF")
@@ -61,6 +65,19 @@ class Decoded:
     height: int
 
 
+@dataclass(frozen=True)
+class Unread:
+    """A file that could not be read for now and may be a healthy image.
+
+    Attributes:
+        reason: what the system said.
+        soon: whether another attempt within seconds may succeed.
+    """
+
+    reason: str
+    soon: bool = True
+
+
 def is_image(head: bytes) -> bool:
     """Return whether a file that begins with these bytes is an image of a format above.
 
@@ -73,18 +90,22 @@ def is_image(head: bytes) -> bool:
 def decode(path: Path, image_size: int) -> NDArray[np.uint8] | str:
     """Return one image as `square` does, or the reason why it cannot be decoded."""
     image = read_image(path, image_size)
+    if isinstance(image, Unread):
+        return image.reason
     return image if isinstance(image, str) else image.pixels
 
 
-def read_image(file: Path | bytes, image_size: int) -> Decoded | str:
+def read_image(file: Path | bytes, image_size: int) -> Decoded | Unread | str:
     """Decode one file as `square` does, or return the reason why it cannot be decoded.
+
+    An error that tells nothing about the image, such as too many open files, gives an `Unread`.
 
     A JPEG of more than twice the size is decoded at 1/2, 1/4 or 1/8 of its size, which the format
     allows, and scaled from there.
     """
     try:
-        opened = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, "r", _formats())
-        with opened:
+        data = io.BytesIO(file) if isinstance(file, bytes) else io.BufferedReader(_File(file))
+        with data, _open(data) as opened:
             width, height, kind = *opened.size, str(opened.format)
             if width * height > MAX_PIXELS:
                 return f"{width} x {height} pixels, could be a decompression bomb"
@@ -94,11 +115,30 @@ def read_image(file: Path | bytes, image_size: int) -> Decoded | str:
     except FileNotFoundError:
         return "vanished after the folder was listed"
     except PermissionError:
-        return "permission denied"
+        return Unread("permission denied", soon=False)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         return str(error)
     except Exception as error:  # Pillow raises many types on damaged files
-        return _reason(file, error)
+        return unread(error) if may_pass(error) else _reason(error)
+
+
+def unread(error: BaseException) -> Unread:
+    """Return what could not be read because of an error that may pass."""
+    said = error.strerror if isinstance(error, OSError) else "not enough memory"
+    return Unread(f"cannot be read now: {said}")
+
+
+@functools.cache
+def decoders() -> tuple[str, ...]:
+    """Return names and versions of everything that decides which files can be decoded."""
+    known = {*features.modules, *features.codecs, *features.features}
+    libraries = ("libjpeg_turbo", "jpg", "zlib", "libtiff", "webp", "avif")
+    found = [f"{name} {features.version(name)}" for name in libraries if name in known]
+    with suppress(ImportError):
+        import pillow_heif
+
+        found.append(f"pillow_heif {pillow_heif.__version__}")
+    return (f"Pillow {PIL.__version__}", *found)
 
 
 def square(image: Image.Image, image_size: int) -> NDArray[np.uint8]:
@@ -132,6 +172,17 @@ def quiet_warnings() -> Iterator[None]:
         yield
 
 
+class _File(io.FileIO):
+    """A file that is read through Python, so that each error says what the system said.
+
+    libtiff would read the descriptor itself and call a failing disk a damaged image.
+    """
+
+    def fileno(self) -> int:
+        """Refuse to give the descriptor."""
+        raise io.UnsupportedOperation("fileno")
+
+
 @functools.cache
 def _formats() -> tuple[str, ...]:
     Image.init()
@@ -158,12 +209,30 @@ def _largest_level(levels: NDArray[np.float64], *, floating: bool) -> float:
     return max(65535.0, brightest)
 
 
-def _reason(file: Path | bytes, error: Exception) -> str:
-    if isinstance(file, bytes):
-        return "empty file" if not file else f"{type(error).__name__}: {error}"
-    with suppress(OSError):
-        if os.stat(file).st_size == 0:
-            return "empty file"
-    if file.suffix.lower() in (".heic", ".heif") and "HEIF" not in _formats():
-        return "HEIC needs one more package; pip install 'spice-pl[heic]'"
-    return f"{type(error).__name__}: {str(error).replace(str(file), file.name)}"
+def _open(file: BinaryIO) -> ImageFile.ImageFile:
+    """Open an image of a format above, as `Image.open` does."""
+    head = file.read(HEAD_BYTES)
+    for name in _formats():
+        factory, accepts = Image.OPEN[name]
+        if accepts is None or accepts(head) is True:
+            file.seek(0)
+            with suppress(SyntaxError, IndexError, TypeError, struct.error):  # another format
+                return factory(file, "")
+    raise UnidentifiedImageError(_unidentified(head))
+
+
+def _unidentified(head: bytes) -> str:
+    if not head:
+        return "empty file"
+    if head[4:8] == b"ftyp" and is_image(head):
+        if head[8:11] == b"avi" and "AVIF" not in _formats():
+            return "AVIF needs Pillow 11.3 or newer"
+        if "HEIF" not in _formats():
+            return "HEIC needs one more package; pip install 'spice-pl[heic]'"
+    return "cannot identify image file"
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return str(error)
+    return f"{type(error).__name__}: {error}"

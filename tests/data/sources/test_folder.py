@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,11 +20,13 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, features
 
-from spice_pl.data import listing, store
+from spice_pl.data import decode as decode_module
+from spice_pl.data import listing, retry, store
 from spice_pl.data.decode import Decoded, decode, read_image
 from spice_pl.data.images import ImageSet
 from spice_pl.data.sources import folder as module
 from spice_pl.data.sources.folder import folder
+from spice_pl.data.store import Loaded
 from spice_pl.errors import UsageError
 
 S = 4
@@ -264,7 +266,7 @@ def test_interrupted_decoding_is_gone_on_with(
     (root / "1.png").write_bytes(b"")
     read: list[str] = []
 
-    def interrupted(path: Path, image_size: int) -> Decoded | str:
+    def interrupted(path: Path, image_size: int) -> Loaded:
         read.append(path.name)
         if path.name == "7.png" and "0.png" in read:  # the first time
             raise KeyboardInterrupt
@@ -376,7 +378,7 @@ def test_one_process_writes_and_the_others_wait(
         solid(root / f"{i}.png", 10 * i)
     read: list[str] = []
 
-    def slow(path: Path, image_size: int) -> Decoded | str:
+    def slow(path: Path, image_size: int) -> Loaded:
         read.append(path.name)
         time.sleep(0.02)
         return read_image(path, image_size)
@@ -411,6 +413,134 @@ def test_exact_copies_are_counted(
     with caplog.at_level(logging.INFO):
         load()
     assert "2 of 4 images are exact copies of others" in caplog.text
+
+
+# What a skip is worth
+
+
+@pytest.fixture
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retry, "PAUSES_S", (0.0, 0.0))
+
+
+class Disk:
+    """A disk that fails, for some files and some attempts."""
+
+    def __init__(self, error: BaseException, names: Sequence[str], times: int) -> None:
+        self.error, self.left = error, dict.fromkeys(names, times)
+        self.real = decode_module._File
+
+    def __call__(self, path: Path) -> Any:
+        if self.left.get(path.name, 0):
+            self.left[path.name] -= 1
+            raise self.error
+        return self.real(path)
+
+
+PASSING = [OSError(code, os.strerror(code)) for code in (errno.EIO, errno.EMFILE, errno.ESTALE)]
+
+
+@pytest.mark.parametrize("error", [*PASSING, MemoryError()], ids=repr)
+@pytest.mark.usefixtures("no_pauses")
+def test_an_image_that_can_be_read_at_the_third_attempt_is_read(
+    root: Path, load: Callable[..., ImageSet], monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    for i in range(5):
+        solid(root / f"{i}.png", 10 * i)
+    monkeypatch.setattr(decode_module, "_File", Disk(error, ["1.png", "3.png"], 2))
+    images = load(on_bad_image="raise")
+    assert levels(images) == [0, 10, 20, 30, 40]
+    assert not images.skipped
+
+
+@pytest.mark.parametrize("error", [*PASSING, MemoryError()], ids=repr)
+@pytest.mark.usefixtures("no_pauses")
+def test_an_image_that_cannot_be_read_now_is_there_in_the_next_run(
+    root: Path,
+    tmp_path: Path,
+    load: Callable[..., ImageSet],
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+) -> None:
+    for i in range(5):
+        solid(root / f"{i}.png", 10 * i)
+    (root / "0.png").write_bytes(b"")
+    disk = Disk(error, ["1.png", "4.png"], 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(decode_module, "_File", disk)
+        first = load()
+    assert levels(first) == [20, 30]
+    assert [key for key, _ in first.skipped] == ["0.png", "1.png", "4.png"]
+    assert first.skipped[1][1].startswith("cannot be read now: ")
+    disk.left = {"1.png": 1}
+    with monkeypatch.context() as patch:  # one of the two can be read
+        patch.setattr(decode_module, "_File", disk)
+        assert list(load().keys) == ["2.png", "3.png", "4.png"]
+    last = load()
+    assert levels(last) == [10, 20, 30, 40]
+    assert list(last.keys) == ["1.png", "2.png", "3.png", "4.png"]
+    assert list(last.skipped) == [("0.png", "empty file")]
+    assert last.fingerprint == folder(str(root), S, str(tmp_path / "another")).fingerprint
+    assert levels(first) == [20, 30]  # a run that had it open keeps its images
+    assert len(stores(tmp_path)) == 1
+    forbid_decoding(monkeypatch)
+    assert levels(load()) == [10, 20, 30, 40]
+
+
+@pytest.mark.usefixtures("no_pauses")
+def test_ranks_do_not_make_a_store_again(
+    root: Path, load: Callable[..., ImageSet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    solid(root / "1.png", 10)
+    solid(root / "2.png", 20)
+    with monkeypatch.context() as patch:
+        patch.setattr(decode_module, "_File", Disk(PASSING[0], ["1.png"], 3))
+        load()
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert levels(load()) == [20]
+    monkeypatch.delenv("LOCAL_RANK")
+    assert levels(load()) == [10, 20]
+
+
+@pytest.mark.usefixtures("no_pauses")
+def test_a_disk_that_fails_for_many_images_is_an_error(
+    root: Path, load: Callable[..., ImageSet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"{i:02}.png" for i in range(30)]
+    for i, name in enumerate(names):
+        solid(root / name, i)
+    monkeypatch.setattr(store, "STEP_IMAGES", (10, 10))
+    with monkeypatch.context() as patch:
+        patch.setattr(decode_module, "_File", Disk(PASSING[0], names[12:], 9))
+        with pytest.raises(
+            UsageError, match=r"11 images of .* cannot be read, the last is 22\.png"
+        ):
+            load()
+    assert levels(load()) == list(range(30))
+
+
+def test_other_decoders_try_what_was_skipped_again(
+    root: Path, load: Callable[..., ImageSet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(4):
+        solid(root / f"{i}.png", 10 * i)
+    (root / "1.png").write_bytes(b"")
+    image = Image.new("RGB", (S, S), (20, 20, 20))
+    image.save(root / "2.png", "WEBP", lossless=True)
+    formats = tuple(name for name in decode_module._formats() if name != "WEBP")
+    with monkeypatch.context() as patch:  # a Pillow without WebP
+        patch.setattr(decode_module, "_formats", lambda: formats)
+        patch.setattr(store, "decoders", lambda: ("Pillow 1",))
+        first = load()
+        assert levels(first) == [0, 30]
+        forbid_decoding(patch)
+        load()  # the same decoders decide the same
+    again = load()
+    assert list(zip(again.keys, levels(again), strict=True)) == [
+        *(("0.png", 0), ("2.png", 20), ("3.png", 30))
+    ]
+    forbid_decoding(monkeypatch)
+    assert levels(load()) == [0, 20, 30]
 
 
 # Bad input
@@ -534,7 +664,7 @@ def test_a_file_that_changes_while_the_folder_is_read_is_left_out(
     for i in range(4):
         solid(root / f"{i}.png", 10 * i)
 
-    def meanwhile(path: Path, image_size: int) -> Decoded | str:
+    def meanwhile(path: Path, image_size: int) -> Loaded:
         if path.name == "1.png":
             path.unlink()
         if path.name == "2.png":
@@ -559,25 +689,27 @@ def test_a_file_that_must_not_be_read_is_left_out_until_it_may(
 ) -> None:
     solid(root / "1.png", 10)
     solid(root / "2.png", 20)
-    real_open, real_access = Image.open, os.access
+    real_file, real_access = decode_module._File, os.access
 
-    def refused(file: Any, *more: Any) -> Any:
-        if str(file).endswith("1.png"):
+    def refused(file: Path) -> Any:
+        if file.name == "1.png":
             raise PermissionError(13, "Permission denied", str(file))
-        return real_open(file, *more)
+        return real_file(file)
 
     def access(file: Any, mode: int) -> bool:
         return not str(file).endswith("1.png") and real_access(file, mode)
 
     with monkeypatch.context() as patch:  # a test that runs as root may read everything
-        patch.setattr(Image, "open", refused)
+        patch.setattr(decode_module, "_File", refused)
         if when == "before":
             patch.setattr(os, "access", access)
         images = load()
     assert levels(images) == [20]
     assert list(images.skipped) == [("1.png", "permission denied")]
-    if when == "before":
-        assert levels(load()) == [10, 20]
+    again = load()
+    assert list(again.keys) == ["1.png", "2.png"]
+    assert levels(again) == [10, 20]
+    assert not again.skipped
 
 
 def test_a_pipe_is_no_image(root: Path, load: Callable[..., ImageSet]) -> None:

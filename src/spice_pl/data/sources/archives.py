@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spice_pl.data.decode import SUFFIXES, Decoded, read_image
+from spice_pl.data.decode import SUFFIXES, read_image
 from spice_pl.data.images import ImageSet
 from spice_pl.data.listing import leaves
 from spice_pl.data.sources.table import class_labels
-from spice_pl.data.store import Source, Stored, open_store
+from spice_pl.data.store import Loaded, Source, Stored, open_store
 from spice_pl.errors import UsageError
 
 MAX_BYTES = 1 << 30  # largest encoded image
@@ -75,7 +75,7 @@ def shards(
             raise UsageError(f"no image in the {len(files)} tar files of dataset.root={root}")
         return Source(f"dataset.root={root}", [each.key for each in members()], load)
 
-    def load(i: int) -> Decoded | str:
+    def load(i: int) -> Loaded:
         member = members()[i]
         if member.size > MAX_BYTES:
             return f"{member.size / 1e9:.1f} GB; no image is that large"
@@ -142,7 +142,7 @@ def hugging_face(
             raise UsageError(f"dataset.root={root} has no column {column!r}; it has {there}")
     encoded = rows.cast_column(image_column, datasets.Image(decode=False))
 
-    def load(i: int) -> Decoded | str:
+    def load(i: int) -> Loaded:
         image = encoded[i][image_column]
         if image is None:
             return "no image"

@@ -15,7 +15,7 @@ from PIL import Image
 from spice_pl.data.decode import Decoded, square
 from spice_pl.data.images import ImageSet, fingerprint
 from spice_pl.data.sources.table import class_labels
-from spice_pl.data.store import Source, open_store
+from spice_pl.data.store import Loaded, Source, open_store
 from spice_pl.errors import UsageError
 
 
@@ -72,7 +72,7 @@ def array(
             protocol=protocol,
         )
 
-    def load(i: int) -> Decoded | str:
+    def load(i: int) -> Loaded:
         row = np.asarray(rows[i])  # (H, W, channels)
         if row.dtype != np.uint8:
             if not np.isfinite(row).all():

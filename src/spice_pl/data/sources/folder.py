@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from spice_pl.data.decode import FORMATS, Decoded, read_image
+from spice_pl.data.decode import FORMATS, Unread, read_image
 from spice_pl.data.images import ImageSet
 from spice_pl.data.listing import (
     DENIED,
     GONE,
+    UNREAD,
     Found,
     LeftOut,
     Note,
@@ -25,7 +26,7 @@ from spice_pl.data.listing import (
     size_and_time,
 )
 from spice_pl.data.sources.table import class_labels, read_table
-from spice_pl.data.store import Source, Stored, open_store
+from spice_pl.data.store import Loaded, Source, Stored, open_store
 from spice_pl.errors import UsageError
 
 logger = logging.getLogger(__name__)
@@ -159,8 +160,10 @@ def add_left_out(images: ImageSet, left_out: LeftOut) -> ImageSet:
     )
 
 
-def _load(root: Path, files: Found, image_size: int, i: int) -> Decoded | str:
+def _load(root: Path, files: Found, image_size: int, i: int) -> Loaded:
     path = root / files.paths[i]
+    if files.sizes[i] == UNREAD:
+        return Unread("could not be looked at")
     if files.sizes[i] in REASONS:
         return REASONS[files.sizes[i]]
     if not path.is_file():  # opening a pipe would block

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-from spice_pl.data.decode import Decoded, read_image
+from spice_pl.data.decode import read_image
 from spice_pl.data.images import ImageSet
 from spice_pl.data.listing import Search, leaves, look
 from spice_pl.data.sources.folder import add_left_out, open_files
 from spice_pl.data.sources.table import class_labels
-from spice_pl.data.store import Source, open_store
+from spice_pl.data.store import Loaded, Source, open_store
 from spice_pl.errors import UsageError
 
 logger = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ def tiny_imagenet(
         paths += sorted(annotated)
         truth += [annotated[path] for path in sorted(annotated)]
 
-    def load(i: int) -> Decoded | str:
+    def load(i: int) -> Loaded:
         try:
             data = tree.read(paths[i])
         except (OSError, KeyError, zipfile.BadZipFile, zlib.error) as error:
