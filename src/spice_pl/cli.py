@@ -29,5 +29,14 @@ def main() -> None:
     os.environ[command.NAME] = "spice" if Path(sys.argv[0]).stem == "spice" else "python train.py"
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(usage(conf_folder()))
-    else:
+        return
+    if any(word.startswith("--e") for word in sys.argv[1:]):  # argparse takes any beginning of it
+        print(
+            "error: --experimental-rerun reads a pickle, which can hold code; give the settings",
+            file=sys.stderr,
+        )
+        raise SystemExit(2)
+    from spice_pl.job.guard import checked_hydra
+
+    with checked_hydra():
         run_job()
