@@ -2,7 +2,8 @@
 
 Edits speak of the clusters as they were reviewed. They are taken in this order: images are moved,
 clusters are merged, clusters are split. The clusters that are left keep their order and are
-numbered anew from 0; the further parts of split ones come last. docs/review.md describes the file.
+numbered again from 0; the further parts of split ones come last. docs/how-to/review.md
+describes the file.
 
 Shapes: N images, K clusters before and L after, D features.
 """

@@ -115,7 +115,7 @@ class RunFolder:
         if self.similarity == "cosine":
             return F.normalize(torch.from_numpy(np.array(self.features)))
         if (self.path / EMBEDDINGS).is_file():
-            return as_tensor(self._array(EMBEDDINGS))
+            return as_tensor(self._array(EMBEDDINGS, np.dtype(np.float32), 2))
         return smoothed_embeddings(
             as_tensor(self.features), fit_index=_fit_index(train_index, self)
         )
