@@ -153,13 +153,13 @@ class ProtoHeadModule(Stage):
         self.selection = selection
         self.joint, self.moves, self.entropy = joint != "none", moves, entropy
         self.head_losses, self.has_floor = losses[loss], loss == "double_softmax"
-        self.pseudo_labels = partial(
+        self.prototype_pseudo_labels = partial(
             prototype_pseudo_labels,
             confident_ratio=confident_ratio,
             select_ratio=select_ratio,
             overlap=overlap,
         )
-        self.estimate = partial(
+        self.prototype_shares = partial(
             prototype_shares,
             confident_ratio=confident_ratio,
             select_ratio=select_ratio,
@@ -169,12 +169,12 @@ class ProtoHeadModule(Stage):
         # (H, K), kept in checkpoints; None for equal shares, which need no memory.
         self.register_buffer("shares", None if shares is None else shares.repeat(num_heads, 1))
         self.estimated = prior == "estimated"
-        self._views: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._cycle: list[tuple[Tensor, Tensor, Tensor]] = []
 
     @property
     def resumable(self) -> bool:
         """Between two cycles: the embedded views of a buffer are in no checkpoint."""
-        return not self._views
+        return not self._cycle
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the selected head's probabilities (B, K) of images (B, 3, S, S)."""
@@ -183,21 +183,21 @@ class ProtoHeadModule(Stage):
 
     def training_step(self, batch: Views, batch_idx: int) -> Tensor | None:
         """Embed views; when the buffer is full take an E-step and an M-step (Algorithm 1)."""
-        self._views.append((batch.index, *self.branches.embed(batch)))
+        self._cycle.append((batch.index, *self.view_features.embed(batch)))
         if (batch_idx + 1) % self.batches_per_cycle:
             return None
         index, weak, strong = (
-            self.across_buffer(list(part)) for part in zip(*self._views, strict=True)
+            self.across_buffer(list(part)) for part in zip(*self._cycle, strict=True)
         )
-        self._views.clear()
+        self._cycle.clear()
         with torch.no_grad():
             probs = self.heads(weak)  # (H, M, K)
         # E-step, Eqs. 2-4: prototypes live in the embeddings of the untransformed images.
         embeddings = self.embeddings[index]
         if self.estimated and self.shares is not None:
-            found = self.estimate(embeddings, probs, shares=self.shares)  # (H, K)
+            found = self.prototype_shares(embeddings, probs, shares=self.shares)  # (H, K)
             self.shares.lerp_(found.to(self.shares.dtype), SHARES_RATE)
-        slots, label = self.pseudo_labels(embeddings, probs, shares=self.shares)
+        slots, label = self.prototype_pseudo_labels(embeddings, probs, shares=self.shares)
         losses = self._maximise(strong, slots, label, batch_idx)  # (H,)
         if batch_idx + 1 == self.trainer.num_training_batches:
             self._select()
@@ -258,9 +258,9 @@ class ProtoHeadModule(Stage):
         stream = streams["images"]
         self.batches_per_cycle = math.ceil(size / stream.batch_size)
         self.train_index = torch.from_numpy(images.train_index)
-        self.branches = self._branches(upstream)
+        self.view_features = self._make_view_features(upstream)
         complete = replace(
-            self.branches.stream(stream),
+            self.view_features.stream(stream),
             num_samples=num_train // size * size,
             group_size=size,
             drop_last=False,
@@ -278,26 +278,26 @@ class ProtoHeadModule(Stage):
 
     def predict(self, batch: Views) -> Prediction:
         """Return features, those stored if the encoder is frozen, and the kept head's probs."""
-        features = self.branches.predict(batch)
+        features = self.view_features.predict(batch)
         return Prediction(batch.index, features, self.selected(features))
 
     def on_fit_start(self) -> None:
         """Put the embeddings of the untransformed images (N, D) where the heads are."""
         self.embeddings = F.normalize(self.features.to(self.device))
-        self.branches.on_fit_start()
+        self.view_features.on_fit_start()
         if self.has_floor:
             floor = double_softmax_floor(self.num_clusters)
             logger.info("the double-softmax loss cannot fall below %.3f nats", floor)
 
     def on_train_epoch_start(self) -> None:
         """Set the encoder's mode anew: Lightning has just put every module in train mode."""
-        self.branches.on_epoch_start()
-        self._views.clear()
+        self.view_features.on_epoch_start()
+        self._cycle.clear()
 
     def on_train_end(self) -> None:
-        """End what the branches began."""
+        """Remove what the source of features left on disk."""
         super().on_train_end()
-        self.branches.on_train_end()
+        self.view_features.on_train_end()
 
     def across_buffer(self, parts: list[Tensor]) -> Tensor:
         """Join a cycle's batches of all ranks in the order in which they were drawn."""
@@ -313,7 +313,7 @@ class ProtoHeadModule(Stage):
             for chosen in torch.split(order, self.head_batch_size):
                 if len(chosen) < self.head_batch_size:
                     break  # the incomplete last batch is dropped
-                logits = self.heads.logits(self.branches.read(strong, slots[:, chosen]))
+                logits = self.heads.logits(self.view_features.read(strong, slots[:, chosen]))
                 losses = self.head_losses(logits, label[..., chosen])  # (H, B, K) -> (H,), Eq. 5
                 loss = losses.sum()  # each head learns as if alone: Adam forgets a factor 1/H
                 if self.entropy:
@@ -336,13 +336,13 @@ class ProtoHeadModule(Stage):
         Or, with `selection="mutual_information"`, those of the highest information.
         """
         train_index = self.train_index.to(self.device)
-        features = self.branches.plain(self.train_index)  # (N, D)
+        features = self.view_features.plain(self.train_index)  # (N, D)
         embeddings = self.embeddings[train_index]
         losses, information, num_empty = [], [], []
         for head in range(self.heads.num_heads):  # one at a time: (N, K) and not (H, N, K)
             probs = self.heads.head(head)(features)
             shares = None if self.shares is None else self.shares[head]
-            slots, label = self.pseudo_labels(embeddings, probs, shares=shares)
+            slots, label = self.prototype_pseudo_labels(embeddings, probs, shares=shares)
             # Clusters count alike: a head must not win by clusters that it emptied.
             balanced = shares is not None
             losses.append(double_softmax_cross_entropy(probs[slots], label, balanced=balanced))
@@ -365,7 +365,7 @@ class ProtoHeadModule(Stage):
             self.best_head.copy_(head_index)
             self.best_epoch.fill_(self.current_epoch)
             self.selected.load_state_dict(self.heads.head(chosen).state_dict())
-            self.branches.keep()
+            self.view_features.keep()
         self.record("val/best_selection_loss", self.best_loss)
 
     def _warn_of_empty(self, num_empty: int) -> None:
@@ -387,7 +387,7 @@ class ProtoHeadModule(Stage):
             way,
         )
 
-    def _branches(self, upstream: RunFolder) -> FrozenViews:
+    def _make_view_features(self, upstream: RunFolder) -> FrozenViews:
         """Choose where features of views come from."""
         if self.moves:
             upstream.load_weights("encoder.safetensors", self.kept_encoder)

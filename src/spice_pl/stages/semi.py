@@ -34,10 +34,10 @@ from spice_pl.functional.consistency import (
 from spice_pl.functional.kmeans import cosine_kmeans
 from spice_pl.functional.momentum import ema_update_
 from spice_pl.functional.selectors import OracleLabels
-from spice_pl.nn.heads import ClusterHead, LinearHead, head_of
+from spice_pl.nn.heads import ClusterHead, LinearHead
 from spice_pl.nn.thresholds import Threshold
 from spice_pl.runs.folder import RunFolder
-from spice_pl.stages.base import Prediction, Stage, check_word, width_of
+from spice_pl.stages.base import Prediction, Stage, check_word, load_clustering, width_of
 from spice_pl.stages.semi_labels import LabelSource, Selector
 
 INIT = ("joint", "encoder", "scratch")
@@ -340,15 +340,12 @@ class SemiSupervisedModule(Stage):
                 f"{self.name}.module.init={self.init} starts from an upstream's encoder and "
                 f"{self.name}.upstream is null; name one or use {self.name}.module.init=scratch"
             )
-        upstream.load_weights("encoder.safetensors", self.encoder)
-        if self.init == "joint":
-            if not (upstream.path / "head.safetensors").is_file():
-                raise UsageError(
-                    f"{upstream.path} has no head.safetensors, which {self.name}.module.init=joint "
-                    f"goes on from; use {self.name}.module.init=encoder"
-                )
-            state = upstream.read_weights("head.safetensors")
-            if ("hidden.weight" in state) != isinstance(self.head, ClusterHead):
-                self.head = head_of(state)
-                self.ema_head = copy.deepcopy(self.head).requires_grad_(False)
-            upstream.load_weights("head.safetensors", self.head)
+        if self.init == "encoder":
+            upstream.load_weights("encoder.safetensors", self.encoder)
+            return
+        way_out = (
+            f"{self.name}.module.init=joint continues from a head; use "
+            f"{self.name}.module.init=encoder"
+        )
+        self.head = load_clustering(upstream, self.encoder, self.head, way_out)
+        self.ema_head = copy.deepcopy(self.head).requires_grad_(False)
