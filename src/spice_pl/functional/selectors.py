@@ -1,7 +1,7 @@
 """Which samples get a label: selectors of semi-supervised methods.
 
 Each maps the embeddings and probabilities of all training samples, as a clustering left them, to a
-`Selection`. `OracleLabels` is different: it alone reads true labels.
+`SelectedLabels`. `OracleLabels` is different: it alone reads true labels.
 
 Shapes: N samples, D embedding width, K clusters.
 """
@@ -19,7 +19,7 @@ from spice_pl.functional.reliability import Balance, local_consistency, select_r
 
 
 @dataclass(frozen=True)
-class Selection:
+class SelectedLabels:
     """The labels that a selector gives, and what each of its rules let pass.
 
     Attributes:
@@ -42,7 +42,7 @@ def reliable_labels(
     agreement: float = 0.95,
     confidence: float = 0.99,
     balance: Balance = "min",
-) -> Selection:
+) -> SelectedLabels:
     """Label the samples whose neighbours and head agree: SPICE, Eqs. 6-7.
 
     Args:
@@ -82,7 +82,7 @@ def reliable_labels(
         f"confidence > {confidence}": int(sure.sum()),
         "both": int((agrees & sure).sum()),
     }
-    return Selection(torch.where(reliable, clusters, -1), passed)
+    return SelectedLabels(torch.where(reliable, clusters, -1), passed)
 
 
 def clusmatch_labels(
@@ -93,7 +93,7 @@ def clusmatch_labels(
     *,
     fraction: float = 0.1,
     branch: Literal["auto", "head", "features"] = "auto",
-) -> Selection:
+) -> SelectedLabels:
     """Label each cluster's surest samples: ClusMatch, both branches.
 
     Args:
@@ -122,11 +122,11 @@ def clusmatch_labels(
     if branch == "head" or (branch == "auto" and probs is not None):
         probs = _needed("probs", probs)
         score, clusters = probs.var(dim=1), probs.argmax(dim=1)
-        return Selection(best_of_each(score, clusters, num_clusters, fraction, generator))
+        return SelectedLabels(best_of_each(score, clusters, num_clusters, fraction, generator))
     embeddings = _needed("embeddings", embeddings)
     clusters, centres = cosine_kmeans(embeddings, num_clusters, generator=generator)
     near = torch.nn.functional.cosine_similarity(embeddings, centres[clusters], dim=1)
-    return Selection(best_of_each(near, clusters, num_clusters, fraction, generator))
+    return SelectedLabels(best_of_each(near, clusters, num_clusters, fraction, generator))
 
 
 def confident_labels(
@@ -136,7 +136,7 @@ def confident_labels(
     generator: torch.Generator | None = None,
     *,
     fraction: float = 0.1,
-) -> Selection:
+) -> SelectedLabels:
     """Label the samples of largest probability in each predicted cluster.
 
     Args:
@@ -153,7 +153,7 @@ def confident_labels(
         ValueError: probs are missing, or the budget is 0 samples a cluster.
     """
     confidence, clusters = _needed("probs", probs).max(dim=1)
-    return Selection(best_of_each(confidence, clusters, num_clusters, fraction, generator))
+    return SelectedLabels(best_of_each(confidence, clusters, num_clusters, fraction, generator))
 
 
 def random_labels(
@@ -163,7 +163,7 @@ def random_labels(
     generator: torch.Generator | None = None,
     *,
     fraction: float = 0.1,
-) -> Selection:
+) -> SelectedLabels:
     """Label a random draw of each predicted cluster: what a selector is compared with.
 
     Args:
@@ -181,7 +181,7 @@ def random_labels(
     """
     clusters = _needed("probs", probs).argmax(dim=1)
     score = torch.zeros(len(clusters))
-    return Selection(best_of_each(score, clusters, num_clusters, fraction, generator))
+    return SelectedLabels(best_of_each(score, clusters, num_clusters, fraction, generator))
 
 
 @dataclass(frozen=True)
@@ -196,14 +196,14 @@ class OracleLabels:
 
     num_labels: int | None = None
 
-    def __call__(self, truth: Tensor, generator: torch.Generator | None = None) -> Selection:
+    def __call__(self, truth: Tensor, generator: torch.Generator | None = None) -> SelectedLabels:
         """Return the labels of a class-balanced random draw; truth (N,) is -1 where unknown.
 
         Raises:
             ValueError: there are fewer labels than classes.
         """
         if self.num_labels is None:
-            return Selection(truth)
+            return SelectedLabels(truth)
         classes = torch.bincount(truth[truth >= 0]).nonzero()[:, 0]
         per_class = self.num_labels // max(1, len(classes))
         if not per_class:
@@ -216,7 +216,7 @@ class OracleLabels:
         for each in classes:
             members = (truth == each).nonzero()[:, 0]
             label[members[tickets[members].argsort()[:per_class]]] = each
-        return Selection(label)
+        return SelectedLabels(label)
 
 
 def best_of_each(
