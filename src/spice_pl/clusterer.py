@@ -91,6 +91,7 @@ class SpiceClusterer(ClusterMixin, BaseEstimator):  # type: ignore[misc]
                 seed = int(check_random_state(seed).randint(2**31))
             overrides = [
                 "dataset=folder",
+                "recipe=scratch",
                 f"dataset.root={_quoted(root)}",
                 f"dataset.num_clusters={self.n_clusters}",
                 *([] if size is None else [f"dataset.image_size={size}"]),

@@ -16,7 +16,8 @@ from tests.wandb_file import read_run
 
 from spice_pl.callbacks.dashboards import assignments, cluster_pictures, confusion, run_id
 from spice_pl.data.images import ImageSet
-from spice_pl.runs.folder import ClusterTable, RunFolder
+from spice_pl.runs.clusters import ClusterTable
+from spice_pl.runs.folder import RunFolder
 
 STAGE_KEYS = {
     "moco": {"train/loss", "train/embedding_std"},

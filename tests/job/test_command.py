@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tests.conftest import make_job
+from tests.conftest import make_job, run_as_a_person_does
 from tests.process import train
 
 from spice_pl.errors import UsageError
@@ -52,7 +52,7 @@ def test_mistakes_end_with_one_message_and_code_2(
         f"runs_dir={tmp_path}",
     )
     with pytest.raises(SystemExit) as stopped:
-        run._with_clear_errors(job)
+        run_as_a_person_does(job)
     assert stopped.value.code == 2
     message = capsys.readouterr().err.strip()
     expected = (

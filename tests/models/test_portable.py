@@ -1,4 +1,4 @@
-"""model.spice: it answers as the run did, on any image, and refuses what it cannot read."""
+"""A model.spice predicts as the run that wrote it, and a file that cannot be read is refused."""
 
 from __future__ import annotations
 
@@ -21,9 +21,7 @@ from spice_pl.functional.neighbors import nearest_neighbors
 from spice_pl.job.run import run_stages
 from spice_pl.models.portable import (
     FORMAT,
-    Known,
     PortableModel,
-    choose_known,
     portable_settings,
 )
 from spice_pl.nn.heads import ClusterHead
@@ -34,7 +32,7 @@ def model_file(straight: Finished, stage: str = "fixmatch") -> Path:
 
 
 @pytest.mark.parametrize("stage", ["proto", "fixmatch"])
-def test_it_answers_as_the_run_that_wrote_it(straight: Finished, stage: str) -> None:
+def test_predictions_are_those_of_the_run_that_wrote_it(straight: Finished, stage: str) -> None:
     model = spice_pl.load(straight.folder(stage).path)
     found = model.predict(straight.runs.parent / "my photos")
     probs = straight.folder(stage).probs
@@ -44,7 +42,7 @@ def test_it_answers_as_the_run_that_wrote_it(straight: Finished, stage: str) -> 
     assert model.about["fingerprint"] == straight.folder(stage).metrics["fingerprint"]
     features = torch.tensor(straight.folder(stage).features)
     exact, _ = nearest_neighbors(features, features, 3)
-    np.testing.assert_allclose(found.similarity, exact, atol=2e-3)  # known ones are float16
+    np.testing.assert_allclose(found.similarity, exact, atol=2e-3)  # known embeddings are float16
     assert (np.diff(found.similarity, axis=1) <= 0).all()
     number = {key: i for i, key in enumerate(found.keys)}
     for i, row in enumerate(found.nearest):
@@ -52,7 +50,7 @@ def test_it_answers_as_the_run_that_wrote_it(straight: Finished, stage: str) -> 
         np.testing.assert_allclose(cosines, exact[i], atol=2e-3)
 
 
-def test_a_file_of_an_earlier_release_answers_as_it_did() -> None:
+def test_a_file_of_an_earlier_release_predicts_as_before() -> None:
     model = spice_pl.load(Path(__file__).parent / "files" / "before_the_rooms.spice")
     images = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), dtype=np.uint8)
     found = model.predict(images)
@@ -65,12 +63,12 @@ def test_a_file_of_an_earlier_release_answers_as_it_did() -> None:
     assert list(found.nearest[0]) == ["982", "1070", "1152"]
 
 
-def test_a_stage_without_clusters_leaves_none(straight: Finished) -> None:
+def test_a_stage_without_clusters_has_no_model_file(straight: Finished) -> None:
     with pytest.raises(UsageError, match=r"not exist; give the model\.spice of a finished run"):
         spice_pl.load(straight.folder("moco").path)
 
 
-def test_it_holds_weights_and_plain_json_only(straight: Finished) -> None:
+def test_the_file_holds_weights_and_plain_json(straight: Finished) -> None:
     with safe_open(model_file(straight), "pt") as opened:
         header = json.loads(opened.metadata()["spice_pl"])
     assert header["format"] == FORMAT
@@ -81,7 +79,7 @@ def test_it_holds_weights_and_plain_json_only(straight: Finished) -> None:
     assert {"fingerprint", "versions", "stage", "seed"} <= header["about"].keys()
 
 
-def test_images_may_be_given_in_many_ways(straight: Finished, tmp_path: Path) -> None:
+def test_images_of_every_kind_are_predicted_alike(straight: Finished, tmp_path: Path) -> None:
     model = spice_pl.load(model_file(straight))
     array = photographs()
     expected = model.predict(straight.runs.parent / "my photos").clusters.tolist()
@@ -111,7 +109,7 @@ def test_images_of_any_size_and_mode_are_predicted(straight: Finished, mode: str
     assert 1 / NUM_CLASSES <= found.confidence[0] <= 1
 
 
-def test_not_sure_is_what_does_not_pass_the_threshold(straight: Finished) -> None:
+def test_images_at_or_below_the_threshold_are_not_sure(straight: Finished) -> None:
     model = spice_pl.load(model_file(straight))
     sure = model.predict(photographs()).confidence
     model.threshold = float(np.median(sure))
@@ -120,7 +118,7 @@ def test_not_sure_is_what_does_not_pass_the_threshold(straight: Finished) -> Non
     assert 0 < found.not_sure.sum() < NUM_IMAGES
 
 
-def test_bad_files_are_left_out_and_named(straight: Finished, tmp_path: Path) -> None:
+def test_undecodable_files_are_skipped_and_named(straight: Finished, tmp_path: Path) -> None:
     model = spice_pl.load(model_file(straight))
     good, bad = tmp_path / "a.png", tmp_path / "b.png"
     Image.fromarray(photographs()[0]).save(good)
@@ -135,12 +133,12 @@ def test_bad_files_are_left_out_and_named(straight: Finished, tmp_path: Path) ->
 @pytest.mark.parametrize(
     "array", [np.zeros((2, 8, 8, 3)), np.zeros((2, 8, 8, 4), np.uint8), np.zeros(8, np.uint8)]
 )
-def test_arrays_that_are_no_images_are_refused(straight: Finished, array: Any) -> None:
+def test_arrays_that_are_not_images_are_refused(straight: Finished, array: Any) -> None:
     with pytest.raises(UsageError, match="give uint8 levels 0 to 255 as"):
         spice_pl.load(model_file(straight)).predict(array)
 
 
-def test_names_are_kept_over_a_save(straight: Finished, tmp_path: Path) -> None:
+def test_names_survive_saving(straight: Finished, tmp_path: Path) -> None:
     model = spice_pl.load(model_file(straight))
     model.names = ["cats", "dogs <b>", "ö"]
     model.save(tmp_path / "named.spice")
@@ -152,26 +150,21 @@ def test_names_are_kept_over_a_save(straight: Finished, tmp_path: Path) -> None:
     assert one.nearest == other.nearest
 
 
-def test_names_given_in_a_review_are_taken(finished: Finished) -> None:
+def test_names_given_in_a_review_are_used(finished: Finished) -> None:
     model_file(finished).with_name("names.json").write_text('{"1": "dogs"}')
     assert spice_pl.load(model_file(finished)).names == ["cluster 0", "dogs", "cluster 2"]
 
 
-def test_a_model_can_be_pickled_by_those_who_must(straight: Finished) -> None:
+def test_a_model_can_be_pickled(straight: Finished) -> None:
     model: PortableModel = pickle.loads(pickle.dumps(spice_pl.load(model_file(straight))))  # noqa: S301
     assert len(model.predict(photographs())) == NUM_IMAGES
 
 
-def test_known_images_are_optional_and_few(finished: Finished) -> None:
+def test_a_model_without_known_images_predicts(finished: Finished) -> None:
     run_stages(finished.job("stage=fixmatch", "known_images=0", "overwrite=true"))
     found = spice_pl.load(model_file(finished)).predict(photographs())
     assert found.similarity.shape == (NUM_IMAGES, 0)
     assert found.nearest == [[]] * NUM_IMAGES
-    features = np.eye(10, dtype=np.float32)
-    known = choose_known([str(i) for i in range(10)], features, features, most=4)
-    assert isinstance(known, Known)
-    assert known.keys == ["0", "3", "6", "9"]
-    assert known.clusters.tolist() == [0, 3, 6, 9]
 
 
 def damage(straight: Finished, tmp_path: Path, **changes: Any) -> Path:
@@ -184,7 +177,7 @@ def damage(straight: Finished, tmp_path: Path, **changes: Any) -> Path:
     return target
 
 
-def test_a_file_of_a_newer_release_is_named(straight: Finished, tmp_path: Path) -> None:
+def test_a_file_of_a_newer_release_is_refused(straight: Finished, tmp_path: Path) -> None:
     file = damage(straight, tmp_path, format=FORMAT + 1, settings=None)
     message = rf"written by a newer spice-pl \(format {FORMAT + 1}, this release reads up to 1\)"
     with pytest.raises(UsageError, match=message):
@@ -192,7 +185,7 @@ def test_a_file_of_a_newer_release_is_named(straight: Finished, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("content", [b"", b"no such file", b"\xff" * 200, None, "cut"])
-def test_a_damaged_file_is_one_clear_message(
+def test_a_damaged_file_is_refused(
     straight: Finished, tmp_path: Path, content: bytes | str | None
 ) -> None:
     file = tmp_path / "damaged.spice"
@@ -202,12 +195,12 @@ def test_a_damaged_file_is_one_clear_message(
         file.write_bytes(model_file(straight).read_bytes()[:-100])
     else:  # safetensors of something else
         save_file({"a": torch.zeros(1)}, file)
-    with pytest.raises(UsageError, match=r"is damaged or no model\.spice"):
+    with pytest.raises(UsageError, match=r"is damaged or not a model\.spice"):
         spice_pl.load(file)
 
 
-def test_a_header_without_a_field_is_a_damaged_file(straight: Finished, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"is damaged or no model\.spice"):
+def test_a_header_that_lacks_a_field_is_a_damaged_file(straight: Finished, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"is damaged or not a model\.spice"):
         spice_pl.load(damage(straight, tmp_path, settings={}))
 
 
@@ -215,15 +208,13 @@ def test_a_header_without_a_field_is_a_damaged_file(straight: Finished, tmp_path
     "target",
     ["os.system", "spice_pl.nn.heads.math.exp", "spice_pl.nn.resnet.nn", "torchvision.models.os"],
 )
-def test_a_file_cannot_call_what_is_no_network(
-    straight: Finished, tmp_path: Path, target: str
-) -> None:
+def test_a_file_can_only_build_networks(straight: Finished, tmp_path: Path, target: str) -> None:
     settings = {"encoder": {"_target_": target, "command": "true"}}
     with pytest.raises(UsageError, match=f"asks for {target}, which is none of spice_pl"):
         spice_pl.load(damage(straight, tmp_path, settings=settings))
 
 
-def test_a_network_of_ones_own_needs_leave(straight: Finished, tmp_path: Path) -> None:
+def test_a_network_of_your_own_must_be_allowed(straight: Finished, tmp_path: Path) -> None:
     with safe_open(model_file(straight), "pt") as opened:
         settings = json.loads(opened.metadata()["spice_pl"])["settings"]
     settings["encoder"]["_target_"] = "tests.stages.small.SmallBackbone"
@@ -232,7 +223,7 @@ def test_a_network_of_ones_own_needs_leave(straight: Finished, tmp_path: Path) -
         spice_pl.load(file)
 
 
-def test_a_head_of_ones_own_has_no_description() -> None:
+def test_a_head_of_your_own_has_no_settings() -> None:
     assert portable_settings({}, torch.nn.Linear(2, 2), {}) is None
     described = portable_settings({}, ClusterHead(8, 4, 3), {})
     assert described is not None
@@ -250,7 +241,7 @@ def test_loading_leaves_random_numbers_as_they_were(straight: Finished) -> None:
     assert torch.equal(before, torch.random.get_rng_state())
 
 
-def test_a_run_folder_is_named_where_it_has_none(tmp_path: Path) -> None:
+def test_a_folder_without_a_model_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="does not exist"):
         spice_pl.load(tmp_path)
     assert make_job().cfg.known_images == 10_000

@@ -11,6 +11,7 @@ from torch import nn
 
 from spice_pl.errors import UsageError
 from spice_pl.nn.weights import load_strictly
+from spice_pl.runs.clusters import ClusterTable
 from spice_pl.runs.folder import RunFolder, as_tensor
 from spice_pl.system.files import atomic
 
@@ -134,13 +135,14 @@ def test_artifacts_of_a_replaced_upstream_are_refused(tmp_path: Path) -> None:
 def test_clusters_have_one_line_an_image(tmp_path: Path) -> None:
     # Commas, quotes, line ends and bytes that are no UTF-8 are all allowed in a file's name.
     names = ["a,b.png", 'say "x".png', "two\nlines.png", "ü 日.png", os.fsdecode(b"\xff.png")]
-    RunFolder(tmp_path).write_clusters(
+    table = ClusterTable(
         names,
         np.array([2, 0, 1, 0, 2]),
         np.array([0.99999, 0.5, 0.25, 1.0, 0.123456], np.float32),
         np.array([1.0, 0.0, 0.5, 0.25, 0.75], np.float32),
         np.array([True, False, False, True, False]),
     )
+    RunFolder(tmp_path).write_clusters(table)
     file = tmp_path / "clusters.csv"
     with file.open(newline="", encoding="utf-8", errors="surrogateescape") as opened:
         rows = list(csv.DictReader(opened))
@@ -155,5 +157,7 @@ def test_clusters_have_one_line_an_image(tmp_path: Path) -> None:
 def test_columns_of_different_lengths_are_no_table(tmp_path: Path) -> None:
     one = np.ones(1, np.float32)
     with pytest.raises(ValueError, match="argument"):
-        RunFolder(tmp_path).write_clusters(["a", "b"], np.array([0, 1]), one, one, np.array([True]))
+        RunFolder(tmp_path).write_clusters(
+            ClusterTable(["a", "b"], np.array([0, 1]), one, one, np.array([True]))
+        )
     assert list(tmp_path.iterdir()) == []

@@ -255,12 +255,15 @@ def test_truth_shows_the_chosen_head_beside_the_best_one(
     monitor = TruthMonitor(np.arange(N) % K, K)
     logged: dict[str, float] = {}
     monkeypatch.setattr(module, "log", lambda name, value, **_: logged.update({name: value}))
-    module.epoch_head = 1
+    module.chosen_head = 1
     trainer = pl.Trainer(logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    module.trainer = trainer
+    module.on_validation_epoch_start()
     monitor.on_validation_epoch_start(trainer, module)
     with torch.no_grad():
         for part in torch.split(torch.arange(N), 40):
-            monitor.on_validation_batch_end(trainer, module, module.predict(Views(part, {})))
+            seen = module.validation_step(Views(part, {}), 0)
+            monitor.on_validation_batch_end(trainer, module, seen)
         monitor.on_validation_epoch_end(trainer, module)
         found = [plain_head(module, h)(module.features).argmax(dim=1) for h in range(H)]
     accuracies = [

@@ -15,7 +15,7 @@ from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from spice_pl.callbacks.nan import NanGuard
 from spice_pl.data.keyed import keyed_seed
 from spice_pl.errors import UsageError
-from spice_pl.stages.base import Stage
+from spice_pl.stages.base import as_stage
 from spice_pl.system.files import atomic
 from spice_pl.system.interrupts import Interrupts, Stopped
 
@@ -53,7 +53,7 @@ class Checkpoints(pl.callbacks.Checkpoint):
         """Begin, or go on inside an epoch: then Lightning leaves out the epoch's first hook."""
         self.interrupts.deferred = True
         self._saved_at, self._saved_epoch = time.monotonic(), trainer.current_epoch
-        stage: Stage = pl_module  # type: ignore[assignment]
+        stage = as_stage(pl_module)
         epoch: Any = trainer.fit_loop.epoch_progress.current
         if epoch.started > epoch.processed:
             sums = dict(stage.epoch_sums)
@@ -69,7 +69,7 @@ class Checkpoints(pl.callbacks.Checkpoint):
         epoch, rank = trainer.current_epoch, trainer.global_rank
         torch.manual_seed(keyed_seed(self.seed, epoch, batch_idx, rank))
         stop, save = self._agreed(trainer, epoch)
-        if (stop or save) and pl_module.resumable:
+        if (stop or save) and as_stage(pl_module).resumable:
             self._save(trainer, pl_module)
             if stop:
                 raise Stopped

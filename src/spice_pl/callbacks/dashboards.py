@@ -19,7 +19,8 @@ from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 from spice_pl.data.images import ImageSet
 from spice_pl.functional.assignment import count_table
 from spice_pl.reports.wall import choose_wall
-from spice_pl.runs.folder import ClusterTable, RunFolder
+from spice_pl.runs.clusters import ClusterTable
+from spice_pl.runs.folder import RunFolder
 
 MAX_CLUSTERS = 100  # with pictures; W&B takes 108 of a step
 MAX_ROWS = 10_000  # of the table of assignments

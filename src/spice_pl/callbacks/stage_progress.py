@@ -8,6 +8,7 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ProgressBar
 
+from spice_pl.stages.base import as_stage
 from spice_pl.system.progress import PAUSE, Bar
 
 
@@ -114,7 +115,6 @@ class StageProgress(ProgressBar):
 
 def _values(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
     shown = ("train/loss", "val/selection_loss", "train/confident_fraction", "truth/acc")
-    # The epoch's own means are logged after this; these are the first rank's.
-    sums = getattr(pl_module, "epoch_sums", {})
-    metrics = trainer.callback_metrics | {name: each[0] / each[1] for name, each in sums.items()}
+    # The means of all ranks are logged after this hook, so these are the first rank's.
+    metrics = trainer.callback_metrics | as_stage(pl_module).epoch_means()
     return "  ".join(f"{name} {float(metrics[name]):.3f}" for name in shown if name in metrics)

@@ -1,1 +1,1 @@
-"""Images and the views that stages train on."""
+"""Data sets, and the views of images that stages train on."""

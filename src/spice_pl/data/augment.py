@@ -1,10 +1,10 @@
-"""Views: what each image looks like to a network, as a function of the image and random numbers.
+"""Views: augmentations of a batch as pure functions of its images and of random numbers.
 
-A view maps uint8 images and uniform numbers to normalised float images and holds no state:
-``view(images, keyed_uniform(seed, epoch, index, stream, view.num_uniforms))``. Every image has
-parameters of its own, and they depend on its own row of numbers only.
+A view maps uint8 images and uniform numbers to normalised float images and has no state:
+``view(images, keyed_uniform(seed, epoch, index, stream, view.num_uniforms))``. Each image has its
+own parameters, which depend only on its own row of numbers.
 
-Shape letters: B images, S side in pixels, U uniform numbers an image.
+Shape letters: B images, S side in pixels, U uniform numbers per image.
 """
 
 import itertools
@@ -32,16 +32,16 @@ def _require_share(name: str, value: float) -> None:
 
 
 def _integers(uniform: Tensor, count: int) -> Tensor:
-    """Whole numbers in 0..count-1; the product can round up to count, hence the clamp."""
+    """Return integers in 0..count-1; the product can round up to count, hence the clamp."""
     return (uniform * count).long().clamp_(max=count - 1)
 
 
 class View(Protocol):
-    """What a view of your own must offer."""
+    """Interface of a view."""
 
     @property
     def num_uniforms(self) -> int:
-        """Uniform numbers that one view of one image takes."""
+        """Number of uniform random numbers that one view of one image needs."""
 
     def __call__(self, images: Tensor, uniforms: Tensor) -> Tensor:
         """Map images (B, 3, S, S) uint8 and uniforms (B, U) to (B, 3, S, S) float32."""
@@ -49,7 +49,7 @@ class View(Protocol):
 
 @dataclass(frozen=True)
 class PlainView:
-    """The image itself, normalised; what features and scores are computed from.
+    """The image itself, normalised. Features and scores are computed from it.
 
     Args:
         mean: three channel means, of levels in [0, 1].
@@ -69,15 +69,15 @@ class PlainView:
 
     @property
     def num_uniforms(self) -> int:
-        """Uniform numbers that one view of one image takes."""
+        """Number of uniform random numbers that one view of one image needs."""
         return 0
 
     def __call__(self, images: Tensor, uniforms: Tensor) -> Tensor:
         """Make one view of each image.
 
         Args:
-            images: (B, 3, S, S) uint8, left as they are.
-            uniforms: (B, num_uniforms) in [0, 1); unused where num_uniforms is 0.
+            images: (B, 3, S, S) uint8; not modified.
+            uniforms: (B, num_uniforms) in [0, 1); ignored if num_uniforms is 0.
 
         Returns:
             (B, 3, S, S) float32, normalised.
@@ -100,7 +100,7 @@ class PlainView:
         return self._normalise(images.to(torch.float32))
 
     def _normalise(self, images: Tensor) -> Tensor:
-        """Bring levels in [0, 255] to zero mean and unit deviation. In place."""
+        """Normalise levels in [0, 255] by mean and std, in place."""
         mean, std = (images.new_tensor(tuple(x)).view(3, 1, 1) for x in (self.mean, self.std))
         return images.sub_(255 * mean).mul_(1 / (255 * std))
 
@@ -112,7 +112,7 @@ class WeakView(PlainView):
     Args:
         mean: as in `PlainView`.
         std: as in `PlainView`.
-        padding: pixels on each side; the crop's offset is uniform in 0..2*padding.
+        padding: pixels added on each side; the crop's offset is uniform in 0..2*padding.
         flip: probability of a mirror image.
 
     Raises:
@@ -129,14 +129,14 @@ class WeakView(PlainView):
 
     @property
     def num_uniforms(self) -> int:
-        """Uniform numbers that one view of one image takes."""
+        """Number of uniform random numbers that one view of one image needs."""
         return 3
 
     def _view(self, images: Tensor, uniforms: Tensor) -> Tensor:
         return self._normalise(self._shift_flip(images, uniforms).to(torch.float32))
 
     def _shift_flip(self, images: Tensor, uniforms: Tensor) -> Tensor:
-        """Uniforms (B, 3): flip, top, left. Returns uint8."""
+        """Flip and crop by uniforms (B, 3) for flip, top and left. Returns uint8."""
         images = ops.flip(images, uniforms[:, 0] < self.flip)
         if self.padding == 0:
             return images
@@ -149,21 +149,21 @@ class StrongView(WeakView):
     """RandAugment and cutout after a weak view.
 
     Cubuk et al. 2020 (RandAugment) in the form of Sohn et al. 2020 (FixMatch): each slot draws an
-    operation with replacement and a magnitude uniform in its range. Levels are whole numbers after
-    each operation, as in PIL. Cutout hides one square, of a side uniform in 1..max_cutout and a
-    centre uniform over the pixels; it is clipped at the border and holds the mean colour.
-    SPICE's second stage takes four operations and no crop, FixMatch two and a crop.
+    operation with replacement and a magnitude uniform in its range. Levels are rounded down to
+    integers after each operation, as in PIL. Cutout covers one square with the mean colour; its
+    side is uniform in 1..max_cutout, its centre is uniform over the pixels, and it is clipped at
+    the border. SPICE's second stage uses four operations and no crop, FixMatch two and a crop.
 
-    Departure: the square holds the mean colour, not FixMatch's fixed grey.
+    Departure: the square has the mean colour, not FixMatch's fixed grey.
 
     Args:
         mean: as in `PlainView`.
         std: as in `PlainView`.
-        padding: pixels on each side before the crop; 0 leaves the crop out.
+        padding: pixels added on each side before the crop; 0 turns the crop off.
         flip: probability of a mirror image.
-        num_ops: slots, each filled with one operation.
-        operations: names to draw from, of `RANDAUGMENT`.
-        max_cutout: longest side of the hidden square in pixels; 0 leaves cutout out.
+        num_ops: number of operations applied to each image.
+        operations: names of the operations to draw from, keys of `RANDAUGMENT`.
+        max_cutout: largest side of the covered square in pixels; 0 turns cutout off.
 
     Raises:
         ValueError: a setting is out of range, or a name is unknown.
@@ -184,7 +184,7 @@ class StrongView(WeakView):
 
     @property
     def num_uniforms(self) -> int:
-        """Uniform numbers that one view of one image takes."""
+        """Number of uniform random numbers that one view of one image needs."""
         return 3 + 3 + 2 * self.num_ops
 
     def _view(self, images: Tensor, uniforms: Tensor) -> Tensor:
@@ -196,7 +196,7 @@ class StrongView(WeakView):
         return self._cutout(self._normalise(images), square)
 
     def _randaugment(self, images: Tensor, chosen: Tensor, magnitude: Tensor) -> Tensor:
-        """Chosen (B, num_ops) indexes operations; magnitude (B, num_ops) in [0, 1)."""
+        """Apply operations number `chosen` at `magnitude` in [0, 1), both (B, num_ops)."""
         for operation, strength in zip(chosen.unbind(1), magnitude.unbind(1), strict=True):
             counts = torch.bincount(operation, minlength=len(self.operations)).tolist()
             groups = operation.argsort().split_with_sizes(counts)
@@ -209,7 +209,7 @@ class StrongView(WeakView):
         return images
 
     def _cutout(self, images: Tensor, square: Tensor) -> Tensor:
-        """Square (B, 3): side, row, column."""
+        """Cover a square given by uniforms (B, 3) for side, row and column."""
         if self.max_cutout == 0:
             return images
         side = 1 + _integers(square[:, 0], self.max_cutout)
@@ -227,13 +227,13 @@ class MoCoView(PlainView):
     Chen et al. 2020 (MoCo v2), section 3, after SimCLR. Equal to torchvision's per-image pipeline
     on float images: the jitter's four steps come in a random order per image.
 
-    Departure: levels are not rounded between the steps, as they are on PIL images, and the blur is
-    a true Gaussian to three sigma where PIL iterates box filters.
+    Departures: PIL rounds levels between the steps, this view does not; the blur is a Gaussian cut
+    off at three sigma, where PIL repeats box filters.
 
     Args:
         mean: as in `PlainView`.
         std: as in `PlainView`.
-        min_scale: smallest share of the image's area that a crop keeps; the largest is 1.
+        min_scale: smallest share of the image's area that a crop covers; the largest is 1.
         ratio: range of the crop's width / height, log-uniform.
         jitter: strengths of brightness, contrast, saturation (factor in 1 ± strength) and hue
             (shift in ± strength, share of the colour circle).
@@ -242,8 +242,9 @@ class MoCoView(PlainView):
         blur_prob: probability of blur.
         blur_sigma: range of the blur's sigma in pixels; the kernel reaches to 3 times the largest.
         flip: probability of a mirror image.
-        rotate_degrees: rotation uniform in ± this angle, before the crop; black outside.
-        shear: shear along x uniform in ± this angle in degrees, before the crop.
+        rotate_degrees: largest rotation before the crop; the angle is uniform in ± this value and
+            the area outside the image is black.
+        shear: largest shear along x before the crop, in degrees; uniform in ± this value.
 
     Raises:
         ValueError: a setting is out of range.
@@ -278,12 +279,12 @@ class MoCoView(PlainView):
 
     @property
     def num_uniforms(self) -> int:
-        """Uniform numbers that one view of one image takes."""
+        """Number of uniform random numbers that one view of one image needs."""
         return 2 * ops.CROP_ATTEMPTS + 2 + 13
 
     def _view(self, images: Tensor, uniforms: Tensor) -> Tensor:
-        # The place of hue among the four steps; 4: no jitter. Images are sorted by it, so that
-        # each step works on a slice.
+        # Position of the hue step among the four steps; 4 means no jitter. Images are sorted by
+        # it, so that each step works on a slice.
         when, gate = uniforms[:, 0], uniforms[:, 1]
         place = torch.where(gate < self.jitter_prob, _integers(when, 4), 4)
         order = place.argsort()
@@ -301,7 +302,7 @@ class MoCoView(PlainView):
         views.index_copy_(0, rows, ops.grayscale(views.index_select(0, rows)))
         rows = blur.nonzero().squeeze(1)
         low, high = self.blur_sigma
-        radius = math.ceil(3 * high)  # what lies beyond three sigma weighs 0.3 %
+        radius = math.ceil(3 * high)  # the weight beyond three sigma is 0.3 %
         sigma = low + (high - low) * switch[rows, 3]
         blurred = ops.gaussian_blur(views.index_select(0, rows), sigma, radius)
         views.index_copy_(0, rows, blurred)
@@ -314,7 +315,7 @@ class MoCoView(PlainView):
         return ops.rotation_matrix(angle * self.rotate_degrees, shear * self.shear)
 
     def _jitter_(self, images: Tensor, uniforms: Tensor, ends: list[int]) -> None:
-        """Jitter sorted images in place; hue comes in step p for those in ends[p-1]:ends[p].
+        """Jitter sorted images in place; step p adjusts the hue of images ends[p-1]:ends[p].
 
         Uniforms (B, 5): brightness, contrast, saturation, hue, order of the first three.
         """

@@ -1,7 +1,7 @@
-"""One DataModule for all stages: which views of which images is configuration.
+"""One DataModule for all stages; the settings decide which views of which images it yields.
 
-Images travel as uint8 in whole batches and become views on the device that trains, so no loader
-process is needed. No label passes through here: a training batch is `Views(index, views)`.
+Batches of uint8 images are moved to the training device and become views there, so no loader
+processes are needed. A training batch is `Views(index, views)`, without labels.
 
 Shapes: B images in this rank's part of a batch, S side in pixels.
 """
@@ -28,11 +28,11 @@ from spice_pl.data.sampler import KeyedBatches, PartneredBatches
 
 @dataclass
 class Views:
-    """What a stage trains on.
+    """A batch of views that a stage trains on.
 
     Attributes:
         index: (B,) position of each image in the data set.
-        views: name to (B, 3, S, S) normalised images.
+        views: (B, 3, S, S) normalised images, by name of the view.
     """
 
     index: Tensor
@@ -53,15 +53,16 @@ class Stream:
     """One sequence of training batches.
 
     Attributes:
-        views: name to view of every image.
+        views: views by name; each image of a batch is shown in every view.
         batch_size: images in a global batch, over all ranks.
-        num_samples: images in an epoch; None visits each once.
-        group_size: images that belong together (an E-step buffer); None is the epoch.
-        drop_last: leave out a batch that is not full.
-        subset: (n,) indices to draw from; None means the images that training may see.
-        extra: draw from the data set's extra images as well, where it has some (STL10).
-        partners: (N, P) images of which a random one accompanies each, in the second half of a
-            batch that is twice as large; None for no company.
+        num_samples: images in an epoch; None visits each image once.
+        group_size: images in a group that batches do not cross (an E-step buffer); None means the
+            whole epoch.
+        drop_last: whether to drop a last batch that is not full.
+        subset: (n,) indices to draw from; None means the training images.
+        extra: whether to draw from the data set's extra images too, if it has any (STL10).
+        partners: (N, P) candidates for the partner of each image. A random one is added to the
+            second half of the batch, which is then twice as large. None adds no partners.
     """
 
     views: Mapping[str, View]
@@ -79,12 +80,13 @@ class ViewsDataModule(pl.LightningDataModule):
 
     Args:
         images: the data set.
-        streams: name to stream; one stream yields `Views`, several a dictionary of them.
+        streams: streams by name; a single one yields `Views`, several yield a dictionary of them.
         plain: the view that features and clusters are computed on.
-        seed: of the run.
-        predict_batch_size: images in one rank's batch of prediction.
-        num_watched: images that the scores shown during training are computed on, evenly spaced.
-        stage: name of the stage, so that stages draw different views of one image.
+        seed: seed of the run.
+        predict_batch_size: images per rank in a batch of prediction.
+        num_watched: largest number of evenly spaced images that scores during training use.
+        stage: name of the stage, a part of the random key: stages draw different views of the
+            same image.
     """
 
     def __init__(
@@ -106,7 +108,7 @@ class ViewsDataModule(pl.LightningDataModule):
         self._batches_done = 0
 
     def state_dict(self) -> dict[str, int]:
-        """Return how many batches of the present epoch are done; the order itself is keyed."""
+        """Return the number of finished batches of the epoch; their order follows from the key."""
         trainer = self.trainer
         if trainer is None:
             return {"batches_done": 0}
@@ -114,11 +116,11 @@ class ViewsDataModule(pl.LightningDataModule):
         return {"batches_done": 0 if done == trainer.num_training_batches else done}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on behind the batches that an earlier part of the run has taken."""
+        """Skip the batches that were finished when the state was saved."""
         self._batches_done = state_dict["batches_done"]
 
     def train_dataloader(self) -> DataLoader[Pixels] | CombinedLoader:
-        """Return the stream's loader, or all streams side by side."""
+        """Return the loader of the only stream, or a combined loader of all streams."""
         loaders = {name: self._loader(self._batches(name)) for name in self.streams}
         return (
             next(iter(loaders.values()))
@@ -127,16 +129,16 @@ class ViewsDataModule(pl.LightningDataModule):
         )
 
     def val_dataloader(self) -> DataLoader[Pixels]:
-        """Return `num_watched` of the images that are scored, evenly spaced."""
+        """Return a loader of at most `num_watched` evenly spaced images among those scored."""
         index = torch.from_numpy(self.images.score_index)
         return self._plain_loader(index[:: math.ceil(len(index) / self.num_watched)])
 
     def predict_dataloader(self) -> DataLoader[Pixels]:
-        """Return every image once, in order, shared by the ranks without padding."""
+        """Return a loader of all images in order; the ranks share them without padding."""
         return self._plain_loader(torch.arange(len(self.images)))
 
     def plain_batches(self, index: Tensor, device: torch.device) -> Iterator[Views]:
-        """Yield this rank's share of the plain views of some images: rows rank, rank + R, ..."""
+        """Yield plain views of this rank's share of an index: positions rank, rank + R, ..."""
         for pixels in self._plain_loader(index):
             where = pixels.index.to(device)
             no_uniforms = torch.empty(len(where), 0, device=device)
@@ -183,9 +185,10 @@ class ViewsDataModule(pl.LightningDataModule):
 
         Args:
             index: (B,) images.
-            device: where the views shall be.
-            views: name to view; one of a single stream's views is what it is in training.
-            number: of the round that the random numbers are for.
+            device: device of the views.
+            views: views by name. One that has the name of a view of the first stream draws the
+                same random numbers as in training.
+            number: number of the round, a part of the random key.
         """
         images = torch.from_numpy(self.images.images[index.numpy()]).to(device)
         pixels = Pixels(index.to(device), torch.full_like(index, number, device=device), images)
@@ -195,7 +198,7 @@ class ViewsDataModule(pl.LightningDataModule):
         views = {}
         for name, view in (self.streams[stream].views if made is None else made).items():
             key = _key(self.stage, stream, name)
-            # By round, not by epoch: an epoch may draw an image more than once.
+            # Keyed by round, not by epoch: an epoch may draw an image more than once.
             uniforms = keyed_uniform(
                 self.seed, pixels.round, pixels.index, key, view.num_uniforms
             )  # (B, U)
@@ -219,7 +222,7 @@ class ViewsDataModule(pl.LightningDataModule):
 
 
 class PixelDataset(Dataset[Pixels]):
-    """Whole batches of uint8 pixels: one copy out of the memory map."""
+    """Data set whose items are whole batches of uint8 pixels, copied from the memory map."""
 
     def __init__(self, images: ImageSet) -> None:
         self.images = images
@@ -228,7 +231,7 @@ class PixelDataset(Dataset[Pixels]):
         return len(self.images)
 
     def __getitem__(self, batch: tuple[Tensor, Tensor]) -> Pixels:
-        """Return the images of a drawn batch."""
+        """Return the pixels of a drawn batch."""
         index, rounds = batch
         return Pixels(index, rounds, torch.from_numpy(self.images.pixels(index.numpy())))
 
@@ -238,5 +241,5 @@ def _whole(batch: Any) -> Any:
 
 
 def _key(*names: str) -> int:
-    """A stable number for a name; Python's own hash differs from process to process."""
+    """Return a hash of names that is the same in every process, unlike Python's own."""
     return zlib.crc32("/".join(names).encode())

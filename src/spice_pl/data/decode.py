@@ -1,4 +1,6 @@
-"""One image file to (3, S, S) RGB, or the reason why not: the only place where files are decoded.
+"""Decode one image file to (3, S, S) RGB, or return the reason why it cannot be decoded.
+
+No other module decodes files.
 
 Shapes: S side in pixels.
 """
@@ -7,36 +9,54 @@ from __future__ import annotations
 
 import functools
 import io
-import os
+import re
+import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
+import PIL
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError, features
 
-# Only these are tried, whatever a file is called: other decoders of Pillow run programs (EPS).
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "HEIF")
+from spice_pl.data.retry import may_pass
+
+# Only these decoders are tried, whatever a file is called: others of Pillow run programs (EPS).
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF", "HEIF")
+# A file with one of these is expected to be an image; other files are if they begin like one.
 SUFFIXES = {
-    *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"),
-    *(".heic", ".heif"),
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".pjp", ".mpo", ".png", ".apng", ".webp", ".bmp"),
+    *(".dib", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm", ".pnm", ".heic", ".heif", ".avif"),
 }
+RAW_SUFFIXES = {
+    *(".dng", ".cr2", ".cr3", ".nef", ".nrw", ".arw", ".srf", ".sr2", ".orf", ".rw2", ".raf"),
+    *(".pef", ".srw", ".3fr", ".iiq", ".erf", ".kdc", ".dcr", ".mef", ".mos", ".mrw", ".rwl"),
+}
+HEAD_BYTES = 32  # of a file, enough to tell its format
+# The first bytes of the formats above. BMP's two letters may begin a text, so the size of its
+# second header counts too; the last kind is HEIF and AVIF, with their brands.
+HEADS = re.compile(
+    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|II[*+]\0|MM\0[*+]|P[1-6]\s+[\d#]"
+    rb"|BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0|....ftyp(avi[fs]|he[iv][cfmsx]|mif1|msf1)",
+    re.DOTALL,
+)
 
 MAX_PIXELS = 89_478_485  # of one file, Pillow's own: a quarter of a gigabyte in RGB
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """An image that could be decoded.
+    """A decoded image.
 
     Attributes:
         pixels: (3, S, S) uint8.
-        format: of the file, as Pillow calls it; "array" for pixels that were no file.
-        width: of the file, in pixels.
-        height: of the file, in pixels.
+        format: Pillow's name of the file format; "array" for pixels from an array.
+        width: width of the file in pixels.
+        height: height of the file in pixels.
     """
 
     pixels: NDArray[np.uint8]
@@ -45,21 +65,47 @@ class Decoded:
     height: int
 
 
+@dataclass(frozen=True)
+class Unread:
+    """A file that could not be read for now and may be a healthy image.
+
+    Attributes:
+        reason: what the system said.
+        soon: whether another attempt within seconds may succeed.
+    """
+
+    reason: str
+    soon: bool = True
+
+
+def is_image(head: bytes) -> bool:
+    """Return whether a file that begins with these bytes is an image of a format above.
+
+    >>> is_image(b"GIF89a, of 8 x 8 pixels"), is_image(b"BMW is a maker of cars")
+    (True, False)
+    """
+    return HEADS.match(head) is not None
+
+
 def decode(path: Path, image_size: int) -> NDArray[np.uint8] | str:
     """Return one image as `square` does, or the reason why it cannot be decoded."""
     image = read_image(path, image_size)
+    if isinstance(image, Unread):
+        return image.reason
     return image if isinstance(image, str) else image.pixels
 
 
-def read_image(file: Path | bytes, image_size: int) -> Decoded | str:
-    """Decode one file as `square` does, or tell the reason why not.
+def read_image(file: Path | bytes, image_size: int) -> Decoded | Unread | str:
+    """Decode one file as `square` does, or return the reason why it cannot be decoded.
 
-    A JPEG of more than twice the size is read at 1/2, 1/4 or 1/8, which its format allows, and
-    scaled from there.
+    An error that tells nothing about the image, such as too many open files, gives an `Unread`.
+
+    A JPEG of more than twice the size is decoded at 1/2, 1/4 or 1/8 of its size, which the format
+    allows, and scaled from there.
     """
     try:
-        opened = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, "r", _formats())
-        with opened:
+        data = io.BytesIO(file) if isinstance(file, bytes) else io.BufferedReader(_File(file))
+        with data, _open(data) as opened:
             width, height, kind = *opened.size, str(opened.format)
             if width * height > MAX_PIXELS:
                 return f"{width} x {height} pixels, could be a decompression bomb"
@@ -69,18 +115,37 @@ def read_image(file: Path | bytes, image_size: int) -> Decoded | str:
     except FileNotFoundError:
         return "vanished after the folder was listed"
     except PermissionError:
-        return "permission denied"
+        return Unread("permission denied", soon=False)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         return str(error)
     except Exception as error:  # Pillow raises many types on damaged files
-        return _reason(file, error)
+        return unread(error) if may_pass(error) else _reason(error)
+
+
+def unread(error: BaseException) -> Unread:
+    """Return what could not be read because of an error that may pass."""
+    said = error.strerror if isinstance(error, OSError) else "not enough memory"
+    return Unread(f"cannot be read now: {said}")
+
+
+@functools.cache
+def decoders() -> tuple[str, ...]:
+    """Return names and versions of everything that decides which files can be decoded."""
+    known = {*features.modules, *features.codecs, *features.features}
+    libraries = ("libjpeg_turbo", "jpg", "zlib", "libtiff", "webp", "avif")
+    found = [f"{name} {features.version(name)}" for name in libraries if name in known]
+    with suppress(ImportError):
+        import pillow_heif
+
+        found.append(f"pillow_heif {pillow_heif.__version__}")
+    return (f"Pillow {PIL.__version__}", *found)
 
 
 def square(image: Image.Image, image_size: int) -> NDArray[np.uint8]:
     """Return an image of any size and mode as (3, S, S) RGB.
 
-    EXIF rotation is applied, transparency is laid on white, the first frame is taken of several,
-    the shorter side is scaled to `image_size` and the middle square kept.
+    EXIF rotation is applied, transparency is blended with white, the first of several frames is
+    used, the shorter side is scaled to `image_size` and the middle square is kept.
     """
     image = _upright(image)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -98,13 +163,24 @@ def square(image: Image.Image, image_size: int) -> NDArray[np.uint8]:
 
 @contextmanager
 def quiet_warnings() -> Iterator[None]:
-    """Keep what Pillow warns of in damaged files out of the log; a reason is given for each.
+    """Silence Pillow's warnings about damaged files; `read_image` returns a reason for each.
 
-    Filters belong to the whole process: enter it in the thread that starts the others.
+    Warning filters apply to the whole process: enter this in the thread that starts the others.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+class _File(io.FileIO):
+    """A file that is read through Python, so that each error says what the system said.
+
+    libtiff would read the descriptor itself and call a failing disk a damaged image.
+    """
+
+    def fileno(self) -> int:
+        """Refuse to give the descriptor."""
+        raise io.UnsupportedOperation("fileno")
 
 
 @functools.cache
@@ -121,24 +197,42 @@ def _upright(image: Image.Image) -> Image.Image:
     image.load()
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # what is damaged is the note beside the picture
+    except Exception:  # only the EXIF data are damaged
         return image
 
 
 def _largest_level(levels: NDArray[np.float64], *, floating: bool) -> float:
-    """What white is: 1 or 255 for floats that stay within, else 65535 or the brightest level."""
+    """Return the level of white: 1 or 255 if floats stay below, else 65535 or the maximum."""
     brightest = float(levels.max(initial=0))
     if floating and brightest <= 255:
         return 1.0 if brightest <= 1 else 255.0
     return max(65535.0, brightest)
 
 
-def _reason(file: Path | bytes, error: Exception) -> str:
-    if isinstance(file, bytes):
-        return "empty file" if not file else f"{type(error).__name__}: {error}"
-    with suppress(OSError):
-        if os.stat(file).st_size == 0:
-            return "empty file"
-    if file.suffix.lower() in (".heic", ".heif") and "HEIF" not in _formats():
-        return "HEIC needs one more package; pip install 'spice-pl[heic]'"
-    return f"{type(error).__name__}: {str(error).replace(str(file), file.name)}"
+def _open(file: BinaryIO) -> ImageFile.ImageFile:
+    """Open an image of a format above, as `Image.open` does."""
+    head = file.read(HEAD_BYTES)
+    for name in _formats():
+        factory, accepts = Image.OPEN[name]
+        if accepts is None or accepts(head) is True:
+            file.seek(0)
+            with suppress(SyntaxError, IndexError, TypeError, struct.error):  # another format
+                return factory(file, "")
+    raise UnidentifiedImageError(_unidentified(head))
+
+
+def _unidentified(head: bytes) -> str:
+    if not head:
+        return "empty file"
+    if head[4:8] == b"ftyp" and is_image(head):
+        if head[8:11] == b"avi" and "AVIF" not in _formats():
+            return "AVIF needs Pillow 11.3 or newer"
+        if "HEIF" not in _formats():
+            return "HEIC needs one more package; pip install 'spice-pl[heic]'"
+    return "cannot identify image file"
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return str(error)
+    return f"{type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""Copies and near-copies among images, without comparing every pair.
+"""Find copies and near-copies among images without comparing every pair.
 
 Shapes: N images, S side in pixels.
 """
@@ -12,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-CHUNK = 4096  # images looked at at once
+CHUNK = 4096  # images processed at once
 SIDE = 16  # pixels of the small grey pictures that confirm a near-copy
 BANDS = 4  # of 16 bits; two hashes that differ in at most 3 bits share a band
 MAX_BITS = BANDS - 1
-MAX_BUCKET = 256  # images alike in a band that are compared pair by pair; more are empty pictures
+MAX_BUCKET = 256  # images per bucket compared in pairs; larger buckets hold empty pictures
 MAX_DIFFERENCE = 4.0  # mean grey levels of 255 between two near-copies
 
 
@@ -27,12 +27,12 @@ def row_digests(images: NDArray[np.uint8]) -> NDArray[np.uint64]:
 
 
 def num_copies(digests: NDArray[np.uint64]) -> int:
-    """Count the images that equal another one, the first of each kind not counted."""
+    """Count the images that equal an earlier one."""
     return len(digests) - len(np.unique(digests))
 
 
 def copies(digests: NDArray[np.uint64]) -> list[NDArray[np.int64]]:
-    """Return the groups of equal images, each in the order of the data set."""
+    """Return the groups of equal images, in the order of the data set."""
     order = np.argsort(digests, kind="stable")
     starts = np.flatnonzero(np.diff(digests[order])) + 1
     groups = [group.astype(np.int64) for group in np.split(order, starts) if len(group) > 1]
@@ -44,11 +44,11 @@ def near_copies(images: NDArray[np.uint8]) -> NDArray[np.int64]:
 
     Candidates differ in at most 3 of the 64 bits of their difference hash (whether a pixel of a
     9 × 8 picture is brighter than its right neighbour); a pair is kept when small grey pictures
-    of 16 × 16 differ by less than 4 levels on average. Pictures with hardly any contrast have no
-    say: their bits are noise.
+    of 16 × 16 differ by less than 4 levels on average. Pictures with hardly any contrast are left
+    out, since their bits are noise.
 
     Returns:
-        Pairs i < j, sorted.
+        Pairs (n, 2) with i < j, sorted.
     """
     small, bits, usable = _small(images)
     candidates: set[tuple[int, int]] = set()
@@ -74,7 +74,7 @@ def near_copies(images: NDArray[np.uint8]) -> NDArray[np.int64]:
 def _small(
     images: NDArray[np.uint8],
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_], NDArray[np.int64]]:
-    """Grey pictures (N, 256), hashes (N, 64), and the images that have contrast."""
+    """Return grey pictures (N, 256), hashes (N, 64), and the images that have contrast."""
     small, bits = [], []
     for start in range(0, len(images), CHUNK):
         part = torch.from_numpy(np.array(images[start : start + CHUNK])).float()

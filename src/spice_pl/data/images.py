@@ -1,4 +1,4 @@
-"""What a data set is to every stage: pixels in a fixed order, and nothing else to train on.
+"""The data set as every stage sees it: pixels in a fixed order; nothing else is trained on.
 
 Shapes: N images, S side in pixels.
 """
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from spice_pl.errors import UsageError
 
 PROTOCOLS = ("whole", "split")
-# What is known of the file that an image comes from; `source` is its place among all files.
+# Facts about the file of each image; `source` is its position among all files of the source.
 FILE_FACTS = np.dtype([("source", "i8"), ("format", "U8"), ("width", "u4"), ("height", "u4")])
 
 
@@ -26,21 +26,22 @@ class ImageSet:
     """Images in a fixed order, with what is known about them.
 
     Attributes:
-        name: names the folder of results.
+        name: name of the data set and of its folder of results.
         images: (N, 3, S, S) uint8, in memory or memory-mapped.
-        keys: (N,) path or index of every image, for people.
-        fingerprint: digest of pixels and order; two sets with one fingerprint are interchangeable.
+        keys: (N,) path or index of each image, for display.
+        fingerprint: digest of pixels and order; sets with the same fingerprint are interchangeable.
         labels: (N,) int64 truth for `truth/*` metrics only, -1 where unknown; None without truth.
-        class_names: one name a class.
-        is_test: (N,) True where the images' authors keep the image for testing.
+        class_names: one name per class.
+        is_test: (N,) True for test images as published.
         protocol: "whole" trains and scores on all images, "split" trains on train and scores on
             test images.
-        skipped: file and reason of everything that could not be used.
-        root: the folder that the keys are paths below; None where an image is no file.
-        extra: (M, 3, S, S) uint8, images outside the data set proper, such as the unlabelled ones
-            of STL10. Streams that ask for them see them as images N to N + M - 1; nothing else
-            does: they are not clustered, not scored, not chosen by.
-        files: (N,) FILE_FACTS of the file each image comes from, for people.
+        skipped: name and reason of files that were left out.
+        unlisted: number of further files that were left out and are not in `skipped`.
+        root: folder that the keys are relative to; None if images are not files.
+        extra: (M, 3, S, S) uint8, images beside the data set, such as the unlabelled ones of STL10.
+            Streams that ask for them see them as images N to N + M - 1. They are never clustered,
+            scored or used to choose anything.
+        files: (N,) FILE_FACTS of the file of each image, for display.
     """
 
     name: str
@@ -52,6 +53,7 @@ class ImageSet:
     is_test: NDArray[np.bool_] | None = None
     protocol: str = "whole"
     skipped: Sequence[tuple[str, str]] = field(default_factory=tuple)
+    unlisted: int = 0
     root: Path | None = None
     extra: NDArray[np.uint8] | None = None
     files: NDArray[Any] | None = None
@@ -69,18 +71,23 @@ class ImageSet:
         return len(self.images)
 
     @property
+    def num_skipped(self) -> int:
+        """Number of files that were left out."""
+        return len(self.skipped) + self.unlisted
+
+    @property
     def train_index(self) -> NDArray[np.int64]:
-        """(n,) images that training may see under the protocol."""
+        """(n,) positions of the training images under the protocol."""
         return self._index(test=False)
 
     def drawn_index(self, *, extra: bool) -> NDArray[np.int64]:
-        """(n,) images that a stream draws from: the training images, with `extra` those too."""
+        """Return (n,) positions to draw from: the training images, with `extra` those too."""
         if not extra or self.extra is None:
             return self.train_index
         return np.concatenate([self.train_index, len(self) + np.arange(len(self.extra))])
 
     def pixels(self, index: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Copy the images of an index (n,) that may name extra ones."""
+        """Copy the images at positions (n,), which may include extra ones."""
         if self.extra is None:
             return self.images[index]
         proper = index < len(self)
@@ -91,7 +98,7 @@ class ImageSet:
 
     @property
     def score_index(self) -> NDArray[np.int64]:
-        """(n,) images that reported scores are computed on under the protocol."""
+        """(n,) positions of the images that reported scores use under the protocol."""
         return self._index(test=True)
 
     def _index(self, *, test: bool) -> NDArray[np.int64]:
@@ -101,7 +108,7 @@ class ImageSet:
 
 
 def fingerprint(images: NDArray[np.uint8], chunk: int = 4096) -> str:
-    """Digest of shape, order and every pixel, 16 hexadecimal digits (BLAKE2b)."""
+    """Return a digest of shape, order and every pixel, 16 hexadecimal digits (BLAKE2b)."""
     digest = hashlib.blake2b(repr(images.shape).encode(), digest_size=8)
     for start in range(0, len(images), chunk):
         digest.update(np.ascontiguousarray(images[start : start + chunk]).data)
@@ -109,5 +116,5 @@ def fingerprint(images: NDArray[np.uint8], chunk: int = 4096) -> str:
 
 
 def joint_fingerprint(*parts: str) -> str:
-    """Digest of several fingerprints, or of one and what was chosen by it, in this order."""
+    """Return the digest of several strings in this order, such as fingerprints."""
     return hashlib.blake2b("/".join(parts).encode(), digest_size=8).hexdigest()

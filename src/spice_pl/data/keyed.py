@@ -1,10 +1,10 @@
-"""Randomness without state: a number is a hash of its key, so no order of drawing can change it.
+"""Random numbers without state: each is a hash of its key, so the order of draws does not matter.
 
-SplitMix64 (Steele et al. 2014, "Fast splittable pseudorandom number generators") used as a
-counter-based hash. A view of image i in epoch e under seed s is therefore the same whatever the
-batch, the worker or the rank that makes it, and a resumed run continues with the same views.
+SplitMix64 (Steele et al. 2014, "Fast splittable pseudorandom number generators") is used as a
+counter-based hash. A view of image i in epoch e under seed s is therefore the same in any batch,
+worker or rank, and a resumed run continues with the same views.
 
-Shape letters: B images, n numbers an image.
+Shape letters: B images, n numbers per image.
 """
 
 import torch
@@ -16,13 +16,13 @@ _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
 
 def _signed(value: int) -> int:
-    """The 64 bits of value as torch's int64 reads them."""
+    """Return the 64 bits of value, read as a signed integer."""
     value &= _MASK
     return value - (1 << 64) if value >> 63 else value
 
 
 def _mix(value: int) -> int:
-    """Finaliser of SplitMix64 on a Python integer."""
+    """Apply one step of SplitMix64 to a Python integer."""
     value = (value + _GAMMA) & _MASK
     value = ((value ^ (value >> 30)) * _MULTIPLIERS[0]) & _MASK
     value = ((value ^ (value >> 27)) * _MULTIPLIERS[1]) & _MASK
@@ -30,12 +30,12 @@ def _mix(value: int) -> int:
 
 
 def _shift_xor_(value: Tensor, bits: int) -> Tensor:
-    """``value ^= value >> bits``; int64 shifts drag the sign along, so its copies are cut off."""
+    """``value ^= value >> bits`` for unsigned bits: int64 shifts copy the sign, which is masked."""
     return value.bitwise_xor_((value >> bits).bitwise_and_((1 << (64 - bits)) - 1))
 
 
 def _mix_tensor_(value: Tensor) -> Tensor:
-    """`_mix` on int64 (multiplication wraps around), in place."""
+    """Apply `_mix` to int64 in place; multiplication wraps around."""
     value.add_(_signed(_GAMMA))
     _shift_xor_(value, 30).mul_(_signed(_MULTIPLIERS[0]))
     _shift_xor_(value, 27).mul_(_signed(_MULTIPLIERS[1]))
@@ -43,10 +43,10 @@ def _mix_tensor_(value: Tensor) -> Tensor:
 
 
 def keyed_seed(seed: int, *keys: int) -> int:
-    """Hash a seed and any number of keys, their order mattering.
+    """Hash a seed and any number of keys; their order matters.
 
     Returns:
-        A seed in [0, 2^63), fit for ``torch.manual_seed``.
+        A seed in [0, 2^63), suitable for ``torch.manual_seed``.
 
     >>> keyed_seed(0, 1, 2) == keyed_seed(0, 1, 2), keyed_seed(0, 1, 2) == keyed_seed(0, 2, 1)
     (True, False)
@@ -62,19 +62,19 @@ def _chain(*keys: int) -> int:
 
 
 def keyed_generator(seed: int, *keys: int) -> torch.Generator:
-    """Make a CPU generator for draws that need one (permutations), from the same hash."""
+    """Return a CPU generator for draws that need one (permutations), seeded by the same hash."""
     return torch.Generator().manual_seed(keyed_seed(seed, *keys))
 
 
 def keyed_uniform(seed: int, epoch: int | Tensor, index: Tensor, stream: int, num: int) -> Tensor:
-    """Draw uniform numbers that depend on (seed, epoch, image, stream, position) and nothing else.
+    """Draw uniform numbers that depend only on (seed, epoch, image, stream, position).
 
     Args:
         seed: seed of the run.
-        epoch: epoch, or any counter of passes; a number, or one per image (B,) int64.
+        epoch: epoch, or any counter of passes; one number, or (B,) int64 with one per image.
         index: (B,) int64, position of each image in its data set.
-        stream: tells several draws for one image apart, such as the two views of MoCo.
-        num: numbers an image.
+        stream: number that separates several draws for one image, such as the two views of MoCo.
+        num: numbers per image.
 
     Returns:
         (B, num) float32 in [0, 1), multiples of 2^-24, on the device of ``index``.

@@ -1,10 +1,10 @@
-"""Image operations on batches, with a parameter of its own for each image.
+"""Image operations on batches, with one parameter per image.
 
-Images are float32 levels in [0, 255], whole numbers or not, and stay in that range. For one image
-and one parameter each operation does what the function of its name in
-torchvision.transforms.v2.functional does; the tests name the tolerance of each. Those that end in
-an underscore work in place. Selecting by arithmetic instead of ``torch.where`` is for speed: on a
-CPU ``where`` takes as long as twenty additions.
+Images are float32 levels in [0, 255], integers or not, and stay in that range. For one image and
+one parameter each operation does the same as the function of that name in
+torchvision.transforms.v2.functional; the tests give the tolerance of each. Names that end in an
+underscore work in place. Selection is by arithmetic instead of ``torch.where`` for speed: on a CPU
+``where`` takes as long as twenty additions.
 
 Shape letters: B images, S side in pixels, T taps on one side of the blur kernel.
 """
@@ -30,14 +30,14 @@ def _axis(images: Tensor) -> Tensor:
 
 
 def _sample(images: Tensor, matrix: Tensor, x: Tensor, y: Tensor, mode: str) -> Tensor:
-    """Read images at matrix (B, 2, 3) times (x, y, 1); outside lies black.
+    """Sample images at matrix (B, 2, 3) times (x, y, 1); outside the image is black.
 
     Args:
         images: (B, 3, S, S).
-        matrix: (B, 2, 3).
-        x: (B, S) or (1, S), the same in every row.
-        y: (B, S) or (1, S), the same in every column.
-        mode: "nearest" or "bilinear".
+        matrix: (B, 2, 3), output to source.
+        x: (B, S) or (1, S), x coordinates, the same in every row.
+        y: (B, S) or (1, S), y coordinates, the same in every column.
+        mode: interpolation, "nearest" or "bilinear".
     """
     size = images.shape[-1]
     matrix = matrix * (2 / size)  # grid_sample's unit is half the image
@@ -49,13 +49,13 @@ def _sample(images: Tensor, matrix: Tensor, x: Tensor, y: Tensor, mode: str) -> 
 
 
 def affine(images: Tensor, matrix: Tensor) -> Tensor:
-    """Warp with (B, 2, 3) inverse matrices; nearest neighbour and black outside, as PIL does."""
+    """Warp with inverse matrices (B, 2, 3); nearest neighbour, black outside, as PIL does."""
     axis = _axis(images)[None]
     return _sample(images, matrix, axis, axis, "nearest")
 
 
 def rotation_matrix(degrees: Tensor, shear_degrees: Tensor) -> Tensor:
-    """Inverse of torchvision's RandomAffine matrix: shear along x, then rotation. (B, 2, 3)."""
+    """Return the inverse of RandomAffine's matrix: shear along x, then rotation. (B, 2, 3)."""
     angle, shear = torch.deg2rad(degrees), torch.tan(torch.deg2rad(shear_degrees))
     cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
     rows = (cos - sin * shear, cos * shear + sin, zero, -sin, cos, zero)
@@ -63,7 +63,7 @@ def rotation_matrix(degrees: Tensor, shear_degrees: Tensor) -> Tensor:
 
 
 def _shift_matrix(images: Tensor, position: int, magnitude: Tensor) -> Tensor:
-    """Identity with a magnitude put at a position of the row-major 2x3 matrix. (B, 2, 3)."""
+    """Return the identity with one entry of the row-major 2x3 matrix replaced. (B, 2, 3)."""
     matrix = images.new_tensor((1, 0, 0, 0, 1, 0)).repeat(len(images), 1)
     matrix[:, position] = magnitude
     return matrix.view(-1, 2, 3)
@@ -106,12 +106,12 @@ def random_boxes(uniforms: Tensor, size: int, min_scale: float, ratio: Sequence[
 
     Args:
         uniforms: (B, 22) in [0, 1): ten areas, ten ratios, two positions.
-        size: side of the image in pixels.
+        size: side S of the image in pixels.
         min_scale: smallest area, as a share of the image's; the largest is 1.
         ratio: range of width / height, log-uniform.
 
     Returns:
-        (B, 4) float32, whole pixels: top, left, height, width.
+        (B, 4) float32, integer pixels: top, left, height, width.
     """
     areas, ratios, position = uniforms.split_with_sizes((CROP_ATTEMPTS, CROP_ATTEMPTS, 2), dim=1)
     root_area = size * (min_scale + (1 - min_scale) * areas).sqrt()
@@ -120,7 +120,7 @@ def random_boxes(uniforms: Tensor, size: int, min_scale: float, ratio: Sequence[
     sides = torch.stack((root_area / root_ratio, root_area * root_ratio), dim=2).round_()
     fits = ((sides > 0) & (sides <= size)).all(dim=2)  # (B, 10)
     first = fits.to(torch.uint8).argmax(dim=1)[:, None, None].expand(-1, 1, 2)
-    # When no attempt fits: the largest centred box of an allowed ratio.
+    # If no attempt fits: the largest centred box of an allowed ratio.
     nearest = min(max(1.0, ratio[0]), ratio[1])
     largest = (round(size * min(1.0, 1 / nearest)), round(size * min(1.0, nearest)))
     fitting = fits.any(dim=1, keepdim=True)
@@ -133,20 +133,20 @@ def random_boxes(uniforms: Tensor, size: int, min_scale: float, ratio: Sequence[
 def crop_resize(
     images: Tensor, box: Tensor, flip: Tensor | None = None, matrix: Tensor | None = None
 ) -> Tensor:
-    """Cut a box out of each image and enlarge it to the image's size, bilinear.
+    """Crop a box from each image and enlarge it to the size of the image, bilinear.
 
     A box is never larger than the image, so antialiasing (off here) would change nothing.
 
     Args:
         images: (B, 3, S, S).
-        box: (B, 4), whole pixels: top, left, height, width.
-        flip: (B,) bool, mirror the result left to right.
-        matrix: (B, 2, 3), warp applied to the image before it is cut, in the same interpolation.
+        box: (B, 4), integer pixels: top, left, height, width.
+        flip: (B,) bool, whether to mirror the result left to right.
+        matrix: (B, 2, 3), warp of the image before the crop, within the same interpolation.
     """
     size = images.shape[-1]
     top, left, height, width = box[:, :, None].unbind(1)  # (B, 1) each
     centre = (torch.arange(size, device=images.device) + 0.5) / size  # (S,)
-    # Beyond the outermost pixel centres of the box its edge is repeated, not its surroundings.
+    # Outside the outermost pixel centres of the box its edge is repeated, not its surroundings.
     zero = torch.zeros_like(width)
     x = torch.clamp(centre * width - 0.5, zero, width - 1) + left - (size - 1) / 2  # (B, S)
     y = torch.clamp(centre * height - 0.5, zero, height - 1) + top - (size - 1) / 2  # (B, S)
@@ -158,13 +158,13 @@ def crop_resize(
 
 
 def flip(images: Tensor, mask: Tensor) -> Tensor:
-    """Mirror the images of the mask (B,) left to right."""
+    """Mirror the images chosen by mask (B,) left to right."""
     rows = mask.nonzero().squeeze(1)
     return images.index_copy(0, rows, images.index_select(0, rows).flip(-1))
 
 
 def shifted_crop(images: Tensor, padding: int, top: Tensor, left: Tensor) -> Tensor:
-    """Pad with black and cut the original size out again, at (B,) offsets in 0..2*padding."""
+    """Pad with black and crop to the original size, at offsets (B,) in 0..2*padding."""
     size, rows = images.shape[-1], torch.arange(len(images), device=images.device)
     padded = F.pad(images, (padding,) * 4)
     windows = padded.unfold(2, size, 1).unfold(3, size, 1)  # (B, 3, 2p+1, 2p+1, S, S), no copy
@@ -175,7 +175,7 @@ def shifted_crop(images: Tensor, padding: int, top: Tensor, left: Tensor) -> Ten
 
 
 def luminance(images: Tensor) -> Tensor:
-    """Grey level of each pixel, ITU-R 601. (B, 1, S, S)."""
+    """Return the grey level of each pixel, ITU-R 601. (B, 1, S, S)."""
     red, green, blue = images[:, 0:1], images[:, 1:2], images[:, 2:3]
     return (red * 0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114)
 
@@ -186,7 +186,7 @@ def grayscale(images: Tensor) -> Tensor:
 
 
 def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
-    """Move from other (factor 0) to images (factor 1) and beyond."""
+    """Interpolate from other (factor 0) to images (factor 1), or extrapolate."""
     return torch.lerp(other, images, factor).clamp_(0, 255)
 
 
@@ -207,7 +207,7 @@ def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def adjust_light_(images: Tensor, factor: Tensor, kind: Tensor) -> Tensor:
-    """Adjust brightness (kind 0), contrast (1) or saturation (2), each image its own kind (B,)."""
+    """Adjust brightness (kind 0), contrast (1) or saturation (2); kind (B,) is per image."""
     rest = 1 - factor
     gray = luminance(images)
     mean = gray.mean(dim=(1, 2, 3), keepdim=True)
@@ -216,7 +216,7 @@ def adjust_light_(images: Tensor, factor: Tensor, kind: Tensor) -> Tensor:
 
 
 def adjust_hue_(images: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue of HSV by a share of the colour circle, in [-0.5, 0.5]."""
+    """Shift the hue of HSV by a share of the colour circle, in [-0.5, 0.5]."""
     red, green, blue = images.unbind(1)  # (B, S, S) each
     high = torch.maximum(torch.maximum(red, green), blue)
     low = torch.minimum(torch.minimum(red, green), blue)
@@ -235,7 +235,7 @@ def adjust_hue_(images: Tensor, shift: Tensor) -> Tensor:
 
 
 def adjust_sharpness(images: Tensor, factor: Tensor) -> Tensor:
-    """Blend with a smoothed image (3x3, centre weight 5 of 13, whole levels); borders stay."""
+    """Blend with a smoothed image (3x3, centre weight 5 of 13, rounded); the border stays."""
     if images.shape[-1] < 3:
         return images.clone()
     rows = images[..., :-2, :] + images[..., 1:-1, :] + images[..., 2:, :]  # (B, 3, S-2, S)
@@ -248,12 +248,12 @@ def adjust_sharpness(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def solarize(images: Tensor, threshold: Tensor) -> Tensor:
-    """Invert the levels from the threshold on."""
+    """Invert the levels that are at least the threshold."""
     return torch.lerp(images, 255 - images, (images >= _per_image(threshold)).to(images.dtype))
 
 
 def posterize(images: Tensor, bits: Tensor) -> Tensor:
-    """Keep the highest bits of each level; fractions of a bit are cut off."""
+    """Keep the highest bits of each level; the number of bits is rounded down."""
     step = torch.exp2(8 - _per_image(bits).floor())
     return torch.floor(images / step).mul_(step)
 
@@ -267,7 +267,7 @@ def autocontrast(images: Tensor) -> Tensor:
 
 
 def equalize(images: Tensor) -> Tensor:
-    """Flatten each channel's histogram by PIL's scheme; fractions of levels are cut off."""
+    """Equalise the histogram of each channel as PIL does; levels are rounded down first."""
     level = images.flatten(2).long()  # (B, 3, S*S)
     histogram = level.new_zeros(*level.shape[:2], 256, dtype=torch.int32)
     histogram.scatter_add_(2, level, histogram.new_ones(1).expand_as(level))
@@ -281,10 +281,10 @@ def equalize(images: Tensor) -> Tensor:
 
 
 def gaussian_blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
-    """Blur with a Gaussian of sigma (B,) pixels cut off at radius pixels, reflecting at borders.
+    """Blur with a Gaussian of sigma (B,) pixels, cut off at radius pixels, reflected at borders.
 
-    One matrix an axis holds kernel and reflection, so per-image kernels are two matrix products.
-    A radius of S or more cannot be reflected and is taken as S - 1.
+    One matrix per axis holds kernel and reflection, so per-image kernels are two matrix products.
+    A radius of S or more cannot be reflected; S - 1 is used instead.
     """
     num_images, channels, size, _ = images.shape
     radius = min(radius, size - 1)
@@ -304,7 +304,7 @@ def gaussian_blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
 
 
 def cutout_(images: Tensor, side: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    """Set a square of side (B,) pixels about a centre pixel to 0, clipped at the border."""
+    """Set a square of side (B,) pixels around a centre pixel to 0, clipped at the border."""
     pixel = torch.arange(images.shape[-1], device=images.device)  # (S,)
     hidden = []
     for centre in (row, column):
@@ -315,14 +315,14 @@ def cutout_(images: Tensor, side: Tensor, row: Tensor, column: Tensor) -> Tensor
 
 
 # (operation, lowest, highest magnitude), Sohn et al. 2020 (FixMatch), Table 12, with the ranges
-# of the SPICE authors' code. Symmetric ranges hold the random sign.
+# of the SPICE authors' code. Symmetric ranges include the random sign.
 RANDAUGMENT: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], float, float]] = {
     "Identity": (lambda images, _: images, 0.0, 0.0),
     "AutoContrast": (lambda images, _: autocontrast(images), 0.0, 0.0),
     "Equalize": (lambda images, _: equalize(images), 0.0, 0.0),
     "Rotate": (rotate, -30.0, 30.0),  # degrees
-    "Solarize": (solarize, 0.0, 256.0),  # level from which on pixels are inverted
-    "Color": (adjust_saturation, 0.05, 0.95),  # share of the image, the rest is grey
+    "Solarize": (solarize, 0.0, 256.0),  # level from which pixels are inverted
+    "Color": (adjust_saturation, 0.05, 0.95),  # weight of the image, the rest is grey
     "Contrast": (adjust_contrast, 0.05, 0.95),
     "Brightness": (adjust_brightness, 0.05, 0.95),
     "Sharpness": (adjust_sharpness, 0.05, 0.95),
@@ -330,5 +330,5 @@ RANDAUGMENT: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], float, float]] 
     "ShearY": (shear_y, -0.1, 0.1),
     "TranslateX": (translate_x, -0.1, 0.1),  # share of the side
     "TranslateY": (translate_y, -0.1, 0.1),
-    "Posterize": (posterize, 4.0, 8.0),  # bits kept, cut to a whole number: 4, 5, 6 or 7
+    "Posterize": (posterize, 4.0, 8.0),  # bits kept, rounded down: 4, 5, 6 or 7
 }

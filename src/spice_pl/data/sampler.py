@@ -1,4 +1,4 @@
-"""Which images come when: a pure function of (seed, epoch), so that any run can be resumed.
+"""Samplers whose order is a pure function of (seed, epoch), so that any run can be resumed.
 
 Shapes: n images in the subset, b images in this rank's part of a batch.
 """
@@ -19,24 +19,25 @@ from spice_pl.errors import UsageError
 class KeyedBatches(Sampler[tuple[Tensor, Tensor]]):
     """Batches of (index, round), shuffled by (seed, epoch) and the same for any number of ranks.
 
-    An epoch visits `num_samples` images: whole shuffled rounds over the subset, the last one cut.
-    A batch never spans two groups of `group_size` images. Every rank takes each `world_size`-th
-    image of the global batch, so that the global batch does not depend on the number of ranks.
+    An epoch has `num_samples` images: complete shuffled rounds over the subset and a part of one
+    more. A batch never crosses a group of `group_size` images. Each rank takes every
+    `world_size`-th image of the global batch, which therefore does not depend on the number of
+    ranks.
 
     Args:
         subset: (n,) indices to draw from.
         batch_size: images in a global batch.
-        seed: of the run.
+        seed: seed of the run.
         stream: number of this stream among the streams of the stage.
         num_samples: images in an epoch; None means n.
-        group_size: images that belong together, None means `num_samples`.
-        drop_last: leave out a batch that is not full; else it is a smaller one.
-        rank: this process among `world_size`.
+        group_size: images in a group; None means `num_samples`.
+        drop_last: whether to drop a last batch that is not full.
+        rank: number of this process among `world_size`.
         world_size: number of processes.
-        skip: batches of the first epoch drawn that an earlier part of the run has taken.
+        skip: batches of the first epoch that were finished before the run was resumed.
 
     Raises:
-        UsageError: the subset cannot fill one batch, or ranks cannot share a batch evenly.
+        UsageError: the subset cannot fill a batch, or the ranks cannot share a batch evenly.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class KeyedBatches(Sampler[tuple[Tensor, Tensor]]):
             )
         last = self.group_size % batch_size
         if not drop_last and 0 < last < world_size:
-            # DistributedDataParallel needs a part of every batch on every rank, even of the last.
+            # DistributedDataParallel needs images of every batch on every rank.
             raise UsageError(
                 f"the last batch of {last} images cannot be shared by {world_size} devices; "
                 "choose another batch_size"
@@ -77,7 +78,7 @@ class KeyedBatches(Sampler[tuple[Tensor, Tensor]]):
         self.epoch, self.skip = 0, skip
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration draws; Lightning calls it."""
+        """Set the epoch that the next iteration draws; Lightning calls this."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -101,7 +102,7 @@ class KeyedBatches(Sampler[tuple[Tensor, Tensor]]):
                 yield index[mine], rounds[mine]  # (b,), (b,)
 
     def _order(self) -> tuple[Tensor, Tensor]:
-        """Indices of the epoch, and the round each is drawn in (the key of its views)."""
+        """Return the indices of the epoch, and the round of each, which is the key of its views."""
         n = len(self.subset)
         num_rounds = math.ceil(self.num_samples / n)
         first = self.epoch * num_rounds
@@ -115,15 +116,15 @@ class KeyedBatches(Sampler[tuple[Tensor, Tensor]]):
 
 
 class PartneredBatches(Sampler[tuple[Tensor, Tensor]]):
-    """Batches whose second half accompanies the first: one random partner of each image.
+    """Batches whose second half holds one random partner of each image of the first half.
 
-    A partner is drawn by a hash of (seed, round, image). It comes in a round of its own, so that an
-    image that accompanies itself shows another view.
+    A partner is drawn by a hash of (seed, round, image). It has its own round number, so that an
+    image that is its own partner is shown in another view.
 
     Args:
-        batches: of the first halves.
-        partners: (N, P) positions that may accompany each image.
-        seed: of the run.
+        batches: batches of the first halves.
+        partners: (N, P) positions of the candidates for each image's partner.
+        seed: seed of the run.
         stream: number of this stream among the streams of the stage.
     """
 
@@ -132,7 +133,7 @@ class PartneredBatches(Sampler[tuple[Tensor, Tensor]]):
         self.seed, self.stream = seed, stream
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration draws; Lightning calls it."""
+        """Set the epoch that the next iteration draws; Lightning calls this."""
         self.batches.set_epoch(epoch)
 
     def __len__(self) -> int:

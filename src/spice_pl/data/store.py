@@ -1,15 +1,18 @@
-"""The image store: every image is decoded once, into pixels that are memory-mapped from then on.
+"""The image store: every image is decoded once into pixels, which are memory-mapped afterwards.
 
-One folder a store, named after what decides its content:
+Each store is one folder, named after a digest of everything that decides its content:
 
     images.u8    (N, 3, S, S) uint8, rows in the order of the source
-    files.npy    (N,) place in the source, format and size of every file
-    keys.bin     N names, and keys.npy where each begins
-    index.json   written last: shape, fingerprint, what was skipped and why
+    files.npy    (N,) position in the source, format and size of every file
+    keys.bin     N names; keys.npy says where each begins
+    index.json   written last: shape, fingerprint, skipped images with reasons, decoders
 
-It is written beside its place, in steps that a journal closes, and renamed when whole: a run that
-is killed leaves either no store or a part that the next run goes on with. One process writes, the
-others wait for it.
+An image that was skipped is tried again by a later run if it could not be read, or if the decoders
+have changed.
+
+A store is written in a temporary folder, in steps that are recorded in a journal, and renamed when
+it is complete. A run that is killed leaves no store or a part that the next run continues. One
+process writes, the others wait for it.
 
 Shapes: N images, S side in pixels.
 """
@@ -22,55 +25,82 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from spice_pl.data.decode import Decoded, quiet_warnings
+from spice_pl.data import retry
+from spice_pl.data.decode import Decoded, Unread, decoders, quiet_warnings, unread
 from spice_pl.data.duplicates import num_copies, row_digests
 from spice_pl.data.images import FILE_FACTS, fingerprint
+from spice_pl.data.retry import may_pass
 from spice_pl.errors import UsageError
-from spice_pl.system.files import is_disk_full
+from spice_pl.system import ranks
+from spice_pl.system.files import atomic, is_disk_full
 
 logger = logging.getLogger(__name__)
 
-STORE_VERSION = 2
+STORE_VERSION = 3
 BAD_IMAGE = ("skip", "raise")
-STEP_BYTES = 1 << 26  # of pixels between two entries of the journal
-STEP_IMAGES = (64, 8192)  # at least, at most
+STEP_BYTES = 1 << 26  # bytes of pixels between two entries of the journal
+STEP_IMAGES = (64, 8192)  # least and most images between two entries
+
+
+UNREAD = (10, 0.01)  # images that a run may leave unread: so many, or this share of them
+
+Loaded = Decoded | Unread | str
 
 
 @dataclass(frozen=True)
 class Source:
-    """Images in a fixed order that are not decoded yet.
+    """Images in a fixed order, not decoded yet.
 
     Attributes:
-        name: what a message calls it.
-        keys: one name an image.
-        load: place to decoded image, or the reason why it cannot be had; called by threads.
+        name: name for messages.
+        keys: one name per image.
+        load: function from a position to the decoded image, or to the reason why there is none;
+            called from several threads.
     """
 
     name: str
     keys: Sequence[str]
-    load: Callable[[int], Decoded | str]
+    load: Callable[[int], Loaded]
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """An image of a source that is not in the store.
+
+    Attributes:
+        place: position in the source.
+        key: name.
+        reason: why it is left out.
+        unread: whether it could not be read and may be a healthy image.
+    """
+
+    place: int
+    key: str
+    reason: str
+    unread: bool
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A whole store.
+    """A complete store.
 
     Attributes:
         images: (N, 3, S, S) uint8, memory-mapped.
         keys: (N,) names.
-        files: (N,) place in the source (`source`), format, width and height of every file.
+        files: (N,) position in the source (`source`), format, width and height of every file.
         fingerprint: digest of pixels and order.
-        skipped: name and reason of every image of the source that is not here.
+        skipped: name and reason of every image of the source that was left out.
     """
 
     images: NDArray[np.uint8]
@@ -81,7 +111,7 @@ class Stored:
 
 
 class Names(Sequence[str]):
-    """Names read from disk as they are asked for: a million of them take no memory."""
+    """Names that are read from disk on access, so that a million of them take no memory."""
 
     def __init__(self, blob: Path, starts: Path) -> None:
         self._blob = np.memmap(blob, dtype=np.uint8, mode="r")
@@ -104,7 +134,7 @@ class Names(Sequence[str]):
 
     @staticmethod
     def write(keys: Sequence[str], blob: Path, starts: Path) -> None:
-        """Write names; bytes of a file name that are no UTF-8 stay as they are."""
+        """Write names; bytes that are not valid UTF-8 are kept."""
         lengths = np.zeros(len(keys) + 1, dtype=np.int64)
         with blob.open("wb") as file:
             for i, key in enumerate(keys):
@@ -119,60 +149,137 @@ def open_store(
     source: Callable[[], Source],
     on_bad_image: str = "skip",
 ) -> Stored:
-    """Return the store of some images, made unless it is there.
+    """Return the store of some images; make it if it does not exist.
 
     Args:
-        identity: whatever decides pixels and order, as JSON can hold it.
+        identity: everything that decides pixels and order, as a JSON value.
         image_size: side S in pixels.
-        cache_dir: where the store goes, 3·S·S bytes an image.
-        source: gives the images; called only when the store has to be made.
-        on_bad_image: "skip" counts and names what cannot be decoded, "raise" stops there.
+        cache_dir: folder of the stores; one takes 3·S·S bytes per image.
+        source: function that returns the images; called only if the store has to be made.
+        on_bad_image: "skip" leaves out what cannot be decoded and reports it, "raise" stops.
 
     Raises:
-        UsageError: no image can be decoded; a bad image with `on_bad_image="raise"`; the disk
-            cannot hold the store or must not be written.
+        UsageError: no image can be decoded; a bad image with `on_bad_image="raise"`; the disk is
+            too small or cannot be written.
     """
     if on_bad_image not in BAD_IMAGE:
         raise UsageError(f"on_bad_image {on_bad_image!r} is none of {BAD_IMAGE}")
     text = json.dumps([STORE_VERSION, image_size, identity])
     digest = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
     place = Path(cache_dir).expanduser() / digest
-    if not (place / "index.json").is_file():
-        try:
-            place.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if not (place / "index.json").is_file():
             with _only_writer(place):
                 if not (place / "index.json").is_file():
-                    _make(place, source(), image_size, on_bad_image)
-        except OSError as error:
-            raise UsageError(_disk(error, place.parent)) from error
+                    images = _opened(source)
+                    if _make(place, images, image_size, on_bad_image):
+                        _try_again(place, images, image_size, on_bad_image)
+        elif _may_find_more(place) and not ranks.in_rank():  # ranks must not differ
+            with _only_writer(place):
+                _try_again(place, _opened(source), image_size, on_bad_image)
+    except OSError as error:
+        raise UsageError(_disk(error, place.parent)) from error
     return _read(place, image_size, on_bad_image)
+
+
+def _opened(source: Callable[[], Source]) -> Source:
+    try:
+        return source()
+    except OSError as error:
+        raise UsageError(f"{error.filename} cannot be read: {error.strerror}") from error
+
+
+def _skipped(index: dict[str, Any]) -> list[Skipped]:
+    return [Skipped(*each) for each in index["skipped"]]
+
+
+def _may_find_more(place: Path) -> bool:
+    """Return whether images that were skipped may be decoded now."""
+    index = json.loads((place / "index.json").read_text())
+    changed = index["decoders"] != list(decoders())
+    return any(changed or image.unread for image in _skipped(index))
+
+
+def _try_again(place: Path, source: Source, image_size: int, on_bad_image: str) -> None:
+    """Decode the images that were skipped once more, and make the store again if one can be."""
+    index = json.loads((place / "index.json").read_text())
+    changed = index["decoders"] != list(decoders())
+    skipped = {image.place: image for image in _skipped(index)}
+    places = [i for i, image in skipped.items() if changed or image.unread]
+    with quiet_warnings(), ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        loaded = dict(zip(places, pool.map(_loader(source), places), strict=True))
+    found = sum(isinstance(image, Decoded) for image in loaded.values())
+    if not found:
+        index["skipped"] = [
+            astuple(_as_skipped(i, image.key, loaded[i]) if i in loaded else image)
+            for i, image in skipped.items()
+        ]
+        index["decoders"] = decoders()
+        with atomic(place / "index.json") as temporary:
+            temporary.write_text(json.dumps(index))
+        return
+    logger.info("%d images of %s that were skipped can be decoded now", found, source.name)
+    stored = _stored(place, index, image_size)
+
+    def load(i: int) -> Loaded:
+        if i in loaded:
+            return loaded[i]
+        if i in skipped:
+            return skipped[i].reason
+        row = int(np.searchsorted(stored.files["source"], i))  # sources are in rising order
+        _, kind, width, height = stored.files[row].tolist()
+        return Decoded(stored.images[row], kind, width, height)
+
+    _make(place, Source(source.name, source.keys, load), image_size, on_bad_image)
+
+
+def _loader(source: Source) -> Callable[[int], Loaded]:
+    """Return the function of a source that loads an image, without errors of the disk."""
+
+    def load(i: int) -> Loaded:
+        try:
+            return source.load(i)
+        except (OSError, MemoryError) as error:
+            return unread(error) if may_pass(error) else f"{type(error).__name__}: {error}"
+
+    return load
+
+
+def _as_skipped(place: int, key: str, image: Loaded) -> Skipped:
+    is_unread = isinstance(image, Unread)
+    return Skipped(place, key, image.reason if isinstance(image, Unread) else str(image), is_unread)
 
 
 def _read(place: Path, image_size: int, on_bad_image: str) -> Stored:
     index = json.loads((place / "index.json").read_text())
-    skipped = [(key, reason) for key, reason in index["skipped"]]
-    if skipped and on_bad_image == "raise":
-        raise UsageError(_bad_image(index["name"], *skipped[0]))
-    if skipped:
-        report(index["name"], skipped)
+    stored = _stored(place, index, image_size)
+    if stored.skipped and on_bad_image == "raise":
+        raise UsageError(_bad_image(index["name"], *stored.skipped[0]))
+    if stored.skipped:
+        report(index["name"], stored.skipped)
     if index["num_copies"]:
         logger.info(
             "%d of %d images are exact copies of others; stage=inspect shows them",
             *(index["num_copies"], index["num_images"]),
         )
+    return stored
+
+
+def _stored(place: Path, index: dict[str, Any], image_size: int) -> Stored:
     shape = (index["num_images"], 3, image_size, image_size)
     return Stored(
         images=np.memmap(place / "images.u8", dtype=np.uint8, mode="r", shape=shape),
         keys=Names(place / "keys.bin", place / "keys.npy"),
         files=np.load(place / "files.npy", mmap_mode="r"),
         fingerprint=index["fingerprint"],
-        skipped=skipped,
+        skipped=[(image.key, image.reason) for image in _skipped(index)],
     )
 
 
 @contextmanager
 def _only_writer(place: Path) -> Iterator[None]:
-    """Let one process at a time make a store; the lock ends with its process."""
+    """Let one process at a time make a store; the system frees the lock when a process ends."""
     with place.with_name(f".{place.name}.lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -182,10 +289,12 @@ def _only_writer(place: Path) -> Iterator[None]:
         yield
 
 
-def _make(place: Path, source: Source, image_size: int, on_bad_image: str) -> None:
+def _make(place: Path, source: Source, image_size: int, on_bad_image: str) -> bool:
+    """Make a store; return whether an interrupted run has left images unread."""
     part = place.with_name(f".{place.name}.part")
     part.mkdir(exist_ok=True)
     journal = _Journal(part, 3 * image_size**2)
+    left_unread = any(unread for *_, unread in journal.skipped)
     total, need = len(source.keys), (len(source.keys) - journal.done) * 3 * image_size**2
     free = shutil.disk_usage(part).free
     if need > free:
@@ -200,36 +309,64 @@ def _make(place: Path, source: Source, image_size: int, on_bad_image: str) -> No
     )
     least, most = STEP_IMAGES
     step = max(least, min(most, STEP_BYTES // (3 * image_size**2)))
+    load = _loader(source)
     with quiet_warnings(), ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         for start in range(journal.done, total, step):
-            images = list(pool.map(source.load, range(start, min(start + step, total))))
+            places = range(start, min(start + step, total))
+            images = list(pool.map(load, places))
+            _read_again(source, load, journal, places, images)
             if on_bad_image == "raise":
-                for i, image in enumerate(images, start):
-                    if isinstance(image, str):
+                for i, image in zip(places, images, strict=True):
+                    if not isinstance(image, Decoded):
                         shutil.rmtree(part)
-                        raise UsageError(_bad_image(source.name, source.keys[i], image))
+                        reason = _as_skipped(i, "", image).reason
+                        raise UsageError(_bad_image(source.name, source.keys[i], reason))
             journal.append(start, images)
             if start // 10_000 != journal.done // 10_000:
                 logger.info("decoded %d of %d images", journal.done, total)
-    skipped = [(source.keys[i], reason) for i, reason in journal.skipped]
     if not journal.num_rows:
         shutil.rmtree(part)
-        report(source.name, skipped)
+        report(source.name, [(source.keys[i], reason) for i, reason, _ in journal.skipped])
+        place_, reason, _ = journal.skipped[0]
         raise UsageError(
             f"none of the {total} images of {source.name} could be decoded; "
-            f"first: {skipped[0][0]}: {skipped[0][1]}"
+            f"first: {source.keys[place_]}: {reason}"
         )
-    _finish(place, part, source, journal, skipped, image_size)
+    _finish(place, part, source, journal, image_size)
+    return left_unread
 
 
-def _finish(
-    place: Path,
-    part: Path,
+def _read_again(
     source: Source,
+    load: Callable[[int], Loaded],
     journal: _Journal,
-    skipped: Sequence[tuple[str, str]],
-    image_size: int,
+    places: Sequence[int],
+    images: list[Loaded],
 ) -> None:
+    """Try the images again, one by one, that could not be read; in place.
+
+    Raises:
+        UsageError: too many of all images cannot be read: the disk is not well.
+    """
+    least, share = UNREAD
+    num_unread = sum(unread for *_, unread in journal.skipped)
+    for row, i in enumerate(places):
+        image = images[row]
+        for pause in retry.PAUSES_S:
+            if isinstance(image, Unread) and image.soon:
+                time.sleep(pause)
+                image = images[row] = load(i)
+        if isinstance(image, Unread) and image.soon:
+            num_unread += 1
+            if num_unread > max(least, share * len(source.keys)):
+                raise UsageError(
+                    f"{num_unread} images of {source.name} cannot be read, the last is "
+                    f"{source.keys[i]}: {image.reason}; start again when the disk is well, which "
+                    "continues where this run stopped"
+                )
+
+
+def _finish(place: Path, part: Path, source: Source, journal: _Journal, image_size: int) -> None:
     files = np.fromfile(part / "files.part", dtype=FILE_FACTS)
     keys = [source.keys[i] for i in files["source"]]
     Names.write(keys, part / "keys.bin", part / "keys.npy")
@@ -241,29 +378,35 @@ def _finish(
         "num_images": len(images),
         "num_copies": num_copies(row_digests(images)),
         "fingerprint": fingerprint(images),
-        "skipped": skipped,
+        "skipped": [(i, source.keys[i], *more) for i, *more in journal.skipped],
+        "decoders": decoders(),
     }
     with (part / "index.json").open("w") as file:
         json.dump(index, file)
         file.flush()
         os.fsync(file.fileno())
+    old = place.with_name(f".{place.name}.old")
+    if place.exists():  # a store that is made again; runs that have it open keep their files
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(place, old)
     os.rename(part, place)
-    for name in ("files.part", "journal.jsonl"):  # a part that lost them would start anew
+    shutil.rmtree(old, ignore_errors=True)
+    for name in ("files.part", "journal.jsonl"):  # removed last: a part without them starts again
         (place / name).unlink()
 
 
 class _Journal:
-    """What of a store is on disk for good; a step that was cut off is written again.
+    """Record of the steps of a store that are safely on disk; an unfinished step is repeated.
 
     Attributes:
-        done: images of the source that were looked at.
-        num_rows: images that were kept.
-        skipped: place in the source, and reason.
+        done: number of images of the source that were processed.
+        num_rows: number of images that were kept.
+        skipped: of the others position in the source, reason, and whether it is an `Unread`.
     """
 
     def __init__(self, part: Path, row_bytes: int) -> None:
         self.done, self.num_rows = 0, 0
-        self.skipped: list[tuple[int, str]] = []
+        self.skipped: list[tuple[int, str, bool]] = []
         self._pixels, self._files = part / "images.u8", part / "files.part"
         self._lines = part / "journal.jsonl"
         whole = 0
@@ -277,7 +420,7 @@ class _Journal:
                     break
                 whole += len(line)
                 self.done, self.num_rows = step["done"], step["num_rows"]
-                self.skipped += [(i, reason) for i, reason in step["skipped"]]
+                self.skipped += [tuple(each) for each in step["skipped"]]
         for path, size in (
             (self._pixels, self.num_rows * row_bytes),
             (self._files, self.num_rows * FILE_FACTS.itemsize),
@@ -286,10 +429,14 @@ class _Journal:
             path.touch()
             os.truncate(path, size)
 
-    def append(self, start: int, images: Sequence[Decoded | str]) -> None:
-        """Write the images from place `start` on; the journal's line comes last."""
+    def append(self, start: int, images: Sequence[Loaded]) -> None:
+        """Write the images from position `start`; the line of the journal is written last."""
         kept = [(i, image) for i, image in enumerate(images, start) if isinstance(image, Decoded)]
-        skipped = [(i, image) for i, image in enumerate(images, start) if isinstance(image, str)]
+        skipped = [
+            (i, image.reason, True) if isinstance(image, Unread) else (i, image, False)
+            for i, image in enumerate(images, start)
+            if not isinstance(image, Decoded)
+        ]
         facts = [(i, image.format, image.width, image.height) for i, image in kept]
         _append(self._pixels, [image.pixels for _, image in kept])
         _append(self._files, [np.array(facts, dtype=FILE_FACTS)])
@@ -308,7 +455,7 @@ def _append(path: Path, arrays: Sequence[NDArray[Any]]) -> None:
 
 
 def report(name: str, skipped: Sequence[tuple[str, str]], shown: int = 10) -> None:
-    """Say what was skipped and why."""
+    """Log which images were skipped and why."""
     logger.warning("skipped %d images of %s that cannot be used:", len(skipped), name)
     for key, reason in skipped[:shown]:
         logger.warning("  %s: %s", key, reason)
@@ -317,13 +464,13 @@ def report(name: str, skipped: Sequence[tuple[str, str]], shown: int = 10) -> No
 
 
 def _bad_image(name: str, key: str, reason: str) -> str:
-    return f"bad image {key} of {name}: {reason}; mend or remove it, or use on_bad_image=skip"
+    return f"bad image {key} of {name}: {reason}; repair or remove it, or use on_bad_image=skip"
 
 
 def _disk(error: OSError, cache_dir: Path) -> str:
     if is_disk_full(error):
         return (
-            f"the disk that holds {cache_dir} is full; make room and start again, which goes on "
+            f"the disk that holds {cache_dir} is full; make room and start again, which continues "
             "where it stopped, or set dataset.cache_dir"
         )
     return f"{cache_dir} cannot be written ({error.strerror}); set dataset.cache_dir"

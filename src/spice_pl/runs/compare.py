@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-import json
 import os
 import statistics
 import sys
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.box import SIMPLE
 from rich.console import Console
@@ -27,8 +26,9 @@ from rich.table import Table
 from rich.text import Text
 
 from spice_pl.errors import UsageError
-from spice_pl.reports.published import published_results
+from spice_pl.reports.published import PublishedRow, published_results
 from spice_pl.reports.tables import NO_LABELS, ResultRow, duration_text, mean_std, score_text
+from spice_pl.runs.folder import RunFolder
 from spice_pl.system.files import atomic
 
 COLUMNS = (
@@ -88,6 +88,18 @@ class Line:
         )
 
 
+class GroupKey(NamedTuple):
+    """What the runs of one line have in common."""
+
+    dataset: str
+    method: str
+    protocol: str
+    settings: tuple[tuple[str, str], ...]
+
+
+Group = list[tuple[ResultRow, Mapping[str, Any]]]  # each row with the run that it is from
+
+
 def finished_runs(paths: Iterable[str | os.PathLike[str]]) -> list[dict[str, Any]]:
     """Return metrics.json of every finished stage in or below some folders.
 
@@ -99,7 +111,7 @@ def finished_runs(paths: Iterable[str | os.PathLike[str]]) -> list[dict[str, Any
         if not path.is_dir():
             raise UsageError(f"{path} is no folder; give folders of runs, for example runs/digits")
         for file in sorted(path.rglob("metrics.json")):
-            metrics = json.loads(file.read_text(encoding="utf-8"))
+            metrics = RunFolder(file.parent).metrics
             if metrics.get("rows"):  # tasks may leave none
                 found[file.resolve()] = metrics
     if not found:
@@ -112,57 +124,13 @@ def finished_runs(paths: Iterable[str | os.PathLike[str]]) -> list[dict[str, Any
 
 def compare(runs: Sequence[Mapping[str, Any]]) -> list[Line]:
     """Group runs that differ in their seed only; add what was published for their data sets."""
-    groups: dict[tuple[str, ...], list[tuple[ResultRow, Mapping[str, Any]]]] = {}
-    for run in runs:
-        for row in _own_rows(run):
-            settings = {} if "pixels" in row.name else _settings(run)
-            key = (str(run["dataset"]), row.name, row.protocol, json.dumps(settings))
-            group = groups.setdefault(key, [])
-            if settings or all(row.seed != other.seed for other, _ in group):
-                group.append((row, run))  # k-means on pixels is the same whatever the settings
-    lines = []
-    for (dataset, method, protocol, packed), group in sorted(groups.items(), key=_order(groups)):
-        settings = json.loads(packed)
-        others = [
-            json.loads(key[3]) for key in groups if key[:2] == (dataset, method) and key[3] != "{}"
-        ]
-        differ = {
-            name: value
-            for name, value in sorted(settings.items())
-            if any(other.get(name) != value for other in others)
-        }
-        group = sorted(group, key=lambda each: each[0].seed)
-        rows = [row for row, _ in group]
-        line = Line(
-            dataset=dataset,
-            method=method,
-            settings=differ,
-            protocol=protocol,
-            seeds=tuple(row.seed for row in rows),
-            acc=tuple(row.acc for row in rows if row.acc is not None),
-            nmi=tuple(row.nmi for row in rows if row.nmi is not None),
-            ari=tuple(row.ari for row in rows if row.ari is not None),
-            seconds=tuple(row.seconds for row in rows),
-            memory_mb=tuple(float(run["peak_memory_mb"]) for _, run in group),
-        )
-        lines.append(line)
-    for dataset in sorted({line.dataset for line in lines}):
-        lines += [
-            Line(
-                dataset=dataset,
-                method=row.method,
-                settings={},
-                protocol=row.protocol,
-                seeds=(),
-                acc=(row.acc,),
-                nmi=() if row.nmi is None else (row.nmi,),
-                ari=() if row.ari is None else (row.ari,),
-                spread=row.spread,
-                source=row.source,
-            )
-            for row in published_results(dataset)
-        ]
-    return lines
+    groups = _grouped(runs)
+    lines = [
+        _line(key, group, _differing(key, groups))
+        for key, group in sorted(groups.items(), key=_order)
+    ]
+    datasets = sorted({line.dataset for line in lines})
+    return lines + [_published(name, row) for name in datasets for row in published_results(name)]
 
 
 def markdown(lines: Sequence[Line]) -> str:
@@ -300,18 +268,72 @@ def _settings(run: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _order(groups: Mapping[tuple[str, ...], Sequence[tuple[ResultRow, Mapping[str, Any]]]]) -> Any:
+def _grouped(runs: Sequence[Mapping[str, Any]]) -> dict[GroupKey, Group]:
+    groups: dict[GroupKey, Group] = {}
+    for run in runs:
+        for row in _own_rows(run):
+            settings = {} if "pixels" in row.name else _settings(run)
+            key = GroupKey(str(run["dataset"]), row.name, row.protocol, tuple(settings.items()))
+            group = groups.setdefault(key, [])
+            if settings or all(row.seed != other.seed for other, _ in group):
+                group.append((row, run))  # k-means on pixels is the same whatever the settings
+    return groups
+
+
+def _differing(key: GroupKey, groups: Iterable[GroupKey]) -> dict[str, str]:
+    """Return the settings in which a group differs from others of its data set and method."""
+    others = [
+        dict(other.settings)
+        for other in groups
+        if (other.dataset, other.method) == (key.dataset, key.method) and other.settings
+    ]
+    return {
+        name: value
+        for name, value in key.settings
+        if any(other.get(name) != value for other in others)
+    }
+
+
+def _line(key: GroupKey, group: Group, settings: Mapping[str, str]) -> Line:
+    group = sorted(group, key=lambda each: each[0].seed)
+    rows = [row for row, _ in group]
+    return Line(
+        dataset=key.dataset,
+        method=key.method,
+        settings=settings,
+        protocol=key.protocol,
+        seeds=tuple(row.seed for row in rows),
+        acc=tuple(row.acc for row in rows if row.acc is not None),
+        nmi=tuple(row.nmi for row in rows if row.nmi is not None),
+        ari=tuple(row.ari for row in rows if row.ari is not None),
+        seconds=tuple(row.seconds for row in rows),
+        memory_mb=tuple(float(run["peak_memory_mb"]) for _, run in group),
+    )
+
+
+def _published(dataset: str, row: PublishedRow) -> Line:
+    return Line(
+        dataset=dataset,
+        method=row.method,
+        settings={},
+        protocol=row.protocol,
+        seeds=(),
+        acc=(row.acc,),
+        nmi=() if row.nmi is None else (row.nmi,),
+        ari=() if row.ari is None else (row.ari,),
+        spread=row.spread,
+        source=row.source,
+    )
+
+
+def _order(item: tuple[GroupKey, Group]) -> tuple[Any, ...]:
     """By data set, then by the length of the chain of stages, then by name and settings."""
-
-    def order(item: tuple[tuple[str, ...], Any]) -> tuple[Any, ...]:
-        (dataset, method, protocol, settings), group = item
-        depth = min(
-            next(i for i, row in enumerate(run["rows"]) if row["name"] == method)
-            for _, run in group
-        )
-        return dataset, protocol, depth, method, settings
-
-    return order
+    key, group = item
+    depth = min(
+        next(i for i, row in enumerate(run["rows"]) if row["name"] == key.method)
+        for _, run in group
+    )
+    return key.dataset, key.protocol, depth, key.method, key.settings
 
 
 def _scores(values: Sequence[float]) -> str:

@@ -6,18 +6,18 @@ Shapes: N images, K clusters before and L after.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from spice_pl.errors import UsageError
 from spice_pl.functional.assignment import count_table, match_clusters
 from spice_pl.runs.edits import Edits, check_reviewed, edited_probs, edited_rows
-from spice_pl.runs.folder import RunFolder, as_tensor
+from spice_pl.runs.folder import RunFolder, as_tensor, identity
 from spice_pl.system.files import atomic
 
 logger = logging.getLogger(__name__)
@@ -34,37 +34,28 @@ def write_edited(edits: Edits, reviewed: RunFolder, target: RunFolder, num_clust
         UsageError: the run is not there or was made anew, the edits do not fit it, or
             `num_clusters` is not what the edits leave.
     """
-    if not reviewed.finished:
-        raise UsageError(f"edits are of {reviewed.path}, and no finished run is there")
-    metrics, table = reviewed.metrics, reviewed.read_clusters()
-    check_reviewed(
-        edits, metrics["fingerprint"], metrics["digest"], metrics["num_clusters"], table.keys
-    )
-    if edits.num_clusters_after != num_clusters:
-        raise UsageError(
-            f"the edits leave {edits.num_clusters_after} clusters and dataset.num_clusters is "
-            f"{num_clusters}; give dataset.num_clusters={edits.num_clusters_after}"
-        )
+    metrics, keys = _check_fits(edits, reviewed, num_clusters)
     before = as_tensor(reviewed.probs)
-    probs, moved = edited_probs(edits, before, as_tensor(reviewed.features), table.keys)
+    probs, moved = edited_probs(edits, before, as_tensor(reviewed.features), keys)
     rows = edited_rows(edits, before)
     target.path.mkdir(parents=True, exist_ok=True)
     (target.path / "metrics.json").unlink(missing_ok=True)
     for name in ("encoder.safetensors", "features.npy"):
         with atomic(target.path / name) as temporary:
-            temporary.write_bytes((reviewed.path / name).read_bytes())
-    _write_rows(load_file(reviewed.path / "head.safetensors"), rows, target)
+            temporary.write_bytes(reviewed.checked(name).read_bytes())
+    _write_rows(reviewed.read_weights("head.safetensors"), rows, target)
     _write_array(target, "probs.npy", probs.numpy())
     _write_array(target, "moved.npy", moved.numpy())
     target.write_json("names.json", {str(k): name for k, name in edits.names_after.items()})
     target.write_json("edits.json", edits.as_json())
     target.stamp(metrics["fingerprint"], metrics["num_images"], reviewed)
+    digests = target.digests()
     more: Mapping[str, Any] = {
         "stage": "edits",
         "title": "edits",
         "num_clusters": num_clusters,
-        "digest": target.digest(),
-        "digests": target.digests(),
+        "digest": identity(digests),
+        "digests": digests,
         "seconds": 0.0,
     }
     target.write_json("metrics.json", {**metrics, **more})
@@ -74,6 +65,22 @@ def write_edited(edits: Edits, reviewed: RunFolder, target: RunFolder, num_clust
         num_clusters,
         int(moved.sum()),
     )
+
+
+def _check_fits(
+    edits: Edits, reviewed: RunFolder, num_clusters: int
+) -> tuple[Mapping[str, Any], Sequence[str]]:
+    """Check edits against the reviewed run; return its metrics and the keys of its images."""
+    if not reviewed.finished:
+        raise UsageError(f"edits are of {reviewed.path}, and no finished run is there")
+    metrics, keys = reviewed.metrics, reviewed.read_clusters().keys
+    check_reviewed(edits, metrics["fingerprint"], metrics["digest"], metrics["num_clusters"], keys)
+    if edits.num_clusters_after != num_clusters:
+        raise UsageError(
+            f"the edits leave {edits.num_clusters_after} clusters and dataset.num_clusters is "
+            f"{num_clusters}; give dataset.num_clusters={edits.num_clusters_after}"
+        )
+    return metrics, keys
 
 
 def order_like(earlier: RunFolder, clusters: Tensor, keys: Any, num_clusters: int) -> Tensor:

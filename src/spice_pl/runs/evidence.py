@@ -1,4 +1,4 @@
-"""Features and probabilities from elsewhere: read, put into the data set's order, checked.
+"""Read features and probabilities from files, put them into the order of the data set, check them.
 
 Shapes: N images, D features, K clusters.
 """
@@ -15,20 +15,20 @@ from safetensors import safe_open
 
 from spice_pl.errors import UsageError
 
-MISTAKE = 1e-2  # of a row's sum; files hold few digits
+MISTAKE = 1e-2  # largest error of the sum of a row; files hold few digits
 
 
 def read_array(file: str, keys: Sequence[str], fingerprint: str) -> NDArray[np.float32]:
-    """Read an array of one row an image.
+    """Read an array with one row per image.
 
-    A .safetensors file holds one tensor; metadata with a `fingerprint` must be the data set's. A
-    .csv file may have a header; a first column `image` puts rows into the order of the data set,
-    and columns `image, cluster` (our clusters.csv) become one-hot rows.
+    A .safetensors file holds one tensor; a `fingerprint` in its metadata must equal that of the
+    data set. A .csv file may have a header. If its first column is `image`, rows are put into the
+    order of the data set, and columns `image, cluster` (our clusters.csv) become one-hot rows.
 
     Args:
-        file: .npy, .safetensors or .csv.
+        file: path of a .npy, .safetensors or .csv file.
         keys: (N,) names of the images, as in clusters.csv.
-        fingerprint: of the data set.
+        fingerprint: fingerprint of the data set.
 
     Raises:
         UsageError: the file is missing, of another kind, or of another data set.
@@ -40,7 +40,7 @@ def read_array(file: str, keys: Sequence[str], fingerprint: str) -> NDArray[np.f
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
         except ValueError as error:
-            raise UsageError(f"{path} is no array of numbers: {error}") from error
+            raise UsageError(f"{path} is not an array of numbers: {error}") from error
     elif path.suffix == ".safetensors":
         array = _safetensors(path, fingerprint)
     elif path.suffix == ".csv":
@@ -50,13 +50,13 @@ def read_array(file: str, keys: Sequence[str], fingerprint: str) -> NDArray[np.f
     if array.ndim != 2 or array.dtype.kind not in "fiu":
         raise UsageError(
             f"{path} holds {array.dtype} of shape {array.shape}; needed is a table of numbers with "
-            "one row an image"
+            "one row per image"
         )
     return np.asarray(array, dtype=np.float32)
 
 
 def check_features(features: NDArray[np.float32], num_images: int, where: str) -> None:
-    """Refuse features that are not one finite row an image.
+    """Refuse features that are not one finite row per image.
 
     Raises:
         UsageError: rows or values do not fit.
@@ -64,14 +64,14 @@ def check_features(features: NDArray[np.float32], num_images: int, where: str) -
     if len(features) != num_images:
         raise UsageError(
             f"{where} has {len(features)} rows and the data set {num_images} images; give one row "
-            "an image, in the order of clusters.csv"
+            "per image, in the order of clusters.csv"
         )
     if bad := int((~np.isfinite(features).all(axis=1)).sum()):
-        raise UsageError(f"{where}: {bad} rows hold NaN or infinite values; make it anew")
+        raise UsageError(f"{where}: {bad} rows hold NaN or infinite values; make the file again")
 
 
 def check_probs(probs: NDArray[np.float32], num_images: int, num_clusters: int, where: str) -> None:
-    """Refuse probabilities that are not one distribution over K an image.
+    """Refuse probabilities that are not one distribution over K clusters per image.
 
     Raises:
         UsageError: rows, columns or values do not fit.
@@ -87,7 +87,7 @@ def check_probs(probs: NDArray[np.float32], num_images: int, num_clusters: int, 
     if wrong.any():
         first = int(np.flatnonzero(wrong)[0])
         raise UsageError(
-            f"{where}: {int(wrong.sum())} rows are no probabilities, row {first} sums to "
+            f"{where}: {int(wrong.sum())} rows are not probabilities, row {first} sums to "
             f"{sums[first]:.4g}; give values from 0 to 1 that sum to 1 (logits need a softmax)"
         )
 
@@ -114,12 +114,12 @@ def _csv(path: Path, keys: Sequence[str]) -> NDArray[np.float32]:
     with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
         lines = [line for line in csv.reader(file) if line]
     if not lines:
-        raise UsageError(f"{path} is empty; give one row an image")
+        raise UsageError(f"{path} is empty; give one row per image")
     header = None if _is_number(lines[0][0]) and _is_number(lines[0][-1]) else lines.pop(0)
     if header and header[0] == "image":
         rows = {line[0]: line[1:] for line in lines}
         if len(rows) != len(lines):
-            raise UsageError(f"{path} names an image twice; give one row an image")
+            raise UsageError(f"{path} names an image twice; give one row per image")
         absent = [key for key in keys if key not in rows]
         if absent or len(rows) != len(keys):
             raise UsageError(
@@ -137,7 +137,7 @@ def _csv(path: Path, keys: Sequence[str]) -> NDArray[np.float32]:
             return np.asarray(one_hot[clusters])
         return np.array(lines, dtype=np.float32)
     except ValueError as error:
-        raise UsageError(f"{path} holds what is no number: {error}") from error
+        raise UsageError(f"{path} holds a value that is not a number: {error}") from error
 
 
 def _is_number(text: str) -> bool:

@@ -5,7 +5,7 @@ Shapes: B images, N images of the whole data set, D features, K clusters, S pixe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,9 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from spice_pl.data.datamodule import Stream, Views
+from spice_pl.data.datamodule import Stream, Views, ViewsDataModule
 from spice_pl.data.images import ImageSet
+from spice_pl.errors import UsageError
 from spice_pl.functional.reliability import local_consistency
 from spice_pl.runs.folder import RunFolder
 
@@ -23,17 +24,20 @@ WATCHED_NEIGHBORS = 10  # of some 2,000 watched images, the image itself counted
 
 @dataclass
 class Prediction:
-    """What a stage says of the plain view of some images.
+    """What a stage predicts from the plain view of some images.
 
     Attributes:
         index: (B,) positions in the data set.
         features: (B, D) raw features.
         probs: (B, K) cluster probabilities; None from a stage that has no clusters.
+        head_clusters: (H, B) clusters by each head of a stage that trains many, in validation;
+            else None.
     """
 
     index: Tensor
     features: Tensor
     probs: Tensor | None
+    head_clusters: Tensor | None = None
 
 
 class Stage(pl.LightningModule):
@@ -43,8 +47,10 @@ class Stage(pl.LightningModule):
     receives a label: truth is a callback's business.
     """
 
+    name = ""  # key of its settings, such as moco, for messages; the job sets it
     has_clusters = True
     oracle = False  # whether true labels are trained on, which every result must say
+    chosen_head: int | None = None  # of many, the one chosen without labels after the last epoch
     encoder: nn.Module
     _sizes: Tensor
     _seen: list[tuple[Tensor, Tensor]]
@@ -62,7 +68,13 @@ class Stage(pl.LightningModule):
     @property
     def feature_dim(self) -> int:
         """D, the width of the encoder's features."""
-        return int(self.encoder.num_features)  # type: ignore[arg-type]
+        return width_of(self.encoder)
+
+    @property
+    def datamodule(self) -> ViewsDataModule:
+        """The data module that the trainer was given."""
+        datamodule: ViewsDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
+        return datamodule
 
     def check(self, images: ImageSet, streams: Mapping[str, Stream]) -> None:
         """Check the settings against the data, before any stage starts.
@@ -91,6 +103,13 @@ class Stage(pl.LightningModule):
     def predict(self, batch: Views) -> Prediction:
         """Return features, and probabilities if there are any, of the plain view."""
         raise NotImplementedError
+
+    def labelled(self) -> tuple[Tensor, Tensor] | None:
+        """Return the images (n,) whose labels are trained on, and these labels (n,); None of none.
+
+        They are pseudo-labels, or true ones where the stage is an `oracle`.
+        """
+        return None
 
     def validation_step(self, batch: Views, batch_idx: int) -> Any:
         """Watch confidence and cluster sizes; returns the prediction for callbacks."""
@@ -154,6 +173,10 @@ class Stage(pl.LightningModule):
             return
         self.log(name, value, on_step=False, on_epoch=True, batch_size=weight, sync_dist=True)
 
+    def epoch_means(self) -> dict[str, float]:
+        """Return the means so far of what was recorded in this epoch, on this rank alone."""
+        return {name: float(total / weight) for name, (total, weight) in self.epoch_sums.items()}
+
     def across_ranks(self, rows: Tensor) -> Tensor:
         """Join the rows of all ranks in the order of the global batch, (b, ...) -> (B, ...).
 
@@ -175,6 +198,32 @@ class Stage(pl.LightningModule):
         return stacked
 
 
+def as_stage(module: pl.LightningModule) -> Stage:
+    """Return the module that a hook of Lightning's was given as the stage that it is.
+
+    Raises:
+        TypeError: it is another LightningModule, which has nothing that our callbacks read.
+    """
+    if not isinstance(module, Stage):
+        raise TypeError(f"{type(module).__name__} is not a {Stage.__module__}.Stage; derive it")
+    return module
+
+
+def width_of(backbone: nn.Module) -> int:
+    """Return D, the width of a backbone's features."""
+    return int(backbone.num_features)  # type: ignore[arg-type]
+
+
+def check_word(setting: str, word: str, words: Sequence[str]) -> None:
+    """Refuse a word that a setting does not know.
+
+    Raises:
+        UsageError: `word` is none of `words`.
+    """
+    if word not in words:
+        raise UsageError(f"{setting} {word!r} is none of {', '.join(words)}")
+
+
 class EpochMeans(pl.callbacks.Checkpoint):
     """Log what a stage recorded in an epoch; carry its sums over a stop inside the epoch.
 
@@ -186,7 +235,7 @@ class EpochMeans(pl.callbacks.Checkpoint):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the means of all ranks and start anew."""
-        stage: Stage = pl_module  # type: ignore[assignment]
+        stage = as_stage(pl_module)
         if not stage.epoch_sums:
             return
         sums = torch.stack(list(stage.epoch_sums.values()))  # (n, 2)
@@ -200,7 +249,7 @@ class EpochMeans(pl.callbacks.Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Write the sums of all ranks, (R, 2) each."""
-        stage: Stage = pl_module  # type: ignore[assignment]
+        stage = as_stage(pl_module)
         sums = {
             name: stage.gathered(each).reshape(-1, 2) for name, each in stage.epoch_sums.items()
         }
@@ -210,6 +259,6 @@ class EpochMeans(pl.callbacks.Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Take this rank's sums."""
-        stage: Stage = pl_module  # type: ignore[assignment]
+        stage = as_stage(pl_module)
         saved = checkpoint.get("epoch_sums", {})
         stage.epoch_sums = {name: each[trainer.global_rank] for name, each in saved.items()}

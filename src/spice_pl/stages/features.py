@@ -52,7 +52,6 @@ class FeatureStage(Stage):
     """
 
     has_clusters = False
-    name: str  # of the stage, for messages
 
     def __init__(
         self,

@@ -21,6 +21,7 @@ from spice_pl.functional.contrastive import info_nce
 from spice_pl.functional.momentum import ema_update_
 from spice_pl.nn.queue import Queue
 from spice_pl.runs.folder import RunFolder
+from spice_pl.stages.base import width_of
 from spice_pl.stages.features import FeatureStage
 
 
@@ -66,7 +67,7 @@ class MoCoModule(FeatureStage):
     ) -> None:
         if temperature <= 0:
             raise UsageError(f"moco.module.temperature {temperature} is not positive; MoCo v2: 0.2")
-        width = int(backbone.num_features)  # type: ignore[arg-type]
+        width = width_of(backbone)
         super().__init__(
             backbone,
             nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, projection_dim)),

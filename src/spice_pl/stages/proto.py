@@ -13,10 +13,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from spice_pl.data.datamodule import Stream, Views
 from spice_pl.data.images import ImageSet
@@ -33,7 +33,7 @@ from spice_pl.functional.losses import (
 from spice_pl.functional.prototypes import prototype_pseudo_labels, prototype_shares
 from spice_pl.nn.heads import ParallelHeads
 from spice_pl.runs.folder import RunFolder, as_tensor
-from spice_pl.stages.base import Prediction, Stage
+from spice_pl.stages.base import Prediction, Stage, check_word, width_of
 from spice_pl.stages.proto_views import BankedViews, FrozenViews, MovingEncoder
 
 logger = logging.getLogger(__name__)
@@ -88,7 +88,6 @@ class ProtoHeadModule(Stage):
     best_head: Tensor
     best_epoch: Tensor
     shares: Tensor | None
-    epoch_head = 0  # the one chosen after this epoch
     warned = False  # of empty clusters, once a run
 
     def __init__(
@@ -120,10 +119,10 @@ class ProtoHeadModule(Stage):
         if not 0 < select_ratio <= 1:  # above 1 the slots of Eq. 4 outnumber the images
             raise UsageError(f"proto.module.select_ratio {select_ratio} is not in (0, 1]")
         losses = _losses(temperature)
-        _check_word("loss", loss, tuple(losses))
-        _check_word("bn_mode", bn_mode, BN_MODES)
-        _check_word("joint", joint, JOINT)
-        _check_word("selection", selection, SELECTION)
+        check_word("proto.module.loss", loss, tuple(losses))
+        check_word("proto.module.bn_mode", bn_mode, BN_MODES)
+        check_word("proto.module.joint", joint, JOINT)
+        check_word("proto.module.selection", selection, SELECTION)
         moves = joint != "none" or bn_mode == "reference"
         if view_bank is not None and (view_bank < 1 or moves):
             raise UsageError(
@@ -135,7 +134,7 @@ class ProtoHeadModule(Stage):
         if joint == "single_head":
             num_heads = 1
         self.automatic_optimization = False
-        width = int(backbone.num_features)  # type: ignore[arg-type]
+        width = width_of(backbone)
         self.encoder = backbone.requires_grad_(joint != "none")
         if moves:
             self.kept_encoder = copy.deepcopy(backbone).requires_grad_(False)
@@ -203,6 +202,14 @@ class ProtoHeadModule(Stage):
             self._select()
         return losses.mean()
 
+    def validation_step(self, batch: Views, batch_idx: int) -> Any:
+        """Watch the kept head; add the clusters of all heads, if the kept encoder is theirs."""
+        prediction: Prediction = super().validation_step(batch, batch_idx)
+        if self.moves:
+            return prediction
+        clusters = self.heads(prediction.features).argmax(dim=-1)  # (H, B)
+        return replace(prediction, head_clusters=clusters)
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam at a constant rate; one optimizer for all heads, and for a `joint` encoder."""
         trained = [*self.heads.parameters(), *(self.encoder.parameters() if self.joint else ())]
@@ -242,6 +249,7 @@ class ProtoHeadModule(Stage):
                 f"tells them apart; train stage={upstream.path.parent.name} anew with another seed "
                 "or a lower lr"
             )
+        self.embeddings = upstream.embeddings(images.train_index)  # of the plain images, (N, d)
         num_train = len(images.train_index)
         size = min(self.buffer_size, num_train)
         self.check(images, streams)
@@ -273,13 +281,9 @@ class ProtoHeadModule(Stage):
         features = self.branches.predict(batch)
         return Prediction(batch.index, features, self.selected(features))
 
-    def head_clusters(self, prediction: Prediction) -> Tensor | None:
-        """Return each head's clusters (H, B); none where the kept encoder is not theirs."""
-        return None if self.moves else self.heads(prediction.features).argmax(dim=-1)
-
     def on_fit_start(self) -> None:
         """Put the embeddings of the untransformed images (N, D) where the heads are."""
-        self.embeddings = F.normalize(self.features.to(self.device))
+        self.embeddings = self.embeddings.to(self.device)
         self.branches.on_fit_start()
         if self.has_floor:
             floor = double_softmax_floor(self.num_clusters)
@@ -348,12 +352,11 @@ class ProtoHeadModule(Stage):
             num_empty.append(self.num_clusters - len(probs.argmax(dim=1).unique()))
         costs = -torch.stack(information) if information else torch.stack(losses)  # (H,)
         cost, head_index = costs.min(dim=0)
-        self.epoch_head = int(head_index)
-        loss = losses[self.epoch_head]
-        self._warn_of_empty(num_empty[self.epoch_head])
+        chosen = self.chosen_head = int(head_index)
+        loss = losses[chosen]
+        self._warn_of_empty(num_empty[chosen])
         self.record("val/selection_loss", loss)
-        empty = torch.tensor(float(num_empty[self.epoch_head]), device=self.device)
-        self.record("val/empty_clusters", empty)
+        self.record("val/empty_clusters", num_empty[chosen])
         for head, each in enumerate(losses):
             self.record(f"val/selection_loss_head_{head}", each)
         if cost < self.best_cost:
@@ -361,7 +364,7 @@ class ProtoHeadModule(Stage):
             self.best_loss.copy_(loss)
             self.best_head.copy_(head_index)
             self.best_epoch.fill_(self.current_epoch)
-            self.selected.load_state_dict(self.heads.head(self.epoch_head).state_dict())
+            self.selected.load_state_dict(self.heads.head(chosen).state_dict())
             self.branches.keep()
         self.record("val/best_selection_loss", self.best_loss)
 
@@ -412,7 +415,7 @@ def _losses(temperature: float) -> dict[str, HeadLosses]:
 def _shares(prior: str | Sequence[float], num_clusters: int) -> Tensor | None:
     """Shares (K,) of the clusters that training starts with; None where they stay equal."""
     if isinstance(prior, str):
-        _check_word("prior", prior, PRIORS)
+        check_word("proto.module.prior", prior, PRIORS)
         return None if prior == "uniform" else torch.full((num_clusters,), 1 / num_clusters)
     shares = torch.tensor(prior, dtype=torch.float32)  # (K,)
     fits = shares.shape == (num_clusters,) and bool((shares >= 0).all())
@@ -422,8 +425,3 @@ def _shares(prior: str | Sequence[float], num_clusters: int) -> Tensor | None:
             "clusters, none negative and not all 0; or give the word uniform or estimated"
         )
     return shares / shares.sum()
-
-
-def _check_word(name: str, word: str, words: tuple[str, ...]) -> None:
-    if word not in words:
-        raise UsageError(f"proto.module.{name} {word!r} is none of {', '.join(words)}")

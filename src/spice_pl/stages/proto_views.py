@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spice_pl.data.datamodule import Stream, Views, ViewsDataModule
+from spice_pl.data.datamodule import Stream, Views
 from spice_pl.data.keyed import keyed_uniform
 from spice_pl.errors import UsageError
 from spice_pl.nn.frozen import Frozen
@@ -176,7 +176,7 @@ class BankedViews(FrozenViews):
         enabled = trainer.is_global_zero
         with Bar("views, once", total, enabled=enabled, pause=PAUSE) as bar:
             for part, number in product(torch.split(mine, 256), range(self.num_views)):
-                batch = _datamodule(stage).make(part, stage.device, self.views, number)
+                batch = stage.datamodule.make(part, stage.device, self.views, number)
                 for name in VIEWS:
                     with _precision(stage):
                         features = self.encode(batch.views[name])  # (b, D)
@@ -246,8 +246,8 @@ class MovingEncoder(FrozenViews):
     def plain(self, index: Tensor) -> Tensor:
         """Return the plain images' features (b, D) by the encoder as it is now, in eval mode."""
         self.stage.encoder.eval()
-        device, make = self.stage.device, _datamodule(self.stage).make
-        plain = {"plain": _datamodule(self.stage).plain}
+        device, make = self.stage.device, self.stage.datamodule.make
+        plain = {"plain": self.stage.datamodule.plain}
         features = [
             self.stage.encoder(make(part, device, plain).views["plain"]).float()
             for part in torch.split(index, 256)
@@ -263,11 +263,6 @@ class MovingEncoder(FrozenViews):
     def keep(self) -> None:
         """Copy the encoder."""
         self.kept.load_state_dict(self.stage.encoder.state_dict())
-
-
-def _datamodule(stage: Stage) -> ViewsDataModule:
-    datamodule: ViewsDataModule = stage.trainer.datamodule  # type: ignore[attr-defined]
-    return datamodule
 
 
 def _precision(stage: Stage) -> AbstractContextManager[Any]:

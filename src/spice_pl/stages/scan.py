@@ -23,7 +23,7 @@ from spice_pl.functional.neighbors import nearest_neighbors
 from spice_pl.functional.scan import scan_loss
 from spice_pl.nn.heads import LinearHead
 from spice_pl.runs.evidence import check_features
-from spice_pl.runs.folder import RunFolder, as_tensor
+from spice_pl.runs.folder import RunFolder
 from spice_pl.stages.base import Prediction, Stage
 
 NUM_WATCHED_NEIGHBORS = 5  # of a watched image among the watched ones
@@ -58,7 +58,7 @@ class ScanModule(Stage):
     ) -> None:
         super().__init__()
         self.encoder = backbone
-        self.head = LinearHead(int(backbone.num_features), num_clusters)  # type: ignore[arg-type]
+        self.head = LinearHead(self.feature_dim, num_clusters)
         self.best_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
         self.best_head = copy.deepcopy(self.head).requires_grad_(False)
         self.register_buffer("best_loss", torch.tensor(math.inf))
@@ -99,11 +99,11 @@ class ScanModule(Stage):
             raise UsageError("stage=scan needs an upstream stage; set scan.upstream=moco")
         upstream.load_weights("encoder.safetensors", self.encoder)
         check_features(upstream.features, len(images), f"{upstream.path}/features.npy")
-        self.features = as_tensor(upstream.features)  # (N, D), memory-mapped
+        self.embeddings = upstream.embeddings(images.train_index)  # (N, d)
         train_index = torch.from_numpy(images.train_index)
-        features = self.features[train_index]
+        embeddings = self.embeddings[train_index]  # (n, d)
         count = min(self.num_neighbors + 1, len(train_index))  # the image itself counted
-        _, nearest = nearest_neighbors(features, features, count)
+        _, nearest = nearest_neighbors(embeddings, embeddings, count)
         partners = torch.full((len(images), count), -1)
         partners[train_index] = train_index[nearest]
         return {"images": replace(streams["images"], partners=partners)}
@@ -132,9 +132,9 @@ class ScanModule(Stage):
         index, probs = (
             self.across_ranks(torch.cat(list(part))) for part in zip(*self._watched, strict=True)
         )
-        features = self.features[index.cpu()].to(self.device)  # (n, D), of stage 1
+        embeddings = self.embeddings[index.cpu()].to(self.device)  # (n, d)
         count = min(NUM_WATCHED_NEIGHBORS + 1, len(index))
-        _, nearest = nearest_neighbors(features, features, count)
+        _, nearest = nearest_neighbors(embeddings, embeddings, count)
         logits = probs.clamp_min(torch.finfo(probs.dtype).tiny).log()  # (n, K)
         pairs = logits.repeat_interleave(count, dim=0), logits[nearest.flatten()]
         loss, _, _ = scan_loss(*pairs, entropy_weight=1.0)

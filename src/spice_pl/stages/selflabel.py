@@ -18,7 +18,7 @@ from spice_pl.errors import UsageError
 from spice_pl.functional.scan import self_label_loss
 from spice_pl.nn.heads import ClusterHead, LinearHead, head_of
 from spice_pl.runs.folder import RunFolder
-from spice_pl.stages.base import Prediction, Stage
+from spice_pl.stages.base import Prediction, Stage, width_of
 
 
 class SelfLabelModule(Stage):
@@ -43,7 +43,7 @@ class SelfLabelModule(Stage):
     ) -> None:
         super().__init__()
         self.encoder = backbone
-        width = int(backbone.num_features)  # type: ignore[arg-type]
+        width = width_of(backbone)
         self.head: ClusterHead | LinearHead = LinearHead(width, num_clusters)
         self.confidence, self.lr, self.weight_decay = confidence, lr, weight_decay
 

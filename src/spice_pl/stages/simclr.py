@@ -17,6 +17,7 @@ from spice_pl.data.datamodule import Stream, Views
 from spice_pl.data.images import ImageSet
 from spice_pl.errors import UsageError
 from spice_pl.functional.contrastive import nt_xent
+from spice_pl.stages.base import width_of
 from spice_pl.stages.features import FeatureStage
 
 
@@ -54,7 +55,7 @@ class SimCLRModule(FeatureStage):
     ) -> None:
         if temperature <= 0:
             raise UsageError(f"simclr.module.temperature {temperature} is not positive; ours: 0.2")
-        width = int(backbone.num_features)  # type: ignore[arg-type]
+        width = width_of(backbone)
         super().__init__(
             backbone,
             nn.Sequential(

@@ -124,5 +124,5 @@ def test_a_hugging_face_data_set(tmp_path: Path) -> None:
     assert hugging_face(str(tmp_path / "saved"), S, cache).labels is None
     with pytest.raises(UsageError, match=r"has no column 'pixels'; it has image, label"):
         hugging_face(str(tmp_path / "saved"), S, cache, image_column="pixels")
-    with pytest.raises(UsageError, match="is no data set on disk"):
+    with pytest.raises(UsageError, match="is not a data set on disk"):
         hugging_face(str(tmp_path / "nowhere"), S, cache)

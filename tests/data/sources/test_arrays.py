@@ -77,7 +77,7 @@ def test_labels_stay_with_their_images(tmp_path: Path) -> None:
         (COLOUR.astype(np.int32), {}, r"is int32 \(6, 3, 8, 8\); needed are uint8"),
         (COLOUR[0, 0], {}, r"is uint8 \(8, 8\); needed are"),
         (COLOUR[:0], {}, r"is uint8 \(0, 3, 8, 8\); needed are"),
-        (np.array([{}], dtype=object), {}, "is no array that can be read"),
+        (np.array([{}], dtype=object), {}, "is not a readable array"),
         (COLOUR.astype(np.float32), {}, "none of the 6 images .* floats must be within 0 and 1"),
     ],
 )

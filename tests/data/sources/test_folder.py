@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,13 +18,15 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, features
 
-from spice_pl.data import listing, store
+from spice_pl.data import decode as decode_module
+from spice_pl.data import listing, retry, store
 from spice_pl.data.decode import Decoded, decode, read_image
 from spice_pl.data.images import ImageSet
 from spice_pl.data.sources import folder as module
 from spice_pl.data.sources.folder import folder
+from spice_pl.data.store import Loaded
 from spice_pl.errors import UsageError
 
 S = 4
@@ -78,7 +80,7 @@ def test_nested_images_come_in_the_order_of_their_paths(
     assert list(images.keys) == sorted(names)
     assert levels(images) == [40 * names.index(name) for name in sorted(names)]
     assert images.labels is None
-    assert list(images.skipped) == [("1 files", "not an image by name")]
+    assert list(images.skipped) == [("notes.txt", "not an image")]
 
 
 def test_folders_are_labels_when_asked_for(root: Path, load: Callable[..., ImageSet]) -> None:
@@ -264,7 +266,7 @@ def test_interrupted_decoding_is_gone_on_with(
     (root / "1.png").write_bytes(b"")
     read: list[str] = []
 
-    def interrupted(path: Path, image_size: int) -> Decoded | str:
+    def interrupted(path: Path, image_size: int) -> Loaded:
         read.append(path.name)
         if path.name == "7.png" and "0.png" in read:  # the first time
             raise KeyboardInterrupt
@@ -376,7 +378,7 @@ def test_one_process_writes_and_the_others_wait(
         solid(root / f"{i}.png", 10 * i)
     read: list[str] = []
 
-    def slow(path: Path, image_size: int) -> Decoded | str:
+    def slow(path: Path, image_size: int) -> Loaded:
         read.append(path.name)
         time.sleep(0.02)
         return read_image(path, image_size)
@@ -411,6 +413,134 @@ def test_exact_copies_are_counted(
     with caplog.at_level(logging.INFO):
         load()
     assert "2 of 4 images are exact copies of others" in caplog.text
+
+
+# What a skip is worth
+
+
+@pytest.fixture
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retry, "PAUSES_S", (0.0, 0.0))
+
+
+class Disk:
+    """A disk that fails, for some files and some attempts."""
+
+    def __init__(self, error: BaseException, names: Sequence[str], times: int) -> None:
+        self.error, self.left = error, dict.fromkeys(names, times)
+        self.real = decode_module._File
+
+    def __call__(self, path: Path) -> Any:
+        if self.left.get(path.name, 0):
+            self.left[path.name] -= 1
+            raise self.error
+        return self.real(path)
+
+
+PASSING = [OSError(code, os.strerror(code)) for code in (errno.EIO, errno.EMFILE, errno.ESTALE)]
+
+
+@pytest.mark.parametrize("error", [*PASSING, MemoryError()], ids=repr)
+@pytest.mark.usefixtures("no_pauses")
+def test_an_image_that_can_be_read_at_the_third_attempt_is_read(
+    root: Path, load: Callable[..., ImageSet], monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    for i in range(5):
+        solid(root / f"{i}.png", 10 * i)
+    monkeypatch.setattr(decode_module, "_File", Disk(error, ["1.png", "3.png"], 2))
+    images = load(on_bad_image="raise")
+    assert levels(images) == [0, 10, 20, 30, 40]
+    assert not images.skipped
+
+
+@pytest.mark.parametrize("error", [*PASSING, MemoryError()], ids=repr)
+@pytest.mark.usefixtures("no_pauses")
+def test_an_image_that_cannot_be_read_now_is_there_in_the_next_run(
+    root: Path,
+    tmp_path: Path,
+    load: Callable[..., ImageSet],
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+) -> None:
+    for i in range(5):
+        solid(root / f"{i}.png", 10 * i)
+    (root / "0.png").write_bytes(b"")
+    disk = Disk(error, ["1.png", "4.png"], 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(decode_module, "_File", disk)
+        first = load()
+    assert levels(first) == [20, 30]
+    assert [key for key, _ in first.skipped] == ["0.png", "1.png", "4.png"]
+    assert first.skipped[1][1].startswith("cannot be read now: ")
+    disk.left = {"1.png": 1}
+    with monkeypatch.context() as patch:  # one of the two can be read
+        patch.setattr(decode_module, "_File", disk)
+        assert list(load().keys) == ["2.png", "3.png", "4.png"]
+    last = load()
+    assert levels(last) == [10, 20, 30, 40]
+    assert list(last.keys) == ["1.png", "2.png", "3.png", "4.png"]
+    assert list(last.skipped) == [("0.png", "empty file")]
+    assert last.fingerprint == folder(str(root), S, str(tmp_path / "another")).fingerprint
+    assert levels(first) == [20, 30]  # a run that had it open keeps its images
+    assert len(stores(tmp_path)) == 1
+    forbid_decoding(monkeypatch)
+    assert levels(load()) == [10, 20, 30, 40]
+
+
+@pytest.mark.usefixtures("no_pauses")
+def test_ranks_do_not_make_a_store_again(
+    root: Path, load: Callable[..., ImageSet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    solid(root / "1.png", 10)
+    solid(root / "2.png", 20)
+    with monkeypatch.context() as patch:
+        patch.setattr(decode_module, "_File", Disk(PASSING[0], ["1.png"], 3))
+        load()
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert levels(load()) == [20]
+    monkeypatch.delenv("LOCAL_RANK")
+    assert levels(load()) == [10, 20]
+
+
+@pytest.mark.usefixtures("no_pauses")
+def test_a_disk_that_fails_for_many_images_is_an_error(
+    root: Path, load: Callable[..., ImageSet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"{i:02}.png" for i in range(30)]
+    for i, name in enumerate(names):
+        solid(root / name, i)
+    monkeypatch.setattr(store, "STEP_IMAGES", (10, 10))
+    with monkeypatch.context() as patch:
+        patch.setattr(decode_module, "_File", Disk(PASSING[0], names[12:], 9))
+        with pytest.raises(
+            UsageError, match=r"11 images of .* cannot be read, the last is 22\.png"
+        ):
+            load()
+    assert levels(load()) == list(range(30))
+
+
+def test_other_decoders_try_what_was_skipped_again(
+    root: Path, load: Callable[..., ImageSet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(4):
+        solid(root / f"{i}.png", 10 * i)
+    (root / "1.png").write_bytes(b"")
+    image = Image.new("RGB", (S, S), (20, 20, 20))
+    image.save(root / "2.png", "WEBP", lossless=True)
+    formats = tuple(name for name in decode_module._formats() if name != "WEBP")
+    with monkeypatch.context() as patch:  # a Pillow without WebP
+        patch.setattr(decode_module, "_formats", lambda: formats)
+        patch.setattr(store, "decoders", lambda: ("Pillow 1",))
+        first = load()
+        assert levels(first) == [0, 30]
+        forbid_decoding(patch)
+        load()  # the same decoders decide the same
+    again = load()
+    assert list(zip(again.keys, levels(again), strict=True)) == [
+        *(("0.png", 0), ("2.png", 20), ("3.png", 30))
+    ]
+    forbid_decoding(monkeypatch)
+    assert levels(load()) == [0, 20, 30]
 
 
 # Bad input
@@ -483,7 +613,7 @@ def test_file_as_root(tmp_path: Path) -> None:
 
 def test_empty_folder(load: Callable[..., ImageSet]) -> None:
     with pytest.raises(
-        UsageError, match=r"no image below .* \(0 other files\); looked for .*\.png"
+        UsageError, match=r"no image below .* \(0 other files\); looked for JPEG, .*PNG"
     ):
         load()
 
@@ -492,7 +622,7 @@ def test_folder_without_images(root: Path, load: Callable[..., ImageSet]) -> Non
     (root / "deep").mkdir()
     for name in ("a.txt", "b.csv", "deep/c"):
         (root / name).write_text("x")
-    with pytest.raises(UsageError, match=r"no image below .* \(3 other files\)"):
+    with pytest.raises(UsageError, match=r"no image below .* \(3 other files: 3 not an image\)"):
         load()
 
 
@@ -534,7 +664,7 @@ def test_a_file_that_changes_while_the_folder_is_read_is_left_out(
     for i in range(4):
         solid(root / f"{i}.png", 10 * i)
 
-    def meanwhile(path: Path, image_size: int) -> Decoded | str:
+    def meanwhile(path: Path, image_size: int) -> Loaded:
         if path.name == "1.png":
             path.unlink()
         if path.name == "2.png":
@@ -559,25 +689,27 @@ def test_a_file_that_must_not_be_read_is_left_out_until_it_may(
 ) -> None:
     solid(root / "1.png", 10)
     solid(root / "2.png", 20)
-    real_open, real_access = Image.open, os.access
+    real_file, real_access = decode_module._File, os.access
 
-    def refused(file: Any, *more: Any) -> Any:
-        if str(file).endswith("1.png"):
+    def refused(file: Path) -> Any:
+        if file.name == "1.png":
             raise PermissionError(13, "Permission denied", str(file))
-        return real_open(file, *more)
+        return real_file(file)
 
     def access(file: Any, mode: int) -> bool:
         return not str(file).endswith("1.png") and real_access(file, mode)
 
     with monkeypatch.context() as patch:  # a test that runs as root may read everything
-        patch.setattr(Image, "open", refused)
+        patch.setattr(decode_module, "_File", refused)
         if when == "before":
             patch.setattr(os, "access", access)
         images = load()
     assert levels(images) == [20]
     assert list(images.skipped) == [("1.png", "permission denied")]
-    if when == "before":
-        assert levels(load()) == [10, 20]
+    again = load()
+    assert list(again.keys) == ["1.png", "2.png"]
+    assert levels(again) == [10, 20]
+    assert not again.skipped
 
 
 def test_a_pipe_is_no_image(root: Path, load: Callable[..., ImageSet]) -> None:
@@ -614,12 +746,176 @@ def test_names_that_are_no_text_survive(root: Path, load: Callable[..., ImageSet
         images.keys[2]
 
 
+@pytest.mark.parametrize("name", ["link", "link.png"])
+@pytest.mark.parametrize("target", ["link", "x" * 300, "nowhere"], ids=["loop", "long", "broken"])
+def test_a_link_that_leads_nowhere_costs_no_other_file(
+    root: Path, load: Callable[..., ImageSet], target: str, name: str
+) -> None:
+    for i in range(9):
+        solid(root / f"deep/{i}.png", 10 * i)
+    (root / "deep" / name).symlink_to(name if target == "link" else target)
+    images = load()
+    assert levels(images) == [10 * i for i in range(9)]
+    ((key, reason),) = images.skipped
+    assert key == f"deep/{name}"
+    assert reason.startswith("broken link")
+
+
+# Which files are images, and which are left out
+
+
+def in_folder(path: Path) -> Path:
+    """Make the folder of a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def everything(root: Path) -> set[str]:
+    """Return the paths of all files below a folder, links among them."""
+    return {
+        str(path.relative_to(root))
+        for path in root.rglob("*")
+        if path.is_symlink() or not path.is_dir()
+    }
+
+
+def test_content_decides_what_is_an_image(root: Path, load: Callable[..., ImageSet]) -> None:
+    solid(root / "plain.png", 10)
+    photograph = root / "0.jfif"
+    Image.new("RGB", (S, S), (20, 20, 20)).save(photograph, "JPEG")
+    for name in ("1.jpe", "2", "3.txt", "4.JPG_large"):
+        shutil.copy(photograph, root / name)
+    kinds = ["PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM"]
+    for kind in kinds:
+        Image.new("RGB", (S, S), (20, 20, 20)).save(root / f"no suffix {kind}", kind)
+    texts = {"a.txt": "a text", "BMW": "BMW is a maker of cars", "P1": "P1 is a name", "empty": ""}
+    for name, text in texts.items():
+        (root / name).write_text(text)
+    images = load()
+    expected = ["0.jfif", "1.jpe", "2", "3.txt", "4.JPG_large"]
+    expected += [*sorted(f"no suffix {kind}" for kind in kinds), "plain.png"]
+    assert list(images.keys) == expected
+    assert np.abs(np.array(levels(images)) - [*[20] * 11, 10]).max() <= 1
+    assert list(images.skipped) == [(name, "not an image") for name in sorted(texts)]
+
+
+def test_avif_is_an_image(root: Path, load: Callable[..., ImageSet]) -> None:
+    if not features.check("avif"):
+        pytest.skip("this Pillow reads no AVIF")
+    Image.new("RGB", (16, 16), (50, 50, 50)).save(root / "1.avif")
+    shutil.copy(root / "1.avif", root / "2")
+    assert list(load().keys) == ["1.avif", "2"]
+
+
+def test_every_file_is_used_or_left_out_with_a_reason(
+    root: Path,
+    load: Callable[..., ImageSet],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(root.parent)
+    left_out = {
+        ".hidden.png": "hidden",
+        ".ipynb_checkpoints/1-checkpoint.png": "in .ipynb_checkpoints, a hidden folder",
+        ".Trash-1000/files/deep/1.png": "in .Trash-1000, a hidden folder",
+        "album/@eaDir/1.png/SYNOPHOTO_THUMB_M.png": "in @eaDir, thumbnails of a Synology disk",
+        "__MACOSX/._1.png": "in __MACOSX, a folder of macOS",
+        "runs/photos/moco/seed0/1.png": "among the results of a run",
+        "cache/1.png": "in the cache_dir",
+        "drafts/deep/1.png": "excluded by dataset.exclude",
+        "album/1.gif": "excluded by dataset.exclude",
+        "album/b/1.png": "excluded by dataset.exclude",
+        "raw.NEF": "a raw file of a camera; export it as JPEG, PNG or TIFF",
+    }
+    for name in ("1.png", "album/1.png", "album/runs/1.png", "b/1.png", *left_out):
+        shutil.move(solid(root.parent / "x.png", 10), in_folder(root / name))
+    (root / "notes.txt").write_text("text")
+    (root / "empty.png").touch()
+    os.mkfifo(root / "pipe")
+    (root / "runs/photos/moco/seed0/.hydra").mkdir()
+    left_out |= {"notes.txt": "not an image", "empty.png": "empty file", "pipe": "not a file"}
+    before = everything(root)
+    with caplog.at_level(logging.INFO):
+        images = folder(
+            *("images", S, "images/cache"),
+            exclude=["drafts", "*.gif", "album/b"],
+        )
+    assert list(images.keys) == ["1.png", "album/1.png", "album/runs/1.png", "b/1.png"]
+    found = dict(images.skipped)
+    assert found.items() >= left_out.items()
+    assert before == {*images.keys, *found}
+    assert len(images) + images.num_skipped == len(before)
+    assert "18 files: 4 images are used, 14 files are left out" in caplog.text
+    assert "3 excluded by dataset.exclude" in caplog.text
+
+
+def test_files_behind_links_that_are_left_out_are_not_counted(
+    root: Path, load: Callable[..., ImageSet]
+) -> None:
+    solid(root / "1.png", 10)
+    solid(root.parent / "cache/1.png", 10)
+    solid(root.parent / "elsewhere/1.png", 10)
+    (root / ".hidden").symlink_to(root.parent / "elsewhere")
+    (root / "to the cache").symlink_to(root.parent / "cache")
+    images = load()
+    assert list(images.keys) == ["1.png"]
+    expected = [
+        (".hidden", "in .hidden, a hidden folder"),
+        ("to the cache", "in the cache_dir"),
+    ]
+    assert list(images.skipped) == expected
+
+
+def test_only_some_of_many_files_are_listed_by_name(
+    root: Path, load: Callable[..., ImageSet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listing, "LISTED", 3)
+    solid(root / "1.png", 10)
+    for i in range(9):
+        (root / f"{i}.txt").write_text("text")
+    images = load()
+    assert len(images.skipped) == 3
+    assert images.num_skipped == 9
+
+
+def test_exclude_is_a_list(root: Path, load: Callable[..., ImageSet]) -> None:
+    solid(root / "1.png", 0)
+    with pytest.raises(UsageError, match=r"dataset\.exclude=\*\.gif is not a list; write"):
+        load(exclude="*.gif")
+
+
 # Notes of earlier scans
 
 
 def age(root: Path) -> None:
     for path in (root, *root.rglob("*")):
         os.utime(path, (1e9, 1e9))
+
+
+def test_a_trusted_scan_knows_what_was_left_out(
+    root: Path, load: Callable[..., ImageSet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    solid(root / "1.png", 10)
+    for name in ("a.txt", ".b.png"):
+        (root / name).write_text("text")
+    age(root)
+    first = load(scan="folders")
+    monkeypatch.setattr(listing, "scan_files", None)
+    again = load(scan="folders")
+    assert list(again.skipped) == list(first.skipped)
+    assert list(first.skipped) == [(".b.png", "hidden"), ("a.txt", "not an image")]
+
+
+def test_a_damaged_note_is_not_trusted(
+    root: Path, tmp_path: Path, load: Callable[..., ImageSet]
+) -> None:
+    solid(root / "1.png", 10)
+    age(root)
+    load(scan="folders")
+    (note,) = (tmp_path / "cache").glob("*.scan.json")
+    for text in ("", "{", "[]", "{}", '{"num_images": 1, "folders": {}, "sample": [1]}'):
+        note.write_text(text)
+        assert levels(load(scan="folders")) == [10]
 
 
 @pytest.mark.parametrize("change", ["nothing", "added", "removed", "renamed", "sampled"])
@@ -649,9 +945,9 @@ def test_a_folder_that_has_not_changed_is_trusted(
     scans: list[Path] = []
     real = listing.scan_files
 
-    def counted(root: Path, *more: Any) -> listing.Found:
-        scans.append(root)
-        return real(root, *more)
+    def counted(search: listing.Search) -> listing.Found:
+        scans.append(search.root)
+        return real(search)
 
     monkeypatch.setattr(listing, "scan_files", counted)
     assert levels(load(scan="folders")) == expected

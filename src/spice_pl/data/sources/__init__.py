@@ -1,1 +1,1 @@
-"""Where images come from: folders, archives, arrays, tables, published data sets."""
+"""Sources of images: folders, tables, archives, arrays and published data sets."""

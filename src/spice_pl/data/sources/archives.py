@@ -1,4 +1,4 @@
-"""Images inside archives, read where they are: nothing is unpacked, so no path can escape.
+"""Load images from archives in place: nothing is unpacked, so no path can leave the archive.
 
 WebDataset shards (plain tar files) and Hugging Face data sets on disk.
 
@@ -15,19 +15,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spice_pl.data.decode import SUFFIXES, Decoded, read_image
+from spice_pl.data.decode import SUFFIXES, read_image
 from spice_pl.data.images import ImageSet
 from spice_pl.data.listing import leaves
 from spice_pl.data.sources.table import class_labels
-from spice_pl.data.store import Source, Stored, open_store
+from spice_pl.data.store import Loaded, Source, Stored, open_store
 from spice_pl.errors import UsageError
 
-MAX_BYTES = 1 << 30  # of one encoded image
+MAX_BYTES = 1 << 30  # largest encoded image
 
 
 @dataclass(frozen=True)
 class Member:
-    """A file inside a tar file: its name, where its bytes begin, how many there are, its class."""
+    """An image in a tar file: key, offset and size of its bytes, and its class."""
 
     key: str
     shard: Path
@@ -48,18 +48,18 @@ def shards(
     """Return the images of all tar files in a folder, in the order of shards and members.
 
     Args:
-        root: folder with `*.tar`, or one tar file; not compressed, so that members can be read
-            in any order.
+        root: folder with `*.tar`, or one tar file. They must not be compressed, since members are
+            read in any order.
         image_size: side S in pixels; the shorter side is scaled, the middle square kept.
-        cache_dir: where the store goes.
-        name: names the folder of results.
+        cache_dir: folder of the image stores.
+        name: name of the data set and of its folder of results.
         labels: "cls" reads the member `<sample>.cls` beside an image as its true class, for
             `truth/*` metrics only; "none" has no truth.
-        on_bad_image: what to do with images that cannot be decoded: "skip" or "raise".
+        on_bad_image: "skip" leaves out what cannot be decoded and reports it, "raise" stops.
         protocol: "whole".
 
     Raises:
-        UsageError: there is no tar file or no image in it, or one is compressed or damaged.
+        UsageError: there is no tar file, no image in any, or one is compressed or damaged.
     """
     if labels not in ("none", "cls"):
         raise UsageError(f"dataset.labels {labels!r} is none of ('none', 'cls')")
@@ -75,7 +75,7 @@ def shards(
             raise UsageError(f"no image in the {len(files)} tar files of dataset.root={root}")
         return Source(f"dataset.root={root}", [each.key for each in members()], load)
 
-    def load(i: int) -> Decoded | str:
+    def load(i: int) -> Loaded:
         member = members()[i]
         if member.size > MAX_BYTES:
             return f"{member.size / 1e9:.1f} GB; no image is that large"
@@ -106,20 +106,20 @@ def hugging_face(
     on_bad_image: str = "skip",
     protocol: str = "whole",
 ) -> ImageSet:
-    """Return a data set that Hugging Face's `save_to_disk` wrote.
+    """Return the images of a data set written by `save_to_disk` of Hugging Face datasets.
 
     Args:
-        root: the folder it wrote; of one split.
+        root: folder of one split.
         image_size: side S in pixels; the shorter side is scaled, the middle square kept.
-        cache_dir: where the store goes.
-        name: names the folder of results.
-        image_column: column of images.
-        labels: column of true classes, for `truth/*` metrics only; None has no truth.
-        on_bad_image: what to do with images that cannot be decoded: "skip" or "raise".
+        cache_dir: folder of the image stores.
+        name: name of the data set and of its folder of results.
+        image_column: name of the column of images.
+        labels: name of the column of true classes, for `truth/*` metrics only; None has no truth.
+        on_bad_image: "skip" leaves out what cannot be decoded and reports it, "raise" stops.
         protocol: "whole".
 
     Raises:
-        UsageError: the package is missing, or root holds no such data set, split or column.
+        UsageError: the package is missing, or root has no such data set, split or column.
     """
     try:
         import datasets
@@ -131,10 +131,10 @@ def hugging_face(
     try:
         rows: Any = datasets.load_from_disk(str(place))
     except (FileNotFoundError, ValueError) as error:
-        raise UsageError(f"dataset.root={root} is no data set on disk: {error}") from error
+        raise UsageError(f"dataset.root={root} is not a data set on disk: {error}") from error
     if isinstance(rows, datasets.DatasetDict):
         raise UsageError(
-            f"dataset.root={root} holds the splits {', '.join(rows)}; give one's folder"
+            f"dataset.root={root} holds the splits {', '.join(rows)}; give the folder of one"
         )
     for column in (image_column, labels):
         if column is not None and column not in rows.column_names:
@@ -142,14 +142,14 @@ def hugging_face(
             raise UsageError(f"dataset.root={root} has no column {column!r}; it has {there}")
     encoded = rows.cast_column(image_column, datasets.Image(decode=False))
 
-    def load(i: int) -> Decoded | str:
+    def load(i: int) -> Loaded:
         image = encoded[i][image_column]
         if image is None:
             return "no image"
         if image["bytes"] is not None:
             return read_image(image["bytes"], image_size)
         if leaves(image["path"]):
-            return f"{image['path']} lies outside the data set"
+            return f"{image['path']} is outside the data set"
         return read_image(place / image["path"], image_size)
 
     stored = open_store(
@@ -168,7 +168,7 @@ def hugging_face(
 
 
 def read_index(file: Path) -> list[Member]:
-    """Return the images of a tar file; a link, a device or a folder in it is none.
+    """Return the images of a tar file; links, devices and folders are ignored.
 
     Raises:
         UsageError: the file is compressed or damaged.
@@ -180,7 +180,7 @@ def read_index(file: Path) -> list[Member]:
             for member in opened:
                 if not member.isreg() or member.issparse():
                     continue
-                # WebDataset: what precedes the first dot of the last part is the sample.
+                # WebDataset: the sample is the name up to the first dot after the last slash.
                 folder, _, last = member.name.rpartition("/")
                 sample, _, suffix = last.partition(".")
                 sample = f"{folder}/{sample}"

@@ -1,4 +1,4 @@
-"""Images that are an array in a `.npy` or `.npz` file.
+"""Load images from an array in a `.npy` or `.npz` file.
 
 Shapes: N images, S side in pixels.
 """
@@ -15,7 +15,7 @@ from PIL import Image
 from spice_pl.data.decode import Decoded, square
 from spice_pl.data.images import ImageSet, fingerprint
 from spice_pl.data.sources.table import class_labels
-from spice_pl.data.store import Source, open_store
+from spice_pl.data.store import Loaded, Source, open_store
 from spice_pl.errors import UsageError
 
 
@@ -31,22 +31,22 @@ def array(
 ) -> ImageSet:
     """Return the images of an array: grey (N, H, W), (N, H, W, 1, 3 or 4) or (N, 1 or 3, H, W).
 
-    uint8 of 0 to 255, or floats of 0 to 1. A `.npy` file of uint8 (N, 3, S, S) is memory-mapped
-    as it is; anything else is converted once into the image store.
+    Levels are uint8 from 0 to 255, or floats from 0 to 1. A `.npy` file of uint8 (N, 3, S, S) is
+    memory-mapped directly; anything else is converted once into the image store.
 
     Args:
         path: `.npy` or `.npz` file; pickled objects are refused.
         image_size: side S in pixels; the shorter side is scaled, the middle square kept.
-        cache_dir: where the store goes.
-        name: names the folder of results.
-        images: entry of a `.npz` file that holds the images.
-        labels: entry of the `.npz` file, or a `.npy` file, with (N,) true classes, for `truth/*`
-            metrics only; None has no truth.
-        on_bad_image: what to do with images that hold NaN: "skip" or "raise".
+        cache_dir: folder of the image stores.
+        name: name of the data set and of its folder of results.
+        images: name of the entry of a `.npz` file with the images.
+        labels: name of the entry of the `.npz` file, or a `.npy` file, with (N,) true classes, for
+            `truth/*` metrics only; None has no truth.
+        on_bad_image: "skip" leaves out images with NaN and reports them, "raise" stops.
         protocol: "whole".
 
     Raises:
-        UsageError: the file is missing, or does not hold images or as many labels.
+        UsageError: the file is missing, does not hold images, or the number of labels differs.
     """
     file = Path(path).expanduser()
     pixels = _open(file, images)
@@ -57,7 +57,7 @@ def array(
         if given.shape != (len(pixels),):
             raise UsageError(
                 f"dataset.labels={labels} has shape {given.shape}, not ({len(pixels)},); give one "
-                "class an image"
+                "class per image"
             )
         truth, class_names = class_labels(str(each) for each in given.tolist())
     stored_as_is = pixels.dtype == np.uint8 and pixels.shape[1:] == (3, image_size, image_size)
@@ -72,7 +72,7 @@ def array(
             protocol=protocol,
         )
 
-    def load(i: int) -> Decoded | str:
+    def load(i: int) -> Loaded:
         row = np.asarray(rows[i])  # (H, W, channels)
         if row.dtype != np.uint8:
             if not np.isfinite(row).all():
@@ -109,7 +109,7 @@ def _open(file: Path, entry: str) -> NDArray[Any]:
     except FileNotFoundError as error:
         raise UsageError(f"dataset.path={file} does not exist") from error
     except (ValueError, OSError, EOFError) as error:
-        raise UsageError(f"dataset.path={file} is no array that can be read: {error}") from error
+        raise UsageError(f"dataset.path={file} is not a readable array: {error}") from error
     if isinstance(opened, np.lib.npyio.NpzFile):
         if entry not in opened:
             there = ", ".join(opened.files)
@@ -119,7 +119,7 @@ def _open(file: Path, entry: str) -> NDArray[Any]:
 
 
 def _channels_last(pixels: NDArray[Any], path: str) -> NDArray[Any]:
-    """Show (N, H, W), (N, H, W, C) or (N, C, H, W) as (N, H, W, C), without a copy."""
+    """View (N, H, W), (N, H, W, C) or (N, C, H, W) as (N, H, W, C), without a copy."""
     fits = pixels.dtype == np.uint8 or np.issubdtype(pixels.dtype, np.floating)
     if fits and len(pixels) and 0 not in pixels.shape:
         if pixels.ndim == 3:

@@ -1,4 +1,4 @@
-"""Any folder of images: found, decoded once into the image store, and listed.
+"""Load any folder of images: list its files and decode them once into the image store.
 
 Shapes: N images, S side in pixels.
 """
@@ -6,15 +6,30 @@ Shapes: N images, S side in pixels.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from spice_pl.data.decode import SUFFIXES, Decoded, read_image
+from spice_pl.data.decode import FORMATS, Unread, read_image
 from spice_pl.data.images import ImageSet
-from spice_pl.data.listing import DENIED, GONE, Found, Note, look, scan_files, size_and_time
+from spice_pl.data.listing import (
+    DENIED,
+    GONE,
+    UNREAD,
+    Found,
+    LeftOut,
+    Note,
+    Search,
+    look,
+    scan_files,
+    size_and_time,
+)
 from spice_pl.data.sources.table import class_labels, read_table
-from spice_pl.data.store import Source, Stored, open_store
+from spice_pl.data.store import Loaded, Source, Stored, open_store
 from spice_pl.errors import UsageError
+
+logger = logging.getLogger(__name__)
 
 LABELS = ("none", "folders", "csv")
 REASONS = {GONE: "broken link", DENIED: "permission denied"}
@@ -28,31 +43,37 @@ def folder(
     labels: str = "none",
     table: str | None = None,
     scan: str = "auto",
+    exclude: Sequence[str] | None = None,
     on_bad_image: str = "skip",
     protocol: str = "whole",
 ) -> ImageSet:
     """Return every image below `root`, in the order of the sorted paths, or those of a table.
 
-    The shorter side is scaled to `image_size` and the middle square kept. Pixels are decoded once
-    into `cache_dir` and memory-mapped from then on; a change of any path, size or time of change
+    The shorter side is scaled to `image_size` and the middle square is kept. Pixels are decoded
+    once into `cache_dir` and memory-mapped afterwards; a change of any path, size or time of change
     makes a new store.
 
+    Every file below root is used or left out with a reason: it is not an image, cannot be decoded,
+    is hidden, is in a folder of other software or of results, or `exclude` names it.
+
     Args:
-        root: folder; searched with its subfolders.
+        root: folder that is searched, with its subfolders.
         image_size: side S in pixels.
-        cache_dir: where the store goes, 3·S·S bytes an image.
-        name: names the folder of results.
+        cache_dir: folder of the image stores; one takes 3·S·S bytes per image.
+        name: name of the data set and of its folder of results.
         labels: "folders" takes the first folder below root as the true class, "csv" the column
             `label` of the table, for `truth/*` metrics only; "none" has no truth.
-        table: CSV or Parquet file with a column `path` below root, or absolute; its order counts.
-        scan: see `spice_pl.data.listing`.
-        on_bad_image: "skip" counts and names what cannot be decoded, "raise" stops there.
-        protocol: "whole"; a folder has no test images of its own.
+        table: CSV or Parquet file with a column `path`, relative to root or absolute; images keep
+            its order.
+        scan: "auto", "files" or "folders", see `spice_pl.data.listing`.
+        exclude: patterns of files and folders to leave out, matched with names and with paths
+            relative to root; `*` also matches "/".
+        on_bad_image: "skip" leaves out what cannot be decoded and reports it, "raise" stops.
+        protocol: "whole"; a folder has no test images.
 
     Raises:
-        UsageError: root is missing, is no folder, or holds no image that can be decoded; the
-            table does not fit; a bad image with `on_bad_image="raise"`; the disk cannot hold the
-            store.
+        UsageError: root is missing, is not a folder, or has no image that can be decoded; the
+            table does not fit; a bad image with `on_bad_image="raise"`; the disk is too small.
     """
     if labels not in LABELS:
         raise UsageError(f"dataset.labels {labels!r} is none of {LABELS}")
@@ -62,18 +83,25 @@ def folder(
     if not directory.is_dir():
         state = "is a file, not a folder" if directory.exists() else "does not exist"
         raise UsageError(f"dataset.root={root} {state}; give the folder that holds the images")
+    if isinstance(exclude, str):
+        raise UsageError(
+            f"dataset.exclude={exclude} is not a list; write dataset.exclude=[{exclude}]"
+        )
+    cache = Path(cache_dir).expanduser()
+    search = Search(directory, exclude=exclude or (), cache_dir=cache)
     truths: Sequence[str | None] | None = None
     if table is None:
-        found = look(directory, Path(cache_dir).expanduser(), scan)
+        found = look(search, scan)
     else:
         paths, truths = read_table(Path(table).expanduser(), labelled=labels == "csv")
         found = _listed(directory, paths)
     if not (found.num_images if isinstance(found, Note) else len(found.paths)):
+        others = f"{len(found.left_out)} other files: {'; '.join(found.left_out.reasons())}"
         raise UsageError(
-            f"no image below dataset.root={root} ({found.other} other files); "
-            f"looked for {' '.join(sorted(SUFFIXES))}"
+            f"no image below dataset.root={root} ({others.removesuffix(': ')}); looked for "
+            f"{', '.join(FORMATS)}"
         )
-    stored = open_files(directory, found, image_size, cache_dir, on_bad_image)
+    stored = open_files(search, found, image_size, cache_dir, on_bad_image)
     truth, class_names = None, None
     if labels == "folders":
         truth, class_names = class_labels(
@@ -81,35 +109,31 @@ def folder(
         )
     elif truths is not None:
         truth, class_names = class_labels(truths[i] for i in stored.files["source"])
-    skipped = [*stored.skipped, *found.problems]
-    if found.other:
-        skipped.append((f"{found.other} files", "not an image by name"))
-    return ImageSet(
-        name=name,
-        images=stored.images,
-        keys=stored.keys,
-        fingerprint=stored.fingerprint,
-        labels=truth,
-        class_names=class_names,
-        protocol=protocol,
-        skipped=skipped,
-        root=directory.resolve(),
-        files=stored.files,
+    return add_left_out(
+        ImageSet(
+            name=name,
+            images=stored.images,
+            keys=stored.keys,
+            fingerprint=stored.fingerprint,
+            labels=truth,
+            class_names=class_names,
+            protocol=protocol,
+            skipped=stored.skipped,
+            root=directory.resolve(),
+            files=stored.files,
+        ),
+        found.left_out,
     )
 
 
 def open_files(
-    root: Path,
-    found: Note | Found,
-    image_size: int,
-    cache_dir: str,
-    on_bad_image: str,
-    subfolders: Sequence[str] = ("",),
+    search: Search, found: Note | Found, image_size: int, cache_dir: str, on_bad_image: str
 ) -> Stored:
-    """Return the store of the files that a scan of root found."""
+    """Return the store of the files that a search found."""
+    root = search.root
 
     def source() -> Source:
-        files = scan_files(root, subfolders) if isinstance(found, Note) else found
+        files = scan_files(search) if isinstance(found, Note) else found
         if files.identity != found.identity:
             raise UsageError(f"{root} has changed since it was scanned; use dataset.scan=files")
         load = functools.partial(_load, root, files, image_size)
@@ -119,11 +143,30 @@ def open_files(
     return open_store(identity, image_size, cache_dir, source, on_bad_image)
 
 
-def _load(root: Path, files: Found, image_size: int, i: int) -> Decoded | str:
+def add_left_out(images: ImageSet, left_out: LeftOut) -> ImageSet:
+    """Add the files that a search left out to those that were skipped, and log the sum."""
+    bad = len(images.skipped)
+    reasons = "; ".join([*([f"{bad:,} cannot be decoded"] if bad else []), *left_out.reasons()])
+    logger.info(
+        "%s: %s files: %s images are used, %s files are left out%s",
+        *(images.name, *(f"{n:,}" for n in (len(images) + bad + len(left_out), len(images)))),
+        *(f"{bad + len(left_out):,}", f" ({reasons})" if reasons else ""),
+    )
+    listed = left_out.pairs()
+    return replace(
+        images,
+        skipped=[*images.skipped, *listed],
+        unlisted=len(left_out) - len(listed),
+    )
+
+
+def _load(root: Path, files: Found, image_size: int, i: int) -> Loaded:
     path = root / files.paths[i]
+    if files.sizes[i] == UNREAD:
+        return Unread("could not be looked at")
     if files.sizes[i] in REASONS:
         return REASONS[files.sizes[i]]
-    if not path.is_file():  # opening a pipe would wait for ever
+    if not path.is_file():  # opening a pipe would block
         return "vanished after the folder was listed" if not path.exists() else "not a file"
     image = read_image(path, image_size)
     now = size_and_time(path)
@@ -135,7 +178,7 @@ def _load(root: Path, files: Found, image_size: int, i: int) -> Decoded | str:
 
 
 def _listed(root: Path, paths: Sequence[str]) -> Found:
-    """Look at the files that a table names, in its order."""
+    """Return the files that a table names, in its order."""
     found = Found(paths=list(paths))
     for path in paths:
         size, changed = size_and_time(root / path)

@@ -1,4 +1,4 @@
-"""Parts of ImageNet: ImageNet-10 and ImageNet-Dogs from an ILSVRC-2012 tree, and Tiny-ImageNet.
+"""Load parts of ImageNet: ImageNet-10 and -Dogs from an ILSVRC-2012 tree, and Tiny-ImageNet.
 
 Shapes: N images, S side in pixels.
 """
@@ -14,19 +14,19 @@ from pathlib import Path
 
 import numpy as np
 
-from spice_pl.data.decode import Decoded, read_image
+from spice_pl.data.decode import read_image
 from spice_pl.data.images import ImageSet
-from spice_pl.data.listing import leaves, look
-from spice_pl.data.sources.folder import open_files
+from spice_pl.data.listing import Search, leaves, look
+from spice_pl.data.sources.folder import add_left_out, open_files
 from spice_pl.data.sources.table import class_labels
-from spice_pl.data.store import Source, open_store
+from spice_pl.data.store import Loaded, Source, open_store
 from spice_pl.errors import UsageError
 
 logger = logging.getLogger(__name__)
 
 TRAIN_FOLDERS = ("train", "ILSVRC/Data/CLS-LOC/train", "ILSVRC2012_img_train", ".")
 TINY = "tiny-imagenet-200"
-MAX_BYTES = 1 << 24  # of one unpacked member of its archive; images have 2 KB
+MAX_BYTES = 1 << 24  # largest unpacked member of the archive; images have 2 KB
 
 
 def imagenet(
@@ -40,18 +40,18 @@ def imagenet(
     on_bad_image: str = "skip",
     protocol: str = "whole",
 ) -> ImageSet:
-    """Return the training images of some classes of ILSVRC-2012, a folder a class.
+    """Return the training images of some classes of ILSVRC-2012, one folder per class.
 
     Args:
-        root: the tree; classes are looked for in `train/`, `ILSVRC/Data/CLS-LOC/train/`,
+        root: folder of the tree; classes are searched in `train/`, `ILSVRC/Data/CLS-LOC/train/`,
             `ILSVRC2012_img_train/` and root itself.
-        wnids: folder of each class to its name.
+        wnids: name of each class, by its folder.
         image_size: side S in pixels; the shorter side is scaled, the middle square kept.
-        cache_dir: where the store goes.
-        num_images: images that these classes are published to have; another number is said.
-        name: names the folder of results.
-        scan: see `spice_pl.data.listing`.
-        on_bad_image: what to do with images that cannot be decoded: "skip" or "raise".
+        cache_dir: folder of the image stores.
+        num_images: published number of images of these classes; a difference is logged.
+        name: name of the data set and of its folder of results.
+        scan: "auto", "files" or "folders", see `spice_pl.data.listing`.
+        on_bad_image: "skip" leaves out what cannot be decoded and reports it, "raise" stops.
         protocol: "whole"; the papers use no test images of these sets.
 
     Raises:
@@ -62,30 +62,35 @@ def imagenet(
     place = max(places, key=lambda each: sum((each / wnid).is_dir() for wnid in wnids))
     if missing := [wnid for wnid in wnids if not (place / wnid).is_dir()]:
         raise UsageError(
-            f"dataset.root={top.resolve()} is no ILSVRC-2012 tree: {len(missing)} of {len(wnids)} "
-            f"classes are missing ({', '.join(missing)}); looked in {', '.join(TRAIN_FOLDERS)}"
+            f"dataset.root={top.resolve()} is not an ILSVRC-2012 tree: {len(missing)} of "
+            f"{len(wnids)} classes are missing ({', '.join(missing)}); looked in "
+            f"{', '.join(TRAIN_FOLDERS)}"
         )
     order = sorted(wnids)
-    found = look(place, Path(cache_dir).expanduser(), scan, order)
-    stored = open_files(place, found, image_size, cache_dir, on_bad_image, order)
+    search = Search(place, order, cache_dir=Path(cache_dir).expanduser())
+    found = look(search, scan)
+    stored = open_files(search, found, image_size, cache_dir, on_bad_image)
     if len(stored.images) != num_images:
         logger.warning(
-            "%s: %d images, %d are published; figures will not compare",
+            "%s: %d images, %d are published; scores cannot be compared with published ones",
             *(name, len(stored.images), num_images),
         )
     number = {wnid: i for i, wnid in enumerate(order)}
     labels = [number[key.partition("/")[0]] for key in stored.keys]
-    return ImageSet(
-        name=name,
-        images=stored.images,
-        keys=stored.keys,
-        fingerprint=stored.fingerprint,
-        labels=np.asarray(labels, dtype=np.int64),
-        class_names=[wnids[wnid] for wnid in order],
-        protocol=protocol,
-        skipped=[*stored.skipped, *found.problems],
-        root=place.resolve(),
-        files=stored.files,
+    return add_left_out(
+        ImageSet(
+            name=name,
+            images=stored.images,
+            keys=stored.keys,
+            fingerprint=stored.fingerprint,
+            labels=np.asarray(labels, dtype=np.int64),
+            class_names=[wnids[wnid] for wnid in order],
+            protocol=protocol,
+            skipped=stored.skipped,
+            root=place.resolve(),
+            files=stored.files,
+        ),
+        found.left_out,
     )
 
 
@@ -100,25 +105,25 @@ def tiny_imagenet(
     md5: str | None = None,
     on_bad_image: str = "skip",
 ) -> ImageSet:
-    """Return Tiny-ImageNet (200 classes, 64×64) from its folder or from its archive as it is.
+    """Return Tiny-ImageNet (200 classes, 64×64) from its folder or directly from its archive.
 
     Protocol "whole" is the 100,000 training images, as in the paper; "split" trains on them and
-    scores the 10,000 validation images, whose classes are in val_annotations.txt. Its test images
+    scores the 10,000 validation images, whose classes are in val_annotations.txt. The test images
     have no labels and are not used.
 
     Args:
-        root: where `tiny-imagenet-200/` or `tiny-imagenet-200.zip` is.
+        root: folder of `tiny-imagenet-200/` or `tiny-imagenet-200.zip`.
         image_size: side S in pixels.
-        cache_dir: where the store goes.
-        name: names the folder of results.
+        cache_dir: folder of the image stores.
+        name: name of the data set and of its folder of results.
         protocol: "whole" or "split".
-        download: whether to fetch the archive if neither is there.
-        url: of the archive.
-        md5: of the archive; None does not check it.
-        on_bad_image: what to do with images that cannot be decoded: "skip" or "raise".
+        download: whether to download the archive if neither exists.
+        url: address of the archive.
+        md5: MD5 of the archive; None does not check it.
+        on_bad_image: "skip" leaves out what cannot be decoded and reports it, "raise" stops.
 
     Raises:
-        UsageError: it is neither at `root` nor to be downloaded, or another file than expected.
+        UsageError: it is not at `root` and cannot be downloaded, or it is another file.
     """
     top = Path(root).expanduser()
     tree = _Folder(top) if (top / TINY).is_dir() else _archive(top, download, url, md5)
@@ -135,7 +140,7 @@ def tiny_imagenet(
         paths += sorted(annotated)
         truth += [annotated[path] for path in sorted(annotated)]
 
-    def load(i: int) -> Decoded | str:
+    def load(i: int) -> Loaded:
         try:
             data = tree.read(paths[i])
         except (OSError, KeyError, zipfile.BadZipFile, zlib.error) as error:
@@ -166,7 +171,7 @@ def tiny_imagenet(
 
 
 class _Folder:
-    """The unpacked archive."""
+    """Files of the unpacked archive."""
 
     def __init__(self, top: Path) -> None:
         self.top = top / TINY
@@ -175,18 +180,18 @@ class _Folder:
 
     def images(self, folder: str) -> list[str]:
         """Return the files of a folder, sorted."""
-        if leaves(folder):  # by a line of wnids.txt
+        if leaves(folder):  # a line of wnids.txt may be hostile
             return []
         return sorted(f"{folder}/{path.name}" for path in (self.top / folder).glob("*.JPEG"))
 
     def read(self, path: str) -> bytes:
-        """Return a file's bytes."""
-        if leaves(path):  # by a line of val_annotations.txt
-            raise PermissionError(f"{path} lies outside {self.top}")
+        """Return the bytes of a file."""
+        if leaves(path):  # a line of val_annotations.txt may be hostile
+            raise PermissionError(f"{path} is outside {self.top}")
         return (self.top / path).read_bytes()
 
     def text(self, path: str) -> str:
-        """Return a file's text."""
+        """Return the text of a file."""
         try:
             return self.read(path).decode()
         except OSError as error:
@@ -194,14 +199,14 @@ class _Folder:
 
 
 class _Zip(_Folder):
-    """The archive as it was published; members are read where they are, by several threads."""
+    """Members of the published archive, read in place by several threads."""
 
     def __init__(self, file: Path) -> None:
         self.top = file
         try:
             self._zip = zipfile.ZipFile(file)
         except (zipfile.BadZipFile, OSError) as error:
-            raise UsageError(f"{file} is no zip archive that can be read: {error}") from error
+            raise UsageError(f"{file} is not a zip archive that can be read: {error}") from error
         self._names = sorted(self._zip.namelist())
         stat = file.stat()
         self.identity = [str(file.resolve()), stat.st_size, stat.st_mtime_ns]
@@ -220,14 +225,14 @@ class _Zip(_Folder):
         return folders
 
     def read(self, path: str) -> bytes:
-        """Return a member's bytes."""
+        """Return the bytes of a member."""
         member = self._zip.getinfo(f"{TINY}/{path}")
         if member.file_size > MAX_BYTES:
             raise zipfile.BadZipFile(f"{path} would take {member.file_size / 1e6:.0f} MB")
         return self._zip.read(member)
 
     def text(self, path: str) -> str:
-        """Return a member's text."""
+        """Return the text of a member."""
         try:
             return self.read(path).decode()
         except (KeyError, OSError, zipfile.BadZipFile) as error:
@@ -252,7 +257,7 @@ def _archive(top: Path, download: bool, url: str, md5: str | None) -> _Zip:
             ) from error
     if md5 is not None and not check_integrity(str(file), md5):
         raise UsageError(
-            f"{file} is not the published archive (MD5 {md5}); fetch it anew, or set "
+            f"{file} is not the published archive (MD5 {md5}); download it again, or set "
             "dataset.md5=null if you trust it"
         )
     return _Zip(file)

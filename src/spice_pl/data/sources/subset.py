@@ -1,4 +1,4 @@
-"""Fewer images of any data set: some classes, a long tail, a limit.
+"""Choose some images of any data set: some classes, a long tail, a limit.
 
 Shapes: N images, n of them kept, C classes.
 """
@@ -19,14 +19,14 @@ from spice_pl.errors import UsageError
 
 logger = logging.getLogger(__name__)
 
-DRAW = 0x5B5E7  # key of the draws below; no seed of a run, so that all seeds see the same images
+DRAW = 0x5B5E7  # key of the draws below; not the seed of the run: all seeds use the same images
 
 
 class Rows:
-    """Some rows of an array, in order, read when asked for: a subset of a store takes no memory.
+    """Some rows of an array, in order, read on access: a subset of a store takes no memory.
 
-    It offers what this package asks of an array of images: `shape`, `ndim`, `dtype`, `len`, rows
-    by number, slice or index, and `np.asarray`.
+    It has what this package needs of an array of images: `shape`, `ndim`, `dtype`, `len`, rows by
+    number, slice or index, and `np.asarray`.
     """
 
     def __init__(self, array: NDArray[np.uint8], index: NDArray[np.int64]) -> None:
@@ -59,16 +59,17 @@ def subset(
 ) -> ImageSet:
     """Return the images that are left after `classes`, then `imbalance`, then `limit`.
 
-    The draws are fixed: they depend on the data set alone, not on the seed of the run. Under
-    protocol split, `imbalance` and `limit` thin out the training images and leave all test images.
+    The draws are fixed: they depend only on the data set, not on the seed of the run. Under
+    protocol split, `imbalance` and `limit` remove training images only.
 
     Args:
         images: any data set.
-        classes: names of the classes to keep; also those of the test images.
-        imbalance: ρ, images of the largest class over those of the smallest. Class c of C, in the
-            order of the labels, keeps at most n·ρ^(−c/(C−1)) images, n the largest class
-            (Cui et al. 2019, "Class-balanced loss"). Images without a label are left out.
-        limit: training images to keep; the extra images of stage 1 are then left out.
+        classes: names of the classes to keep, of test images too.
+        imbalance: ρ, size of the largest class divided by that of the smallest. Class c of C, in
+            the order of the labels, keeps at most n·ρ^(−c/(C−1)) images, where n is the size of the
+            largest class (Cui et al. 2019, "Class-balanced loss"). Images without a label are
+            left out.
+        limit: number of training images to keep; extra images are left out.
 
     Raises:
         UsageError: a setting is out of range, a class is unknown, or there are no labels to
@@ -77,8 +78,8 @@ def subset(
     if classes is None and imbalance is None and limit is None:
         return images
     labels, kept = images.labels, np.arange(len(images))
-    # Truth that decides which images a data set has. It does so before any stage begins, as the
-    # authors of a benchmark would, and no stage is told: truth builds this set, it trains nothing.
+    # Here truth decides which images the data set has, before any stage begins, as it would for
+    # the authors of a benchmark. No stage reads it: truth builds this set and trains nothing.
     if classes is not None or imbalance is not None:
         if labels is None or images.class_names is None:
             raise UsageError(
@@ -118,7 +119,7 @@ def subset(
 
 
 def _thinned(images: ImageSet, kept: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Which of the kept images may be thinned out: those that training may see."""
+    """Return which of the kept images may be removed: the training images."""
     return np.isin(kept, images.train_index)
 
 
@@ -151,7 +152,7 @@ def _long_tail(
 
 
 def _draw(index: NDArray[np.int64], size: int) -> NDArray[np.int64]:
-    """Draw `size` images; an image's rank is its own, whatever others there are."""
+    """Draw `size` images by a random rank per image that does not depend on the others."""
     if size == 0:
         return index[:0]
     generator = np.random.default_rng(keyed_seed(DRAW))
@@ -162,8 +163,8 @@ def _draw(index: NDArray[np.int64], size: int) -> NDArray[np.int64]:
 def _renumbered(
     labels: NDArray[np.int64], class_names: Sequence[str]
 ) -> tuple[NDArray[np.int64], list[str]]:
-    """Number the classes that are left from 0."""
+    """Number the remaining classes from 0."""
     present = np.unique(labels[labels >= 0])
-    number = np.full(len(class_names) + 1, -1, dtype=np.int64)  # the last is for label -1
+    number = np.full(len(class_names) + 1, -1, dtype=np.int64)  # the last entry is for label -1
     number[present] = np.arange(len(present))
     return number[labels], [class_names[i] for i in present]

@@ -1,4 +1,4 @@
-"""Paths and labels from a table, and labels from names; labels are for `truth/*` only.
+"""Read paths and labels from a table, and number class names; labels are for `truth/*` only.
 
 Shapes: N images.
 """
@@ -19,12 +19,12 @@ logger = logging.getLogger(__name__)
 
 
 def read_table(path: Path, *, labelled: bool) -> tuple[list[str], list[str | None] | None]:
-    """Return the column `path`, and if asked for the column `label`, of a CSV or Parquet file.
+    """Return the column `path`, and on request the column `label`, of a CSV or Parquet file.
 
-    An empty label means that this image has none.
+    An empty label means that the image has none.
 
     Raises:
-        UsageError: the file or a column is missing, a path comes twice, or it has no rows.
+        UsageError: the file or a column is missing, a path occurs twice, or there are no rows.
     """
     if not path.is_file():
         raise UsageError(f"dataset.table={path} does not exist")
@@ -44,7 +44,7 @@ def read_table(path: Path, *, labelled: bool) -> tuple[list[str], list[str | Non
 
 
 def _csv(path: Path, wanted: Sequence[str]) -> dict[str, list[str | None]]:
-    # A path may hold bytes that are no UTF-8; a spreadsheet may begin with a byte order mark.
+    # Paths may contain bytes that are not UTF-8; spreadsheets may write a byte order mark.
     with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         reader = csv.DictReader(file)
         _check_columns(path, wanted, reader.fieldnames or ())
@@ -76,10 +76,10 @@ def _check_columns(path: Path, wanted: Sequence[str], there: Sequence[str]) -> N
 def class_labels(
     names: Iterable[str | None],
 ) -> tuple[NDArray[np.int64] | None, list[str] | None]:
-    """Number class names in sorted order, (N,) with -1 for None; numbers sort as numbers.
+    """Number class names in sorted order; numbers are sorted as numbers.
 
     Returns:
-        Labels and class names; None and None when no image has a class.
+        Labels (N,), -1 for None, and class names; None and None if no image has a class.
     """
     given = list(names)
     known = {name for name in given if name is not None}

