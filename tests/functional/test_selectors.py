@@ -89,9 +89,17 @@ def test_reliable_labels_are_those_of_spice() -> None:
     }
 
 
-def test_no_more_neighbours_than_samples() -> None:
-    selection = reliable_labels(torch.randn(6, 5), probabilities(6), K, num_neighbors=9)
-    assert next(iter(selection.passed)) == "agreement of 6 neighbours ≥ 0.95"
+def test_small_clusters_need_fewer_neighbours() -> None:
+    selection = reliable_labels(torch.randn(24, 5), probabilities(24), K, num_neighbors=9)
+    assert next(iter(selection.passed)) == "agreement of 4 neighbours ≥ 0.95"
+
+
+def test_groups_that_lie_apart_are_reliable_however_small() -> None:
+    # 30 images in each of 4 groups cannot have 95 neighbours of 100 in common.
+    clusters = torch.arange(120) % 4
+    embeddings = torch.eye(4)[clusters] + 0.01 * torch.randn(120, 4)
+    selection = reliable_labels(embeddings, torch.eye(4)[clusters], 4)
+    assert torch.equal(selection.label, clusters)
 
 
 def test_an_empty_cluster_does_not_change_the_others() -> None:

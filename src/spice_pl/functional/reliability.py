@@ -15,6 +15,27 @@ from spice_pl.functional.neighbors import neighbor_chunks
 Balance = Literal["none", "min", "cap"]
 
 
+def neighbors_for(num_neighbors: int, num_samples: int, num_clusters: int) -> int:
+    """Return how many neighbours clusters of this size can have in common.
+
+    A sample of a cluster of n has at most n neighbours in it, so agreement (Eq. 6) cannot exceed
+    n / N_s. Where the mean size N / K is below N_s, half of it is taken instead. Ours; the data
+    sets of the paper have at least 300 images per cluster and N_s = 100.
+
+    Args:
+        num_neighbors: N_s.
+        num_samples: N.
+        num_clusters: K, at least 1.
+
+    Examples:
+        >>> neighbors_for(100, 60_000, 10), neighbors_for(100, 120, 4), neighbors_for(100, 3, 2)
+        (100, 15, 2)
+    """
+    if num_samples >= num_neighbors * num_clusters:
+        return num_neighbors
+    return min(num_samples, max(2, num_samples // (2 * num_clusters)))
+
+
 def local_consistency(
     embeddings: Tensor, clusters: Tensor, num_neighbors: int = 100, chunk_size: int | None = None
 ) -> Tensor:

@@ -1,8 +1,8 @@
 """Selectors of semi-supervised methods: which samples are labelled.
 
 A selector maps the embeddings and probabilities of all training samples, the results of any
-clustering, to a `SelectedLabels`: labels (N,), -1 for samples that stay unlabelled. Only `OracleLabels`
-reads true labels instead.
+clustering, to a `SelectedLabels`: labels (N,), -1 for samples that stay unlabelled. Only
+`OracleLabels` reads true labels instead.
 
 Shapes: N samples, D embedding width, K clusters.
 """
@@ -16,7 +16,12 @@ import torch
 from torch import Tensor
 
 from spice_pl.functional.kmeans import cosine_kmeans
-from spice_pl.functional.reliability import Balance, local_consistency, select_reliable
+from spice_pl.functional.reliability import (
+    Balance,
+    local_consistency,
+    neighbors_for,
+    select_reliable,
+)
 
 
 @dataclass(frozen=True)
@@ -51,9 +56,9 @@ def reliable_labels(
     Args:
         embeddings: (N, D).
         probs: (N, K), rows sum to one.
-        num_clusters: K, not read.
+        num_clusters: K.
         generator: random generator of the draw among the reliable samples of large clusters.
-        num_neighbors: see `reliable_mask`; reduced to N if larger.
+        num_neighbors: see `reliable_mask`; fewer for small clusters, see `neighbors_for`.
         agreement: see `reliable_mask`.
         confidence: see `reliable_mask`.
         balance: see `reliable_mask`.
@@ -72,7 +77,7 @@ def reliable_labels(
     """
     probs = _needed("probs", probs)
     embeddings = _needed("embeddings", embeddings)
-    num_neighbors = min(num_neighbors, len(embeddings))
+    num_neighbors = neighbors_for(num_neighbors, len(embeddings), num_clusters)
     confidences, clusters = probs.max(dim=1)  # (N,) each
     agreements = local_consistency(embeddings, clusters, num_neighbors)  # Eq. 6
     reliable = select_reliable(

@@ -16,7 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spice_pl.data.keyed import keyed_generator
-from spice_pl.functional.reliability import Balance, local_consistency, select_reliable
+from spice_pl.functional.reliability import (
+    Balance,
+    local_consistency,
+    neighbors_for,
+    select_reliable,
+)
 from spice_pl.system.files import atomic
 
 FILE_NAME = "clusters.csv"
@@ -83,7 +88,7 @@ def cluster_table(
     """
     clusters = torch.from_numpy(probs.argmax(axis=1).astype(np.int64))
     confidence = torch.from_numpy(np.array(probs.max(axis=1)))
-    num_neighbors = min(rule.num_neighbors, len(keys))
+    num_neighbors = neighbors_for(rule.num_neighbors, len(keys), probs.shape[1])
     agreement = local_consistency(embeddings, clusters, num_neighbors)  # Eq. 6
     reliable = select_reliable(  # Eq. 7
         agreement,
