@@ -149,9 +149,9 @@ class Watch(pl.Callback):
         self.slots: list[tuple[Tensor, Tensor]] = []
         self.heads = [module.heads.head(h) for h in range(NUM_HEADS)]
         self.embeddings, self.settings = module.embeddings, (module.lr, module.head_batch_size)
-        chosen = module.pseudo_labels
-        module.pseudo_labels = lambda *args, **more: self._seen(chosen(*args, **more))  # type: ignore[assignment]
-        self.counter = Counter(module.branches.encode.network)
+        chosen = module.prototype_pseudo_labels
+        module.prototype_pseudo_labels = lambda *args, **more: self._seen(chosen(*args, **more))  # type: ignore[assignment]
+        self.counter = Counter(module.view_features.encode.network)
         self.start = time.process_time()
 
     def on_train_batch_start(

@@ -106,7 +106,7 @@ def test_each_epoch_draws_one_of_the_views_by_a_key(tmp_path: Path) -> None:
     assert bank.shape == (4, N, D)
     assert bank.dtype == np.float16
     index = torch.arange(N)
-    weak, strong = module.branches.embed(Views(index, {}))
+    weak, strong = module.view_features.embed(Views(index, {}))
     drawn = (4 * keyed_uniform(0, 1, index, 0, 1)[:, 0]).long()  # epoch 1, view 0 of the pair
     assert torch.equal(weak, torch.from_numpy(bank[drawn, index]).float())
     assert drawn.bincount(minlength=4).min() > N / 10

@@ -259,7 +259,10 @@ def test_wrong_evidence_is_refused(tmp_path: Path) -> None:
             semi(folder, probs_file=str(tmp_path / f"{name}.npy"))
     with pytest.raises(UsageError, match="has nothing to select labelled images on"):
         semi(None, init="scratch")
-    with pytest.raises(UsageError, match=r"init=joint goes on from; use semi\.module\.init=enc"):
+    with pytest.raises(
+        UsageError,
+        match=r"no head.*=joint continues from a head; use semi\.module\.init=enc",
+    ):
         semi(upstream(tmp_path / "bare", probs=None, head=None), init="joint")
     with pytest.raises(UsageError, match=r"semi\.selector: this selector reads probs"):
         semi(upstream(tmp_path / "moco", probs=None, head=None), selector=confident_labels)

@@ -80,10 +80,21 @@ class LeftOut:
         """Return path and reason of each file that is listed by name, sorted."""
         return sorted((path, reason) for reason, paths in self.names.items() for path in paths)
 
+    def update(self, other: LeftOut) -> None:
+        """Add the files of another one."""
+        for reason, count in other.counts.items():
+            names = self.names.setdefault(reason, [])
+            names += other.names[reason][: LISTED - len(names)]
+            self.counts[reason] = self.counts.get(reason, 0) + count
+
     def reasons(self) -> list[str]:
         """Return number and reason of all files, the largest numbers first."""
         most = sorted(self.counts.items(), key=lambda item: (-item[1], item[0]))
         return [f"{count:,} {reason}" for reason, count in most]
+
+    def summary(self) -> str:
+        """Return all reasons in brackets, or nothing."""
+        return f" ({'; '.join(self.reasons())})" if self.counts else ""
 
 
 @dataclass
@@ -204,7 +215,7 @@ def scan_files(search: Search) -> Found:
             except OSError as error:  # a loop of links, or a target with too long a name
                 scan.left_out.add(path, f"broken link: {error.strerror}")
                 continue
-            reason = scan.unwanted(entry.name, path, is_folder)
+            reason = scan.unwanted(entry.name, path, is_folder=is_folder)
             if not is_folder:
                 scan.add_file(entry, path, reason)
             elif reason:
@@ -252,12 +263,10 @@ class _Scan:
             return []
         return entries
 
-    def unwanted(self, name: str, path: str, is_folder: bool) -> str | None:
-        """Return why a file or folder is left out by its name, or None."""
-        if name.startswith("."):
-            return f"in {name}, a hidden folder" if is_folder else "hidden"
-        if is_folder and name in FOREIGN:
-            return f"in {name}, {FOREIGN[name]}"
+    def unwanted(self, name: str, path: str, *, is_folder: bool) -> str | None:
+        """Return why a file or folder is left out by its name or path, or None."""
+        if reason := unwanted(name, is_folder=is_folder):
+            return reason
         if self._excluded and (self._excluded.match(name) or self._excluded.match(path)):
             return "excluded by dataset.exclude"
         return None
@@ -313,6 +322,17 @@ class _Scan:
             found.sizes.append(size)
             found.times.append(changed)
         return found
+
+
+def unwanted(name: str, *, is_folder: bool = False) -> str | None:
+    """Return why a file or folder of this name is left out, or None.
+
+    >>> unwanted(".git", is_folder=True), unwanted("photo.jpg")
+    ('in .git, a hidden folder', None)
+    """
+    if name.startswith("."):
+        return f"in {name}, a hidden folder" if is_folder else "hidden"
+    return f"in {name}, {FOREIGN[name]}" if is_folder and name in FOREIGN else None
 
 
 def image_files(root: Path) -> list[str]:

@@ -29,7 +29,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -40,6 +40,7 @@ from spice_pl.data import retry
 from spice_pl.data.decode import Decoded, Unread, decoders, quiet_warnings, unread
 from spice_pl.data.duplicates import num_copies, row_digests
 from spice_pl.data.images import FILE_FACTS, fingerprint
+from spice_pl.data.listing import LeftOut
 from spice_pl.data.retry import may_pass
 from spice_pl.errors import UsageError
 from spice_pl.system import ranks
@@ -67,11 +68,13 @@ class Source:
         keys: one name per image.
         load: function from a position to the decoded image, or to the reason why there is none;
             called from several threads.
+        left_out: files of the source that are not among these images.
     """
 
     name: str
     keys: Sequence[str]
     load: Callable[[int], Loaded]
+    left_out: LeftOut = field(default_factory=LeftOut)
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,8 @@ class Stored:
         keys: (N,) names.
         files: (N,) position in the source (`source`), format, width and height of every file.
         fingerprint: digest of pixels and order.
-        skipped: name and reason of every image of the source that was left out.
+        skipped: name and reason of every image of the source that is not here.
+        left_out: as in `Source`.
     """
 
     images: NDArray[np.uint8]
@@ -108,6 +112,7 @@ class Stored:
     files: NDArray[Any]
     fingerprint: str
     skipped: list[tuple[str, str]]
+    left_out: LeftOut
 
 
 class Names(Sequence[str]):
@@ -231,7 +236,7 @@ def _try_again(place: Path, source: Source, image_size: int, on_bad_image: str) 
         _, kind, width, height = stored.files[row].tolist()
         return Decoded(stored.images[row], kind, width, height)
 
-    _make(place, Source(source.name, source.keys, load), image_size, on_bad_image)
+    _make(place, replace(source, load=load), image_size, on_bad_image)
 
 
 def _loader(source: Source) -> Callable[[int], Loaded]:
@@ -274,6 +279,7 @@ def _stored(place: Path, index: dict[str, Any], image_size: int) -> Stored:
         files=np.load(place / "files.npy", mmap_mode="r"),
         fingerprint=index["fingerprint"],
         skipped=[(image.key, image.reason) for image in _skipped(index)],
+        left_out=LeftOut(*index["left_out"]),
     )
 
 
@@ -380,6 +386,7 @@ def _finish(place: Path, part: Path, source: Source, journal: _Journal, image_si
         "fingerprint": fingerprint(images),
         "skipped": [(i, source.keys[i], *more) for i, *more in journal.skipped],
         "decoders": decoders(),
+        "left_out": [source.left_out.counts, source.left_out.names],
     }
     with (part / "index.json").open("w") as file:
         json.dump(index, file)

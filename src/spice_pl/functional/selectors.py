@@ -1,7 +1,7 @@
 """Selectors of semi-supervised methods: which samples are labelled.
 
 A selector maps the embeddings and probabilities of all training samples, the results of any
-clustering, to a `Selection`: labels (N,), -1 for samples that stay unlabelled. Only `OracleLabels`
+clustering, to a `SelectedLabels`: labels (N,), -1 for samples that stay unlabelled. Only `OracleLabels`
 reads true labels instead.
 
 Shapes: N samples, D embedding width, K clusters.
@@ -20,7 +20,7 @@ from spice_pl.functional.reliability import Balance, local_consistency, select_r
 
 
 @dataclass(frozen=True)
-class Selection:
+class SelectedLabels:
     """The labels that a selector gives, and what each of its rules let pass.
 
     Attributes:
@@ -43,7 +43,7 @@ def reliable_labels(
     agreement: float = 0.95,
     confidence: float = 0.99,
     balance: Balance = "min",
-) -> Selection:
+) -> SelectedLabels:
     """Label the reliable samples with their most probable cluster.
 
     Niu et al. 2022 (SPICE), Eqs. 6-7.
@@ -90,7 +90,7 @@ def reliable_labels(
         f"confidence > {confidence}": int(sure.sum()),
         "both": int((agrees & sure).sum()),
     }
-    return Selection(torch.where(reliable, clusters, -1), passed)
+    return SelectedLabels(torch.where(reliable, clusters, -1), passed)
 
 
 def clusmatch_labels(
@@ -101,7 +101,7 @@ def clusmatch_labels(
     *,
     fraction: float = 0.1,
     branch: Literal["auto", "head", "features"] = "auto",
-) -> Selection:
+) -> SelectedLabels:
     """Label the most confident samples of each cluster, as ClusMatch selects them.
 
     Args:
@@ -133,11 +133,11 @@ def clusmatch_labels(
     if branch == "head" or (branch == "auto" and probs is not None):
         probs = _needed("probs", probs)
         score, clusters = probs.var(dim=1), probs.argmax(dim=1)
-        return Selection(best_of_each(score, clusters, num_clusters, fraction, generator))
+        return SelectedLabels(best_of_each(score, clusters, num_clusters, fraction, generator))
     embeddings = _needed("embeddings", embeddings)
     clusters, centres = cosine_kmeans(embeddings, num_clusters, generator=generator)
     near = torch.nn.functional.cosine_similarity(embeddings, centres[clusters], dim=1)
-    return Selection(best_of_each(near, clusters, num_clusters, fraction, generator))
+    return SelectedLabels(best_of_each(near, clusters, num_clusters, fraction, generator))
 
 
 def confident_labels(
@@ -147,7 +147,7 @@ def confident_labels(
     generator: torch.Generator | None = None,
     *,
     fraction: float = 0.1,
-) -> Selection:
+) -> SelectedLabels:
     """Label the samples with the largest max p in each predicted cluster.
 
     Args:
@@ -169,7 +169,7 @@ def confident_labels(
         tensor([ 0, -1, -1,  1])
     """
     confidence, clusters = _needed("probs", probs).max(dim=1)
-    return Selection(best_of_each(confidence, clusters, num_clusters, fraction, generator))
+    return SelectedLabels(best_of_each(confidence, clusters, num_clusters, fraction, generator))
 
 
 def random_labels(
@@ -179,7 +179,7 @@ def random_labels(
     generator: torch.Generator | None = None,
     *,
     fraction: float = 0.1,
-) -> Selection:
+) -> SelectedLabels:
     """Label random samples of each predicted cluster, as a baseline for other selectors.
 
     Args:
@@ -202,7 +202,7 @@ def random_labels(
     """
     clusters = _needed("probs", probs).argmax(dim=1)
     score = torch.zeros(len(clusters))
-    return Selection(best_of_each(score, clusters, num_clusters, fraction, generator))
+    return SelectedLabels(best_of_each(score, clusters, num_clusters, fraction, generator))
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ class OracleLabels:
 
     num_labels: int | None = None
 
-    def __call__(self, truth: Tensor, generator: torch.Generator | None = None) -> Selection:
+    def __call__(self, truth: Tensor, generator: torch.Generator | None = None) -> SelectedLabels:
         """Return labels (N,) of a class-balanced random draw, -1 for samples that are not drawn.
 
         Args:
@@ -234,7 +234,7 @@ class OracleLabels:
             ValueError: there are fewer labels than classes.
         """
         if self.num_labels is None:
-            return Selection(truth)
+            return SelectedLabels(truth)
         classes = torch.bincount(truth[truth >= 0]).nonzero()[:, 0]
         per_class = self.num_labels // max(1, len(classes))
         if not per_class:
@@ -247,7 +247,7 @@ class OracleLabels:
         for each in classes:
             members = (truth == each).nonzero()[:, 0]
             label[members[draws[members].argsort()[:per_class]]] = each
-        return Selection(label)
+        return SelectedLabels(label)
 
 
 def best_of_each(

@@ -16,7 +16,7 @@ from spice_pl.data.images import ImageSet
 from spice_pl.errors import UsageError
 from spice_pl.job.job import Job
 from spice_pl.job.plan import Step
-from spice_pl.job.settings import flat, masked
+from spice_pl.job.settings import current_target, flat, masked
 from spice_pl.runs.edited import write_edited
 from spice_pl.system.files import atomic
 
@@ -121,9 +121,14 @@ def _saved(file: Path) -> dict[str, Any]:
 
 def _changed(saved: Mapping[str, Any], step: Step) -> list[str]:
     """List the settings of a step that differ from those its folder was made with."""
-    parts = ("seed", "dataset", "backbone", "augment", step.name)
+    parts = ["seed", "dataset", "backbone", "augment", step.name]
+    if step.upstream:  # features do not depend on what is read from them
+        parts.append("embeddings")
     given = masked("", step.settings)
+    saved = {"embeddings": "cosine", **saved}  # of a run made before there was a choice
     old, new = (flat({key: each.get(key) for key in parts}) for each in (saved, given))
+    targets = {key for key in old if key.endswith("_target_")}
+    old |= {key: current_target(str(old[key])) for key in targets}
     free = ["dataset.cache_dir", "dataset.on_bad_image"]
     if old.get("dataset.num_clusters") is None:  # stage 1 was trained before K was known
         free += ["dataset.num_clusters", f"{step.name}.module.num_clusters"]

@@ -17,6 +17,7 @@ from spice_pl.data.datamodule import Stream, Views, ViewsDataModule
 from spice_pl.data.images import ImageSet
 from spice_pl.errors import UsageError
 from spice_pl.functional.reliability import local_consistency
+from spice_pl.nn.heads import ClusterHead, LinearHead, head_of
 from spice_pl.runs.folder import RunFolder
 
 WATCHED_NEIGHBORS = 10  # of some 2,000 watched images, the image itself counted
@@ -212,6 +213,28 @@ def as_stage(module: pl.LightningModule) -> Stage:
 def width_of(backbone: nn.Module) -> int:
     """Return D, the width of a backbone's features."""
     return int(backbone.num_features)  # type: ignore[arg-type]
+
+
+def load_clustering(
+    upstream: RunFolder, encoder: nn.Module, head: ClusterHead | LinearHead, way_out: str
+) -> ClusterHead | LinearHead:
+    """Load encoder and head of a stage that clusters.
+
+    Returns:
+        `head` with the weights of the upstream, or a head of the other kind where it has one.
+
+    Raises:
+        UsageError: weights are missing or of another architecture; without a head the message ends
+            in `way_out`.
+    """
+    upstream.load_weights("encoder.safetensors", encoder)
+    if not (upstream.path / "head.safetensors").is_file():
+        raise UsageError(f"{upstream.path} has no head.safetensors; {way_out}")
+    given = head_of(upstream.read_weights("head.safetensors"))
+    if type(given) is not type(head):
+        head = given
+    upstream.load_weights("head.safetensors", head)
+    return head
 
 
 def check_word(setting: str, word: str, words: Sequence[str]) -> None:

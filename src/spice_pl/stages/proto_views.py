@@ -1,4 +1,4 @@
-"""Where the heads of stage 2 get their features: the branches of SPICE, Fig. 3(b).
+"""Where the heads of stage 2 get their features: the three branches of SPICE, Fig. 3(b).
 
 The first branch, embeddings of plain images, is always that of stage 1. The other two, weak and
 strong views, pass an encoder that is frozen (`FrozenViews`, `BankedViews`) or moves

@@ -16,9 +16,9 @@ from spice_pl.data.datamodule import Stream, Views
 from spice_pl.data.images import ImageSet
 from spice_pl.errors import UsageError
 from spice_pl.functional.scan import self_label_loss
-from spice_pl.nn.heads import ClusterHead, LinearHead, head_of
+from spice_pl.nn.heads import ClusterHead, LinearHead
 from spice_pl.runs.folder import RunFolder
-from spice_pl.stages.base import Prediction, Stage, width_of
+from spice_pl.stages.base import Prediction, Stage, load_clustering, width_of
 
 
 class SelfLabelModule(Stage):
@@ -71,14 +71,8 @@ class SelfLabelModule(Stage):
         """Load encoder and head of the upstream, whichever kind the head is."""
         if upstream is None:
             raise UsageError("stage=selflabel needs an upstream stage; set selflabel.upstream=scan")
-        if not (upstream.path / "head.safetensors").is_file():
-            raise UsageError(
-                f"{upstream.path} has no head.safetensors; set selflabel.upstream to a stage that "
-                "clusters (scan, proto, fixmatch)"
-            )
-        upstream.load_weights("encoder.safetensors", self.encoder)
-        self.head = head_of(upstream.read_weights("head.safetensors"))
-        upstream.load_weights("head.safetensors", self.head)
+        way_out = "set selflabel.upstream to a stage that clusters (scan, proto, fixmatch)"
+        self.head = load_clustering(upstream, self.encoder, self.head, way_out)
         return streams
 
     def weights(self) -> Mapping[str, nn.Module]:

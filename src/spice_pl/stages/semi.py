@@ -1,9 +1,9 @@
 """Semi-supervised training: one module for every method, some images labelled, all images used.
 
 A method is a selector (which images are labelled, `functional/selectors.py`), a threshold (which
-predictions on unlabelled images are trained on, `nn/thresholds.py`) and extra losses (`LOSSES`
-below). All methods share the rest: a weak and a strong view, one concatenated forward pass, the
-learning rate of FixMatch, and an averaged model as result.
+predictions on unlabelled images are trained on, `nn/thresholds.py`) and extra losses (`LOSSES` in
+`stages/semi_losses.py`). All methods share the rest: a weak and a strong view, one concatenated
+forward pass, the learning rate of FixMatch, and an averaged model as result.
 
 Shapes: N images, n of them for training, L labelled and U unlabelled images of a batch,
 D features, K clusters.
@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,69 +26,18 @@ from spice_pl.data.images import ImageSet
 from spice_pl.data.keyed import keyed_generator
 from spice_pl.errors import UsageError
 from spice_pl.functional.assignment import count_table, match_clusters
-from spice_pl.functional.consistency import (
-    negative_cross_entropy,
-    self_adaptive_fairness,
-    weighted_cross_entropy,
-)
+from spice_pl.functional.consistency import weighted_cross_entropy
 from spice_pl.functional.kmeans import cosine_kmeans
 from spice_pl.functional.momentum import ema_update_
 from spice_pl.functional.selectors import OracleLabels
-from spice_pl.nn.heads import ClusterHead, LinearHead, head_of
+from spice_pl.nn.heads import ClusterHead, LinearHead
 from spice_pl.nn.thresholds import Threshold
 from spice_pl.runs.folder import RunFolder
-from spice_pl.stages.base import Prediction, Stage, check_word, width_of
+from spice_pl.stages.base import Prediction, Stage, check_word, load_clustering, width_of
 from spice_pl.stages.semi_labels import LabelSource, Selector
+from spice_pl.stages.semi_losses import LOSSES, Unlabelled
 
 INIT = ("joint", "encoder", "scratch")
-
-
-@dataclass
-class Unlabelled:
-    """What an extra loss reads of the unlabelled images of a batch.
-
-    Attributes:
-        logits: (U, K) of the strong view, float32; all gradients flow through it.
-        probs: (U, K) of the weak view, without gradient.
-        label: (U,) most probable cluster of the weak view.
-        weight: (U,) weight that the threshold gives to that label, 0 to 1.
-        kmeans_label: (U,) from k-means on the features of the averaged model, -1 where none.
-        threshold: threshold, for its statistics.
-    """
-
-    logits: Tensor
-    probs: Tensor
-    label: Tensor
-    weight: Tensor
-    kmeans_label: Tensor
-    threshold: Threshold
-
-
-def _kmeans_loss(batch: Unlabelled) -> Tensor:
-    """L_kpl of ClusMatch: confident images learn their k-means label too."""
-    known = batch.kmeans_label >= 0  # extra images have no k-means label
-    return weighted_cross_entropy(batch.logits, batch.kmeans_label, batch.weight * known)
-
-
-def _negative_loss(batch: Unlabelled) -> Tensor:
-    """L_npl of ClusMatch: no image is in the clusters that its weak view rules out."""
-    ruled_out = batch.threshold.negatives(batch.probs, batch.kmeans_label)  # (U, K)
-    return negative_cross_entropy(batch.logits, ruled_out)
-
-
-def _fairness_loss(batch: Unlabelled) -> Tensor:
-    """L_saf of FreeMatch, over the images whose label has a weight."""
-    shares = batch.threshold.shares
-    return self_adaptive_fairness(
-        batch.logits.softmax(dim=1), batch.weight > 0, shares.mean_probs, shares.histogram
-    )
-
-
-LOSSES: Mapping[str, Callable[[Unlabelled], Tensor]] = {
-    "kmeans": _kmeans_loss,
-    "negative": _negative_loss,
-    "fairness": _fairness_loss,
-}
 
 
 class SemiSupervisedModule(Stage):
@@ -100,7 +49,7 @@ class SemiSupervisedModule(Stage):
         backbone: (B, 3, S, S) -> (B, D), with `num_features`.
         num_clusters: K.
         selector: one of `functional/selectors.py`: (embeddings (n, D), probs (n, K), num_clusters,
-            generator) -> `Selection`.
+            generator) -> `SelectedLabels`.
         threshold: weight of the label that the weak view gives, and its statistics.
         losses: name in `LOSSES` to weight.
         init: "joint" starts from encoder and head of the upstream stage; "encoder" from its
@@ -340,15 +289,12 @@ class SemiSupervisedModule(Stage):
                 f"{self.name}.module.init={self.init} starts from an upstream's encoder and "
                 f"{self.name}.upstream is null; name one or use {self.name}.module.init=scratch"
             )
-        upstream.load_weights("encoder.safetensors", self.encoder)
-        if self.init == "joint":
-            if not (upstream.path / "head.safetensors").is_file():
-                raise UsageError(
-                    f"{upstream.path} has no head.safetensors, which {self.name}.module.init=joint "
-                    f"goes on from; use {self.name}.module.init=encoder"
-                )
-            state = upstream.read_weights("head.safetensors")
-            if ("hidden.weight" in state) != isinstance(self.head, ClusterHead):
-                self.head = head_of(state)
-                self.ema_head = copy.deepcopy(self.head).requires_grad_(False)
-            upstream.load_weights("head.safetensors", self.head)
+        if self.init == "encoder":
+            upstream.load_weights("encoder.safetensors", self.encoder)
+            return
+        way_out = (
+            f"{self.name}.module.init=joint continues from a head; use "
+            f"{self.name}.module.init=encoder"
+        )
+        self.head = load_clustering(upstream, self.encoder, self.head, way_out)
+        self.ema_head = copy.deepcopy(self.head).requires_grad_(False)

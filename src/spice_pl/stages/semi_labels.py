@@ -16,14 +16,14 @@ from torch.nn import functional as F
 from spice_pl.data.images import ImageSet
 from spice_pl.data.keyed import keyed_generator
 from spice_pl.errors import UsageError
-from spice_pl.functional.selectors import OracleLabels, Selection
+from spice_pl.functional.selectors import OracleLabels, SelectedLabels
 from spice_pl.runs.evidence import check_features, check_probs, read_array
 from spice_pl.runs.folder import RunFolder, as_tensor
 
 logger = logging.getLogger(__name__)
 
-# (embeddings (n, D) or None, probs (n, K) or None, num_clusters, generator) -> Selection
-Selector = Callable[..., Selection]
+# (embeddings (n, D) or None, probs (n, K) or None, num_clusters, generator) -> SelectedLabels
+Selector = Callable[..., SelectedLabels]
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class LabelSource:
                 embeddings = upstream.embeddings(images.train_index)[train_index]
             evidence = (embeddings, probs, self.num_clusters, generator)
         try:
-            selection: Selection = self.selector(*evidence)
+            selection: SelectedLabels = self.selector(*evidence)
         except ValueError as error:
             raise UsageError(f"{stage}.selector: {error}") from error
         self._report(selection, stage)
@@ -82,7 +82,7 @@ class LabelSource:
                 label[moved] = as_tensor(upstream.probs)[train_index[moved]].argmax(dim=1)
         return label
 
-    def _report(self, selection: Selection, stage: str) -> None:
+    def _report(self, selection: SelectedLabels, stage: str) -> None:
         """Log how many images are labelled, and how many pass each rule of the selector."""
         label = selection.label
         counts = torch.bincount(label[label >= 0], minlength=self.num_clusters)  # (K,)

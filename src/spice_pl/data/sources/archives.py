@@ -8,21 +8,31 @@ Shapes: N images, S side in pixels.
 from __future__ import annotations
 
 import functools
+import logging
 import os
+import posixpath
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from spice_pl.data.decode import SUFFIXES, read_image
+from spice_pl.data.decode import FORMATS, HEAD_BYTES, SUFFIXES, is_image, read_image
 from spice_pl.data.images import ImageSet
-from spice_pl.data.listing import leaves
+from spice_pl.data.listing import LeftOut, leaves, unwanted
+from spice_pl.data.sources.folder import add_left_out
 from spice_pl.data.sources.table import class_labels
 from spice_pl.data.store import Loaded, Source, Stored, open_store
 from spice_pl.errors import UsageError
 
+logger = logging.getLogger(__name__)
+
 MAX_BYTES = 1 << 30  # largest encoded image
+MAX_HEADER = 1 << 20  # bytes of a long name or of other facts about one member
+FACTS = {
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+}
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,21 @@ class Member:
     start: int
     size: int
     label: str | None
+
+
+@dataclass(frozen=True)
+class Index:
+    """What a tar file holds.
+
+    Attributes:
+        images: its images, in order.
+        left_out: members that are not used though they may be images.
+        num_others: number of other files, such as labels and captions.
+    """
+
+    images: list[Member]
+    left_out: LeftOut
+    num_others: int
 
 
 def shards(
@@ -68,12 +93,21 @@ def shards(
     if not files or not all(file.is_file() for file in files):
         raise UsageError(f"dataset.root={root} holds no *.tar file")
     stats = [file.stat() for file in files]
-    members = functools.cache(lambda: [member for file in files for member in read_index(file)])
+    indices = functools.cache(lambda: [read_index(file) for file in files])
+    members = functools.cache(lambda: [image for index in indices() for image in index.images])
 
     def source() -> Source:
+        left_out, others = LeftOut(), sum(index.num_others for index in indices())
+        for index in indices():
+            left_out.update(index.left_out)
         if not members():
-            raise UsageError(f"no image in the {len(files)} tar files of dataset.root={root}")
-        return Source(f"dataset.root={root}", [each.key for each in members()], load)
+            raise UsageError(
+                f"no image in the {len(files)} tar files of dataset.root={root}, which hold "
+                f"{others:,} other files and {len(left_out):,} that are left out"
+                f"{left_out.summary()}; looked for {', '.join(FORMATS)}"
+            )
+        logger.info("%s: %s members that are not images", name, f"{others:,}")
+        return Source(f"dataset.root={root}", [each.key for each in members()], load, left_out)
 
     def load(i: int) -> Loaded:
         member = members()[i]
@@ -93,7 +127,7 @@ def shards(
         on_bad_image,
     )
     given = [member.label for member in members()] if labels == "cls" else None
-    return _image_set(stored, name, protocol, given)
+    return add_left_out(_image_set(stored, name, protocol, given), stored.left_out)
 
 
 def hugging_face(
@@ -167,34 +201,118 @@ def hugging_face(
     return _image_set(stored, name, protocol, given)
 
 
-def read_index(file: Path) -> list[Member]:
-    """Return the images of a tar file; links, devices and folders are ignored.
+def read_index(file: Path) -> Index:
+    """Return the images of a tar file, and what else it holds.
+
+    Hard links are followed. A name that occurs twice means its last member, as it does for a
+    program that unpacks the file.
 
     Raises:
         UsageError: the file is compressed or damaged.
     """
-    images: list[tuple[str, str, int, int]] = []
+    images: dict[str, tuple[str, int, int]] = {}
+    data: dict[str, tuple[int, int]] = {}
     classes: dict[str, str] = {}
-    try:
-        with tarfile.open(file, "r:") as opened, file.open("rb") as raw:
-            for member in opened:
-                if not member.isreg() or member.issparse():
-                    continue
-                # WebDataset: the sample is the name up to the first dot after the last slash.
-                folder, _, last = member.name.rpartition("/")
-                sample, _, suffix = last.partition(".")
-                sample = f"{folder}/{sample}"
-                if f".{suffix.rpartition('.')[2].lower()}" in SUFFIXES:
-                    images.append((sample, member.name, member.offset_data, member.size))
-                elif suffix == "cls":
-                    data = os.pread(raw.fileno(), min(member.size, 1024), member.offset_data)
-                    classes[sample] = data.decode("utf-8", "replace").strip()
-    except (tarfile.TarError, OSError) as error:
-        raise UsageError(f"{file} cannot be read as a plain tar file: {error}") from error
-    return [
-        Member(f"{file.name}/{name}", file, start, size, classes.get(sample))
-        for sample, name, start, size in images
+    left_out, num_others = LeftOut(), 0
+    with file.open("rb") as raw:
+        for member in _members(file):
+            if member.isdir():
+                continue
+            key, path = f"{file.name}/{member.name}", posixpath.normpath(member.name)
+            place: tuple[int, int] | None = member.offset_data, member.size
+            if member.islnk():
+                place = data.get(posixpath.normpath(member.linkname))
+            reason = _unwanted(member)
+            if reason or place is None:
+                left_out.add(key, reason or "a hard link to a member that is not there")
+                continue
+            data[path] = place
+            stem, suffix = posixpath.splitext(path)
+            head = os.pread(raw.fileno(), min(place[1], HEAD_BYTES), place[0])
+            if suffix == ".cls":
+                text = os.pread(raw.fileno(), min(place[1], 1024), place[0])
+                classes[stem] = text.decode("utf-8", "replace").strip()
+            if suffix.lower() not in SUFFIXES and not is_image(head):
+                num_others += 1
+                continue
+            if path in images:
+                left_out.add(f"{file.name}/{images.pop(path)[0]}", "replaced by a later member")
+            images[path] = (member.name, *place)
+    found = [
+        Member(f"{file.name}/{name}", file, start, size, _label(path, classes))
+        for path, (name, start, size) in images.items()
     ]
+    return Index(found, left_out, num_others)
+
+
+class _Header(tarfile.TarInfo):
+    """A header whose sizes are checked before they are used.
+
+    A negative size makes tarfile read the same headers for ever (CVE-2025-8194).
+    """
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        """Read a header.
+
+        Raises:
+            tarfile.ReadError: its size is negative, or a name in it is larger than a megabyte.
+        """
+        header = super().frombuf(buf, encoding, errors)
+        if header.size < 0 or (header.type in FACTS and header.size > MAX_HEADER):
+            raise tarfile.ReadError(f"a header gives a size of {header.size} bytes")
+        return header
+
+
+def _members(file: Path) -> Iterator[tarfile.TarInfo]:
+    """Yield the members of a tar file.
+
+    Raises:
+        UsageError: it is compressed or damaged.
+    """
+    size, last = file.stat().st_size, -1
+    try:
+        with tarfile.open(file, "r:", tarinfo=_Header) as opened:
+            while (member := opened.next()) is not None:
+                opened.members.clear()  # type: ignore[attr-defined]  # a kilobyte each
+                end = member.offset_data + (member.size if member.isreg() else 0)
+                if member.size < 0 or member.offset_data <= last or end > size:
+                    raise tarfile.ReadError(f"{member.name} has {member.size} bytes")
+                last = member.offset_data
+                yield member
+            with file.open("rb") as raw:
+                if any(os.pread(raw.fileno(), tarfile.BLOCKSIZE, opened.offset)):
+                    raise tarfile.ReadError(f"no header at byte {opened.offset}")
+    except Exception as error:  # tarfile raises many types on damaged headers
+        raise UsageError(f"{file} cannot be read as a plain tar file: {error}") from error
+
+
+def _unwanted(member: tarfile.TarInfo) -> str | None:
+    """Return why a member is not looked at, or None."""
+    if leaves(member.name):
+        return "its name leads out of the archive"
+    *folders, name = posixpath.normpath(member.name).split("/")
+    named = [*(unwanted(folder, is_folder=True) for folder in folders), unwanted(name)]
+    if reason := next(filter(None, named), None):
+        return reason
+    if member.issym():
+        return "a symbolic link"
+    if member.issparse():
+        return "a sparse file"
+    return None if member.isreg() or member.islnk() else "not a file"
+
+
+def _label(path: str, classes: Mapping[str, str]) -> str | None:
+    """Return the class of an image: of the .cls with the longest name that the image's begins with.
+
+    `22.00.jpg` takes `22.00.cls`, or `22.cls` if that does not exist.
+    """
+    folder, _, name = path.rpartition("/")
+    while "." in name:
+        name = name.rpartition(".")[0]
+        if label := classes.get(f"{folder}/{name}" if folder else name):
+            return label
+    return None
 
 
 def _image_set(

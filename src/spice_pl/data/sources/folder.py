@@ -96,10 +96,9 @@ def folder(
         paths, truths = read_table(Path(table).expanduser(), labelled=labels == "csv")
         found = _listed(directory, paths)
     if not (found.num_images if isinstance(found, Note) else len(found.paths)):
-        others = f"{len(found.left_out)} other files: {'; '.join(found.left_out.reasons())}"
         raise UsageError(
-            f"no image below dataset.root={root} ({others.removesuffix(': ')}); looked for "
-            f"{', '.join(FORMATS)}"
+            f"no image below dataset.root={root}, {len(found.left_out)} other files"
+            f"{found.left_out.summary()}; looked for {', '.join(FORMATS)}"
         )
     stored = open_files(search, found, image_size, cache_dir, on_bad_image)
     truth, class_names = None, None
@@ -145,12 +144,11 @@ def open_files(
 
 def add_left_out(images: ImageSet, left_out: LeftOut) -> ImageSet:
     """Add the files that a search left out to those that were skipped, and log the sum."""
-    bad = len(images.skipped)
-    reasons = "; ".join([*([f"{bad:,} cannot be decoded"] if bad else []), *left_out.reasons()])
+    bad, used = len(images.skipped), len(images)
     logger.info(
-        "%s: %s files: %s images are used, %s files are left out%s",
-        *(images.name, *(f"{n:,}" for n in (len(images) + bad + len(left_out), len(images)))),
-        *(f"{bad + len(left_out):,}", f" ({reasons})" if reasons else ""),
+        "%s: of %s files %s are used, %s cannot be decoded and %s are left out%s",
+        *(images.name, *(f"{count:,}" for count in (used + bad + len(left_out), used, bad))),
+        *(f"{len(left_out):,}", left_out.summary()),
     )
     listed = left_out.pairs()
     return replace(

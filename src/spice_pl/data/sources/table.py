@@ -89,5 +89,9 @@ def class_labels(
     numeric = all(name.isdecimal() for name in known)
     class_names = sorted(known, key=lambda name: (int(name), name) if numeric else (0, name))
     number = {name: i for i, name in enumerate(class_names)}
+    logger.info(
+        "%d of %d images have a label, of %d classes",
+        *(sum(name is not None for name in given), len(given), len(class_names)),
+    )
     labels = [-1 if name is None else number[name] for name in given]
     return np.asarray(labels, dtype=np.int64), class_names
