@@ -1,10 +1,11 @@
-"""2,720 damaged files and settings give a documented error or a result, and do no harm.
+"""3,120 damaged files and settings give a documented error or a result, and do no harm.
 
 No case may hang, write outside its folder or start a program.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -22,6 +23,8 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tests.conftest import Finished
 from torch import nn
 
@@ -166,6 +169,57 @@ def test_portable_models(straight: Finished, tmp_path: Path) -> None:
     shutil.copy(straight.folder("proto").path / "model.spice", file)
     refused, _ = fuzz(file, lambda: portable.load(file), 150, tmp_path)
     assert refused > 20
+
+
+def places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Every dictionary or list in nested data, with each of its keys or positions."""
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, item in list(items):
+        yield value, key
+        if isinstance(item, dict | list):
+            yield from places(item)
+
+
+def test_headers_of_portable_models(straight: Finished, tmp_path: Path) -> None:
+    """Fields, settings and tensors replaced by junk, left out or doubled; then a prediction."""
+    draw = random.Random(0)  # noqa: S311 - which field to change
+    whole, file = straight.folder("proto").path / "model.spice", tmp_path / "model.spice"
+    with safe_open(whole, "pt") as opened:
+        text = opened.metadata()["spice_pl"]
+    pixels = np.random.default_rng(0).integers(0, 255, (2, 8, 8, 3)).astype(np.uint8)
+    refused = 0
+    for case in range(400):
+        header, tensors = json.loads(text), load_file(whole)
+        for _ in range(draw.randint(1, 2)):
+            names = header.get("known")  # 90, of which two are as good as all
+            found = [
+                (each, key) for each, key in places(header) if each is not names or key in (0, 1)
+            ]
+            holder, key = draw.choice([*found, *places(tensors)])
+            how = draw.choice(["junk", "junk", "junk", "out", "double"])
+            if holder is tensors:
+                kinds = [torch.float64, torch.int32, torch.complex64, torch.bool]
+                holder[key] = holder[key].to(draw.choice(kinds)) * draw.choice([1, 2])
+            elif how == "junk":
+                holder[key] = draw.choice(JUNK)
+            elif how == "out":
+                del holder[key]
+            else:
+                holder[key] = [holder[key]] * 2
+        save_file(tensors, file, {"spice_pl": json.dumps(header)})
+        with watched(tmp_path):
+            try:
+                model = portable.load(file, device="cpu")
+            except UsageError as error:
+                refused += 1
+                message = str(error)
+            except Exception as error:
+                raise AssertionError(f"case {case}: {error!r}") from error
+            else:
+                message = f"{file} is loaded"
+                assert np.isfinite(model.predict(pixels).confidence).all(), case
+        assert message.startswith(str(file)), case
+    assert 250 < refused < 390
 
 
 @pytest.mark.parametrize("name", ["metrics.json", "dataset.json", "clusters.csv", "metrics.csv"])

@@ -1,8 +1,9 @@
 """Write and read `model.spice`, one file that clusters new images.
 
 A safetensors file with JSON in its header: weights of encoder and head, how to build both, how to
-prepare an image, the names of the clusters, and known images to show beside a new one. Loading
-executes no code from the file: it can only name networks of a few allowed packages.
+prepare an image, the names of the clusters, and known images to show beside a new one. Nothing in
+the file is executed: it can name a few networks (`networks`), and all of it is checked (`header`).
+Loading opens no connection, and reads no other file than names.json beside it.
 
 Shapes: N images, B images of a batch, D features, K clusters, S pixels a side, k known images shown
 beside a new one.
@@ -10,10 +11,10 @@ beside a new one.
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,19 +22,30 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spice_pl.data.augment import View
 from spice_pl.errors import UsageError
+from spice_pl.models.header import (
+    FILE_NAME,
+    FORMAT,
+    PARTS,
+    check_known,
+    check_state,
+    names_beside,
+    read,
+    unreadable,
+)
 from spice_pl.models.known import Known, choose_known
+from spice_pl.models.networks import WITHOUT_MEMORY, rule_for
 from spice_pl.models.pixels import pixel_batches
 from spice_pl.models.predictions import Predictions, join
 from spice_pl.nn.frozen import in_parts
 from spice_pl.nn.heads import ClusterHead, LinearHead
 from spice_pl.nn.weights import below_prefix, load_strictly
+from spice_pl.system.building import BuildError, build_plain
 from spice_pl.system.files import atomic
 
 __all__ = [
@@ -47,12 +59,6 @@ __all__ = [
     "load",
     "portable_settings",
 ]
-
-FILE_NAME = "model.spice"
-FORMAT = 1  # raised when earlier releases can no longer read a new file
-ALLOWED = ("spice_pl.nn.", "spice_pl.data.augment.", "torchvision.models.", "timm.create_model")
-# Weights come from the file, never from a hub or another file.
-NO_DOWNLOAD = {"pretrained": False, "weights": None, "checkpoint_path": ""}
 
 
 class ClusterNetwork(nn.Module):
@@ -129,7 +135,7 @@ class PortableModel:
             "settings": self.settings,
             "image_size": self.image_size,
             "names": list(self.names),
-            "threshold": self.threshold,
+            "threshold": min(max(self.threshold, 0.0), 1.0),  # outside, it says the same
             "about": self.about,
             "known": None if self.known is None else list(self.known.keys),
         }
@@ -174,6 +180,9 @@ class PortableModel:
 
         Yields:
             Predictions of each batch; nothing is skipped.
+
+        Raises:
+            UsageError: a probability is not finite.
         """
         for keys, pixels in batches:
             pieces = in_parts(torch.from_numpy(pixels).to(self.device))
@@ -186,6 +195,12 @@ class PortableModel:
                 nearest, similarity = self.known.nearest(embeddings, num_nearest)
             ids = clusters.cpu().numpy()
             sure = confidence.cpu().numpy()
+            if not np.isfinite(sure).all():
+                key = keys[int(np.isfinite(sure).argmin())]
+                raise UsageError(
+                    f"the model's probabilities for {key} are not numbers: its weights, mean or "
+                    "std are too large; make it again by running its stage with overwrite=true"
+                )
             yield Predictions(
                 keys=keys,
                 clusters=ids,
@@ -213,7 +228,7 @@ def load(
 
     Raises:
         UsageError: the file does not exist or is damaged, a newer release wrote it, or it asks for
-            a network outside the allowed packages.
+            a network or an argument that is not allowed.
     """
     file = Path(path).expanduser()
     if file.is_dir():
@@ -222,33 +237,31 @@ def load(
         raise UsageError(
             f"{file} does not exist; give the {FILE_NAME} of a finished run that has clusters"
         )
-    header, tensors = _read(file)
-    try:
-        if int(header["format"]) > FORMAT:
-            raise UsageError(
-                f"{file} was written by a newer spice-pl (format {header['format']}, this release "
-                f"reads up to {FORMAT}); install a newer one with pip install -U spice-pl"
-            )
-        settings = header["settings"]
-        allowed = (*ALLOWED, *(f"{name}." for name in allow_targets))
-        with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
-            parts = {name: _build(value, allowed, file) for name, value in settings.items()}
-        for name in ("encoder", "head"):
-            load_strictly(parts[name], below_prefix(tensors, f"{name}."), f"{file} ({name})")
-        known = None
-        if header["known"] is not None:
-            known = Known(header["known"], **below_prefix(tensors, "known."))
-        model = PortableModel(
-            network=ClusterNetwork(parts["plain"], parts["encoder"], parts["head"]),
-            settings=settings,
-            image_size=int(header["image_size"]),
-            names=_names(file, header["names"]),
-            threshold=float(header["threshold"]),
-            about=header["about"],
-            known=known,
-        )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UsageError(_unreadable(file, f"{type(error).__name__}: {error}")) from error
+    header, tensors = read(file)
+    parts = {
+        part: _made(file, part, header.settings[part], allow_targets)
+        for part in PARTS
+        if part in header.settings
+    }
+    if absent := [part for part in PARTS if part not in parts]:
+        raise unreadable(file, f"its settings describe no {' and no '.join(absent)}")
+    for part in ("encoder", "head"):
+        _fill(file, part, parts[part], below_prefix(tensors, f"{part}."))
+    width, num_clusters = _sizes(file, parts["encoder"], parts["head"], header.names)
+    known = None
+    if header.known is not None:
+        below = below_prefix(tensors, "known.")
+        known = Known(header.known, *check_known(file, header.known, below, num_clusters, width))
+    given = names_beside(file)
+    model = PortableModel(
+        network=ClusterNetwork(parts["plain"], parts["encoder"], parts["head"]),
+        settings=header.settings,
+        image_size=header.image_size,
+        names=[given.get(str(k), name) for k, name in enumerate(header.names)],
+        threshold=float(header.threshold),
+        about=header.about,
+        known=known,
+    )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     model.network.to(device).to(memory_format=torch.channels_last)  # faster on a processor
@@ -282,51 +295,49 @@ def portable_settings(encoder: Any, head: nn.Module, plain: Any) -> dict[str, An
     return {"encoder": encoder, "head": {"_target_": target, **described}, "plain": plain}
 
 
-def _names(file: Path, names: Sequence[Any]) -> list[str]:
-    """Names of the clusters: those in names.json beside the file, else those in the file."""
-    beside = file.with_name("names.json")
-    given = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
-    return [str(given.get(str(k), name)) for k, name in enumerate(names)]
-
-
-def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _made(file: Path, part: str, described: Any, allow_targets: Sequence[str]) -> Any:
+    """Return a part that settings describe; our own networks on no device, without memory."""
+    ours = isinstance(described, dict) and described.get("_target_") in WITHOUT_MEMORY
     try:
-        with safe_open(file, "pt") as opened:
-            header = json.loads((opened.metadata() or {})["spice_pl"])
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise UsageError(_unreadable(file, f"{type(error).__name__}: {error}")) from error
-    return header, tensors
+        # The caller's random numbers stay as they were.
+        with torch.random.fork_rng(devices=[]), torch.device("meta") if ours else nullcontext():
+            made = build_plain(described, rule_for(part, file, allow_targets))
+    except BuildError as error:
+        raise unreadable(file, f"{error.target}: {error.__cause__}") from error
+    except UsageError as error:
+        if str(error).startswith(str(file)):
+            raise
+        raise unreadable(file, f"settings.{part}: {error}") from error
+    if not callable(made) or (part != "plain" and not isinstance(made, nn.Module)):
+        kind = "view" if part == "plain" else "network"
+        raise unreadable(file, f"settings.{part} describe a {type(made).__name__}, not a {kind}")
+    return made
 
 
-def _unreadable(file: Path, reason: str) -> str:
-    return (
-        f"{file} is damaged or not a {FILE_NAME} ({reason}); copy it again, or write it again by "
-        "running its stage with overwrite=true"
-    )
+def _fill(file: Path, part: str, module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Give a module the weights of the file, once they fit."""
+    own = {key: value.shape for key, value in module.state_dict().items()}
+    if own == {key: value.shape for key, value in state.items()}:
+        check_state(file, part, module, state)
+        if any(each.is_meta for each in module.state_dict().values()):
+            module.to_empty(device="cpu")
+    load_strictly(module, state, f"{file} ({part})")
 
 
-def _build(value: Any, allowed: tuple[str, ...], file: Path) -> Any:
-    """Make what settings describe, nested ones first; a file can name networks and no more."""
-    if isinstance(value, list):
-        return [_build(each, allowed, file) for each in value]
-    if not isinstance(value, Mapping):
-        return value
-    arguments = {key: _build(each, allowed, file) for key, each in value.items()}
-    target = arguments.pop("_target_", None)
-    if target is None:
-        return arguments
-    module, _, name = str(target).rpartition(".")
-    try:
-        if not str(target).startswith(allowed):
-            raise AttributeError
-        made = getattr(importlib.import_module(module), name)
-        if not f"{made.__module__}.".startswith(tuple(each.split(".")[0] for each in allowed)):
-            raise AttributeError
-    except (ImportError, AttributeError) as error:
-        raise UsageError(
-            f"{file} asks for {target}, which is none of {', '.join(allowed)} or not installed; "
-            "if you trust the file, load it with allow_targets=[PACKAGE]"
-        ) from error
-    arguments = {key: NO_DOWNLOAD.get(key, each) for key, each in arguments.items()}
-    return made(**arguments)
+def _sizes(
+    file: Path, encoder: nn.Module, head: nn.Module, names: Sequence[str]
+) -> tuple[int | None, int]:
+    """Return D, if the head says it, and K; refuse parts that do not fit each other."""
+    if isinstance(head, ClusterHead):
+        width, num_clusters = head.hidden.in_features, head.output.out_features
+    elif isinstance(head, LinearHead):
+        width, num_clusters = head.in_features, head.out_features
+    else:
+        return None, len(names)
+    if len(names) != num_clusters:
+        raise unreadable(file, f"names has {len(names)} entries for {num_clusters} clusters")
+    if getattr(encoder, "num_features", width) != width:
+        raise unreadable(
+            file, f"its encoder gives {encoder.num_features} features, and its head takes {width}"
+        )
+    return width, num_clusters
