@@ -139,14 +139,21 @@ def test_a_sorted_table_is_refused_by_all_that_read_it(finished: Finished, befor
         order_like(proto, clusters, ["000.png"], 3)
 
 
-def test_a_number_that_is_not_a_cluster_is_refused_in_an_older_run(finished: Finished) -> None:
+@pytest.mark.parametrize(
+    ("cluster", "message"),
+    [("2", r"has changed .*do not fit .* probs\.npy"), ("99", "is damaged .*impossible values")],
+)
+def test_an_older_table_that_was_edited_is_refused(
+    finished: Finished, cluster: str, message: str
+) -> None:
     folder = finished.folder("proto")
     as_before(folder)
     file = folder.path / "clusters.csv"
     header, row, *rows = file.read_text().splitlines()
-    image, _, *others = row.split(",")
-    file.write_text("\n".join([header, ",".join([image, "99", *others]), *rows]))
-    with pytest.raises(UsageError, match=r"clusters\.csv has changed .*do not fit .* probs\.npy"):
+    image, was, *others = row.split(",")
+    assert was != cluster
+    file.write_text("\n".join([header, ",".join([image, cluster, *others]), *rows]))
+    with pytest.raises(UsageError, match=rf"clusters\.csv {message}"):
         folder.read_clusters()
 
 
@@ -155,7 +162,7 @@ def test_the_way_out_writes_the_table_again_without_training(
 ) -> None:
     folder = finished.folder("proto")
     sort_backwards(folder)
-    with pytest.raises(UsageError, match=r"metrics\.json and run the stage with resume=true"):
+    with pytest.raises(UsageError, match=r"metrics\.json and run its stage with resume=true"):
         folder.read_clusters()
     (folder.path / "metrics.json").unlink()
 

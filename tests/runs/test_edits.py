@@ -84,7 +84,7 @@ def test_file_is_read_as_it_was_written(tmp_path: Path) -> None:
     [
         ({"format": "spice-pl edits 2"}, "is not what the report saves"),
         ({"merge": [[0, 9]]}, "cluster 9, and there are 0 to 3"),
-        ({"merge": [[0, 1], [1, 2]]}, "stands in one group"),
+        ({"merge": [[0, 1], [1, 2]]}, "each cluster is in one group"),
         ({"merge": [[0]]}, "two clusters or more"),
         ({"split": {"1": 99}}, "into 99; 2 to 20 can be"),
         ({"merge": [[0, 1]], "split": {"1": 2}}, "becomes part of another"),

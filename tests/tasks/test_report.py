@@ -20,9 +20,11 @@ def test_the_page_is_made_anew_and_the_numbers_stay(finished: Finished) -> None:
     assert (maps.max(axis=(1, 2)) == 255).all()
     before = {name: (folder.path / name).read_bytes() for name in ("metrics.json", "clusters.csv")}
     folder.write_json("names.json", {"0": "owls"})
-    (folder.path / "attention.npz").write_bytes(b"no archive")
-    with pytest.raises(UsageError, match=r"attention\.npz is damaged .* stage=report writes"):
-        read_attention(folder)
+    whole = (folder.path / "attention.npz").read_bytes()
+    for content in (b"no archive", b"", whole[:-9], whole[:80] + b"12" + whole[82:]):
+        (folder.path / "attention.npz").write_bytes(content)
+        with pytest.raises(UsageError, match=r"attention\.npz is damaged .* stage=report writes"):
+            read_attention(folder)
     run_stages(finished.job("stage=report"))
     page = (folder.path / "report.html").read_text()
     assert '<h3 id="cluster-0-title" data-name="0">owls</h3>' in page

@@ -6,7 +6,6 @@ Shapes: N images, n shown prototypes, h x w places of a feature map, D features,
 from __future__ import annotations
 
 import logging
-import zipfile
 from collections.abc import Callable
 
 import numpy as np
@@ -85,9 +84,10 @@ def read_attention(folder: RunFolder) -> Attention | None:
     if not file.is_file():
         return None
     try:
-        with np.load(file, allow_pickle=False) as held:
+        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as held:
             return Attention(held["index"], held["maps"])
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    # A damaged archive can break numpy's and zlib's readers in any way.
+    except Exception as error:
         raise UsageError(
             f"{file} is damaged ({error}); stage=report writes it and the page again"
         ) from error

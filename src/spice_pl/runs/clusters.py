@@ -123,13 +123,28 @@ def read_table(file: Path) -> ClusterTable:
     """
     with file.open(newline="", encoding="utf-8", errors="surrogateescape") as lines:
         rows = list(csv.DictReader(lines))
-    return ClusterTable(
+    table = ClusterTable(
         keys=[row["image"] for row in rows],
         clusters=np.array([row["cluster"] for row in rows], dtype=np.int64),
         confidence=np.array([row["confidence"] for row in rows], dtype=np.float32),
         agreement=np.array([row["agreement"] for row in rows], dtype=np.float32),
         reliable=np.array([row["reliable"] == "1" for row in rows], dtype=np.bool_),
     )
+    _check_values(table, {row["reliable"] for row in rows})
+    return table
+
+
+def _check_values(table: ClusterTable, reliable: set[str]) -> None:
+    wrong = np.flatnonzero(
+        (table.clusters < 0)
+        | (table.clusters >= len(table.keys))  # there are at most as many clusters as images
+        | ~np.isfinite(table.confidence)
+        | ~((table.agreement >= 0) & (table.agreement <= 1))
+    )
+    if len(wrong):
+        raise ValueError(f"the row of {table.keys[wrong[0]]!r} holds impossible values")
+    if not reliable <= {"0", "1"}:
+        raise ValueError("column reliable holds other values than 0 and 1")
 
 
 def fits_probs(table: ClusterTable, probs: NDArray[np.float32]) -> bool:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-import json
 import os
 import statistics
 import sys
@@ -29,6 +28,7 @@ from rich.text import Text
 from spice_pl.errors import UsageError
 from spice_pl.reports.published import PublishedRow, published_results
 from spice_pl.reports.tables import NO_LABELS, ResultRow, duration_text, mean_std, score_text
+from spice_pl.runs.folder import RunFolder
 from spice_pl.system.files import atomic
 
 COLUMNS = (
@@ -111,7 +111,7 @@ def finished_runs(paths: Iterable[str | os.PathLike[str]]) -> list[dict[str, Any
         if not path.is_dir():
             raise UsageError(f"{path} is no folder; give folders of runs, for example runs/digits")
         for file in sorted(path.rglob("metrics.json")):
-            metrics = json.loads(file.read_text(encoding="utf-8"))
+            metrics = RunFolder(file.parent).metrics
             if metrics.get("rows"):  # tasks may leave none
                 found[file.resolve()] = metrics
     if not found:

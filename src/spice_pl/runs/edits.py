@@ -9,7 +9,7 @@ Shapes: N images, K clusters before and L after, D features.
 
 from __future__ import annotations
 
-import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spice_pl.errors import UsageError
+from spice_pl.runs.small_files import is_cluster, is_text, is_whole, parse_object, read_text
 
 FORMAT = "spice-pl edits 1"
 MAX_PARTS = 20
@@ -63,8 +64,8 @@ class Edits:
                 )
         if len(set(merged)) != len(merged) or any(len(group) < 2 for group in self.merge):
             raise UsageError(
-                f"edits merge {list(self.merge)}: a group has two clusters or more, and a cluster "
-                "stands in one group"
+                f"edits merge {reprlib.repr(self.merge)}: a group has two clusters or more, and "
+                "each cluster is in one group at most"
             )
         for cluster, parts in self.split.items():
             if not 2 <= parts <= MAX_PARTS:
@@ -134,9 +135,9 @@ def parse_edits(content: Any, source: str) -> Edits:
             fingerprint=_text(content["fingerprint"]),
             digest=_text(content["digest"]),
             num_clusters=_number(content["num_clusters"]),
-            names={int(key): _text(name) for key, name in content["names"].items()},
+            names={_cluster(key): _text(name) for key, name in content["names"].items()},
             merge=[[_number(cluster) for cluster in group] for group in content["merge"]],
-            split={int(key): _number(parts) for key, parts in content["split"].items()},
+            split={_cluster(key): _number(parts) for key, parts in content["split"].items()},
             move={_text(key): _number(cluster) for key, cluster in content["move"].items()},
         )
     except UsageError as error:
@@ -152,7 +153,7 @@ def read_edits(path: str | Path) -> Edits:
         UsageError: it is not there, no JSON, or not what `parse_edits` takes.
     """
     try:
-        content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        content = parse_object(read_text(Path(path).expanduser()))
     except (OSError, ValueError) as error:
         raise UsageError(f"edits={path} cannot be read: {error}") from error
     return parse_edits(content, f"edits={path}")
@@ -250,12 +251,18 @@ def _nearest_part(
 
 
 def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} is no text")
-    return value
+    if not is_text(value):
+        raise TypeError(f"{reprlib.repr(value)} is not text")
+    return str(value)
 
 
 def _number(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{value!r} is no whole number")
-    return value
+    if not is_whole(value):
+        raise TypeError(f"{reprlib.repr(value)} is not a whole number")
+    return int(value)
+
+
+def _cluster(key: str) -> int:
+    if not is_cluster(key):
+        raise TypeError(f"{reprlib.repr(key)} is not the number of a cluster")
+    return int(key)

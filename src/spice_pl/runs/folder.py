@@ -15,7 +15,9 @@ import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
+import reprlib
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,6 +37,16 @@ from spice_pl.errors import UsageError
 from spice_pl.nn.weights import load_strictly
 from spice_pl.runs.clusters import FILE_NAME as CLUSTERS
 from spice_pl.runs.clusters import ClusterTable, fits_probs, read_table, write_table
+from spice_pl.runs.small_files import (
+    METRICS,
+    STAMP,
+    Kind,
+    check_fields,
+    is_cluster,
+    is_text,
+    parse_object,
+    read_text,
+)
 from spice_pl.system.files import atomic, sync_folder
 
 logger = logging.getLogger(__name__)
@@ -44,6 +56,19 @@ HANDED_ON = ("encoder.safetensors", "head.safetensors", "features.npy", "probs.n
 # Files whose digests metrics.json holds. Not attention.npz, which stage=report writes again, nor
 # names.json, which is for the user to edit.
 WITH_DIGEST = (*HANDED_ON, "heads.safetensors", CLUSTERS, "model.spice", "moved.npy")
+
+
+class Metrics(dict[str, Any]):
+    """The fields of a metrics.json; one that is missing is a UsageError."""
+
+    def __init__(self, file: Path, content: Mapping[str, Any]) -> None:
+        super().__init__(content)
+        self._file = file
+        if self.get("num_clusters", 0) > self.get("num_images", math.inf):
+            raise _damaged(file, ValueError("it has more clusters than images"))
+
+    def __missing__(self, name: str) -> Any:
+        raise _damaged(self._file, ValueError(f"it lacks {name!r}"))
 
 
 @dataclass(frozen=True)
@@ -66,21 +91,21 @@ class RunFolder:
     @property
     def features(self) -> NDArray[np.float32]:
         """(N, D) raw features of the plain images, memory-mapped."""
-        return self._array("features.npy")
+        return self._array("features.npy", np.dtype(np.float32), 2)
 
     @property
     def probs(self) -> NDArray[np.float32]:
         """(N, K) cluster probabilities of the plain images, memory-mapped."""
-        return self._array("probs.npy")
+        return self._array("probs.npy", np.dtype(np.float32), 2)
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """What metrics.json holds.
+        """What metrics.json holds; asking for a field that it lacks is a UsageError too.
 
         Raises:
-            UsageError: the file is damaged.
+            UsageError: the file is missing or damaged.
         """
-        return self._json("metrics.json")
+        return Metrics(self.path / "metrics.json", self._json("metrics.json", METRICS))
 
     @contextmanager
     def lock(self) -> Iterator[int]:
@@ -129,22 +154,32 @@ class RunFolder:
 
     @property
     def names(self) -> dict[int, str]:
-        """What a person called clusters, from names.json; empty where nobody did."""
-        if not (self.path / "names.json").is_file():
+        """Names that the user gave to clusters, from names.json; empty without that file.
+
+        Raises:
+            UsageError: the file is not of its form.
+        """
+        file = self.path / "names.json"
+        if not file.is_file():
             return {}
-        found = self._json("names.json")
         try:
-            return {int(cluster): str(name) for cluster, name in found.items()}
+            found = parse_object(read_text(file))
+            for key, name in found.items():
+                if not (is_cluster(key) and is_text(name)):
+                    pair = reprlib.repr({key: name})
+                    raise ValueError(f"{pair} is not the number of a cluster and its name")
         except ValueError as error:
             raise UsageError(
-                f"{self.path / 'names.json'} names what is no cluster ({error}); its form is "
-                '{"0": "cats", "1": "dogs"}'
+                f"{file} does not name clusters ({error}); its form is "
+                '{"0": "cats", "1": "dogs"}, correct it or delete it'
             ) from error
+        return {int(key): name for key, name in found.items()}
 
     def moved(self, num_images: int) -> NDArray[np.bool_]:
         """(N,) images that a person put into their cluster; none in a run without edits."""
-        file = self.checked("moved.npy")
-        return np.load(file) if file.is_file() else np.zeros(num_images, dtype=np.bool_)
+        if not self.checked("moved.npy").is_file():
+            return np.zeros(num_images, dtype=np.bool_)
+        return np.array(self._array("moved.npy", np.dtype(np.bool_), 1))
 
     def create(self, name: str, shape: tuple[int, ...]) -> None:
         """Make an empty float32 array on disk for the ranks to fill; `publish` makes it whole."""
@@ -278,9 +313,7 @@ class RunFolder:
         changed = f"has changed since it was written ({difference})"
         return UsageError(
             f"{file} {changed if file.is_file() else 'is missing'}; put the original back and keep "
-            f"a sorted or edited copy under another name, or delete {self.path / 'metrics.json'} "
-            "and run the stage with resume=true: it writes the file again, without training if "
-            f"{self.checkpoint.name} is there"
+            f"a sorted or edited copy under another name, or {_written_again(self.path)}"
         )
 
     def stamp(self, fingerprint: str, num_images: int, upstream: RunFolder | None) -> None:
@@ -308,6 +341,11 @@ class RunFolder:
                 f"{fingerprint}, {num_images} images); give the same data set, or make it anew "
                 "with overwrite=true or under another run=NAME"
             )
+        held = self.metrics.get("num_images", num_images) if self.finished else num_images
+        if not stamp["num_images"] == held == num_images:
+            name = "metrics.json" if held != num_images else "dataset.json"
+            reason = ValueError(f"the number of images is not the data set's, {num_images}")
+            raise _damaged(self.path / name, reason)
 
     def check_upstream(self, upstream: RunFolder) -> None:
         """Compare the stamp with the present upstream run.
@@ -322,35 +360,36 @@ class RunFolder:
                 "make it anew too with overwrite=true, or use another run=NAME"
             )
 
-    def _array(self, name: str) -> NDArray[np.float32]:
+    def _array(self, name: str, dtype: np.dtype[Any], num_dimensions: int) -> NDArray[Any]:
         file = self.checked(name)
         if not file.is_file():
             raise UsageError(f"{file} is missing; run its stage again with overwrite=true")
         try:
-            array: NDArray[np.float32] = np.load(file, mmap_mode="r", allow_pickle=False)
-            if array.dtype != np.float32 or array.ndim != 2:
-                raise ValueError(f"{array.dtype} of {array.ndim} dimensions, not float32 of 2")
+            array: NDArray[Any] = np.load(file, mmap_mode="r", allow_pickle=False)
+            if array.dtype != dtype or array.ndim != num_dimensions:
+                raise ValueError(
+                    f"{array.dtype} of {array.ndim} dimensions, not {dtype} of {num_dimensions}"
+                )
         # A damaged header can break numpy's reader in any way.
         except Exception as error:
             raise _damaged(file, error) from error
         return array
 
-    def _json(self, name: str) -> dict[str, Any]:
+    def _json(self, name: str, fields: Mapping[str, Kind]) -> dict[str, Any]:
         file = self.path / name
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-            if not isinstance(content, dict):
-                raise ValueError("it holds no names")
+            content = parse_object(read_text(file))
+            check_fields(content, fields)
         except FileNotFoundError:
-            raise UsageError(f"{file} is missing; make its stage anew") from None
-        except (ValueError, RecursionError) as error:
+            raise UsageError(f"{file} is missing; run its stage again") from None
+        except ValueError as error:
             raise _damaged(file, error) from error
         return content
 
     def _stamp(self) -> dict[str, Any]:
-        stamp = self._json("dataset.json")
-        if not {"fingerprint", "num_images", "upstream"} <= stamp.keys():
-            raise _damaged(self.path / "dataset.json", ValueError("it lacks its names"))
+        stamp = self._json("dataset.json", STAMP)
+        if absent := [name for name in STAMP if name not in stamp]:
+            raise _damaged(self.path / "dataset.json", ValueError(f"it lacks {absent[0]!r}"))
         return stamp
 
     def _part(self, name: str) -> Path:
@@ -373,7 +412,18 @@ def _digest(file: Path) -> str:
 
 def _damaged(file: Path, error: Exception) -> UsageError:
     reason = str(error).partition("\n")[0]
-    return UsageError(f"{file} is damaged ({reason}); make its stage anew with overwrite=true")
+    way = _written_again(file.parent)
+    if file.name == "dataset.json":  # read before a stage resumes
+        way = "run its stage again with overwrite=true"
+    return UsageError(f"{file} is damaged ({reason}); {way}")
+
+
+def _written_again(folder: Path) -> str:
+    """The way out that costs least."""
+    return (
+        f"delete {folder / 'metrics.json'} and run its stage with resume=true: it writes its files "
+        "again, without training if last.ckpt is there"
+    )
 
 
 def as_tensor(array: NDArray[np.float32]) -> Tensor:

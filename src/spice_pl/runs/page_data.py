@@ -122,10 +122,8 @@ def _logs(folders: Sequence[RunFolder]) -> dict[str, dict[str, list[tuple[int, f
 def _curves(folder: RunFolder) -> dict[str, list[tuple[int, float]]]:
     """(epoch, value) of every logged metric, from a stage's CSV logs."""
     curves: dict[str, dict[int, float]] = {}
-    for line in log_lines(folder):
-        if not line["epoch"]:  # the learning rate, logged with dashboards, has a step only
-            continue
-        for name, text in line.items():
-            if text and name not in ("epoch", "step"):
-                curves.setdefault(name, {})[int(line["epoch"])] = float(text)
+    for epoch, values in log_lines(folder):
+        if epoch is not None:
+            for name, value in values.items():
+                curves.setdefault(name, {})[epoch] = value
     return {name: sorted(points.items()) for name, points in curves.items()}

@@ -8,6 +8,7 @@ Shapes: N images, K clusters.
 from __future__ import annotations
 
 import csv
+import io
 import logging
 import resource
 import time
@@ -26,6 +27,7 @@ from spice_pl.functional.kmeans import kmeans_clusters
 from spice_pl.reports.tables import ResultRow
 from spice_pl.runs.clusters import ClusterTable
 from spice_pl.runs.folder import RunFolder, identity
+from spice_pl.runs.small_files import read_text
 from spice_pl.system.provenance import machine, versions
 
 logger = logging.getLogger(__name__)
@@ -200,20 +202,34 @@ def _is_oracle(folder: RunFolder) -> bool:
 def last_logged(folder: RunFolder) -> dict[str, float]:
     """Return the last value of every metric in a stage's CSV log."""
     last: dict[str, float] = {}
+    for _, values in log_lines(folder):
+        last |= values
+    return last
+
+
+def log_lines(folder: RunFolder) -> list[tuple[int | None, dict[str, float]]]:
+    """Return epoch and values of each line of a stage's CSV log; none if there is no log.
+
+    A line that belongs to a step, as the learning rate does, has no epoch.
+
+    Raises:
+        UsageError: the log is damaged.
+    """
+    file = folder.path / "metrics.csv"
+    if not file.is_file():
+        return []
     try:
-        for line in log_lines(folder):
-            last |= {key: float(text) for key, text in line.items() if text}
-    except (ValueError, TypeError, csv.Error) as error:
+        return [_log_line(line) for line in csv.DictReader(io.StringIO(read_text(file)))]
+    except (ValueError, TypeError, OverflowError, csv.Error) as error:
         raise UsageError(
-            f"{folder.path / 'metrics.csv'} is damaged ({error}); make its stage anew with "
-            "overwrite=true"
+            f"{file} is damaged ({error}); run its stage again with overwrite=true"
         ) from error
-    return {key: value for key, value in last.items() if key not in ("epoch", "step")}
 
 
-def log_lines(folder: RunFolder) -> Iterator[dict[str, str]]:
-    """Yield the lines of a stage's CSV log; none if there is no log."""
-    path = folder.path / "metrics.csv"
-    if path.is_file():
-        with path.open(newline="", encoding="utf-8") as file:
-            yield from csv.DictReader(file)
+def _log_line(line: Mapping[str, str]) -> tuple[int | None, dict[str, float]]:
+    epoch = int(line["epoch"]) if line.get("epoch") else None
+    if epoch is not None and not 0 <= epoch < 2**31:
+        raise ValueError(f"epoch {epoch} is out of range")
+    return epoch, {
+        key: float(text) for key, text in line.items() if text and key not in ("epoch", "step")
+    }
