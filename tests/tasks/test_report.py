@@ -1,4 +1,4 @@
-"""The page made anew: with names given since, and where the prototypes look."""
+"""stage=report: the page with later names, and the attention of the prototypes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from spice_pl.job.run import run_stages
 from spice_pl.runs.attention import read_attention
 
 
-def test_the_page_is_made_anew_and_the_numbers_stay(finished: Finished) -> None:
+def test_the_page_is_written_again_and_the_numbers_stay(finished: Finished) -> None:
     folder = finished.folder("fixmatch")
     with np.load(folder.path / "attention.npz") as held:
         index, maps = held["index"], held["maps"]
