@@ -130,7 +130,7 @@ def test_names_that_leave_the_folder_are_refused(key: str, name: str, tmp_path: 
         job.cfg.run = name
     else:
         job.cfg.dataset.name = name
-    with pytest.raises(UsageError, match=f"{key}=.* is no name for a folder"):
+    with pytest.raises(UsageError, match=f"{key}=.* is not a valid folder name"):
         job.folder("moco")
 
 

@@ -318,7 +318,7 @@ def test_a_field_that_is_missing_is_named(straight: Finished, tmp_path: Path, fi
 )
 def test_a_header_that_is_no_dictionary_is_refused(tmp_path: Path, header: str) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "x.spice", {"spice_pl": header})
-    with pytest.raises(UsageError, match=r"is damaged or no model\.spice"):
+    with pytest.raises(UsageError, match=r"is damaged or not a model\.spice"):
         spice_pl.load(tmp_path / "x.spice")
 
 

@@ -182,6 +182,8 @@ def test_images_moved_by_hand_have_a_digest(straight: Finished, tmp_path: Path) 
     proto, target = straight.folder("proto"), RunFolder(tmp_path / "edited")
     write_edited(moving(proto, **{"004.png": 2}), proto, target, 3)
     assert np.flatnonzero(target.moved(90)).tolist() == [4]
+    with pytest.raises(UsageError, match=r"moved\.npy is damaged \(90 values for 89 images\)"):
+        target.moved(89)
     for change, what in ((flip, "has changed"), (Path.unlink, "is missing")):
         change(target.path / "moved.npy")
         with pytest.raises(UsageError, match=rf"moved\.npy {what}"):

@@ -1,4 +1,4 @@
-"""stage=report: the page again, with new names and attention maps."""
+"""stage=report: the page with later names, and the attention of the prototypes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A job: its composed settings, and where the artifacts of each of its stages are."""
+"""A job: its composed settings, and the folders of its stages."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ OmegaConf.register_new_resolver(  # a property of the encoder that a name stands
     "pretrained", lambda name, what: getattr(pretrained(name), what), replace=True
 )
 
-# Settings that change where or how a run goes but not what it computes.
+# Settings that change where or how a job runs, but not what it computes.
 NOT_IN_NAMES = {
     *("stage", "stages", "dataset", "run", "seed", "preset", "experiment", "resume", "overwrite"),
     *("hydra", "runs_dir", "cache_dir", "trainer", "logger", "on_bad_image", "allow_targets"),
@@ -43,7 +43,14 @@ SWEPT_OF_DATASET = tuple(
 
 @dataclass(frozen=True)
 class Job:
-    """One job: its composed config and the command line it came from."""
+    """The composed settings of one job, and the command line they came from.
+
+    Attributes:
+        cfg: composed settings.
+        overrides: settings that the command line changed.
+        preset: name of the preset that was applied, or "none".
+        sweep: whether the job is a trial of a sweep (`-m`).
+    """
 
     cfg: DictConfig
     overrides: tuple[str, ...]
@@ -64,22 +71,25 @@ class Job:
 
     @cached_property
     def edits(self) -> Edits | None:
-        """What the user changed in an earlier run's clusters, if `edits` names a file."""
+        """The user's changes to the clusters of an earlier run, if `edits` names a file."""
         return read_edits(self.cfg.edits) if self.cfg.edits else None
 
     def is_task(self, stage: str) -> bool:
-        """Whether a stage trains nothing."""
+        """Whether a stage is a task, which trains nothing."""
         return "task" in self.cfg[stage]
 
     def upstream(self, stage: str) -> list[str]:
         """Return the stages that a stage builds on, the nearest first."""
-        if stage not in self.cfg:  # composed with its own command alone; its artifacts are read
+        if stage not in self.cfg:  # one of your own, composed only when it runs
             return []
         name = self.cfg[stage].upstream
         return [] if name is None else [str(name), *self.upstream(str(name))]
 
     def upstream_folders(self, stage: str) -> list[RunFolder]:
-        """Return where these lie; with edits, the edited run and what it was made from."""
+        """Return the folders of these stages, the nearest first.
+
+        With edits, these are the edited run, the reviewed run, and the runs before that one.
+        """
         if self.edits is None or self.is_task(stage) or not self.upstream(stage):
             return [self.folder(each) for each in self.upstream(stage)]
         runs = Path(self.cfg.runs_dir, str(self.cfg.dataset.name))
@@ -89,10 +99,13 @@ class Job:
         return [self.folder("edits"), reviewed, *(RunFolder(runs / each / run) for each in earlier)]
 
     def folder(self, stage: str) -> RunFolder:
-        """Return where a stage's artifacts live: runs/<dataset>/<stage>/<run>.
+        """Return the folder of a stage's artifacts: runs/<dataset>/<stage>/<run>.
 
-        In a sweep the run's name carries the settings that reach this stage, so that trials have
-        their own folders and share the stages before the one they vary.
+        In a sweep, the settings that affect this stage are part of the run's name. Trials thus have
+        folders of their own and share the stages before the one that they vary.
+
+        Raises:
+            UsageError: the run or the data set has a name that is not a valid folder name.
         """
         cfg, name = self.cfg, str(self.cfg.run)
         if self.sweep:
@@ -103,16 +116,17 @@ class Job:
         for key, part in (("run", name), ("dataset.name", str(cfg.dataset.name))):
             if part.startswith(".") or not part or set(part) & set("/\\\0\n\r"):
                 raise UsageError(
-                    f"{key}={part!r} is no name for a folder; leave out / and \\, line ends and a "
-                    "dot at its start (runs_dir=PATH chooses where the folders are)"
+                    f"{key}={part!r} is not a valid folder name; leave out / and \\, line ends and "
+                    "a dot at its start (runs_dir=PATH chooses where the folders are)"
                 )
         return RunFolder(
             Path(cfg.runs_dir, str(cfg.dataset.name), stage, name), str(cfg.embeddings)
         )
 
     def _reaching(self, stage: str) -> list[str]:
-        # A stage may read another's settings by interpolation, as freematch those of fixmatch. One
-        # that was composed with its own command alone, as embed, has none here.
+        """Return the settings of the command line that affect a stage."""
+        # A stage can read another's settings by interpolation, as freematch reads those of
+        # fixmatch. A stage of your own has settings only in jobs that run it.
         own = self.cfg[stage] if stage in self.cfg else OmegaConf.create()
         read = set(re.findall(r"\$\{(\w+)", OmegaConf.to_yaml(own)))
         others = {
@@ -130,14 +144,20 @@ class Job:
         return sorted(kept)
 
     def command(self, *first: str, without: Sequence[str] = (), last: Sequence[str] = ()) -> str:
-        """Return the command line of this job, some settings left out and others added."""
+        """Return the command line of this job.
+
+        Args:
+            first: arguments before the job's own settings.
+            without: settings to leave out.
+            last: arguments after the job's own settings.
+        """
         left_out = tuple(f"{key}=" for key in without)
         same = [masked_override(text) for text in self.overrides if not text.startswith(left_out)]
-        sweep = ["-m"] if self.sweep else []  # its folders have other names
+        sweep = ["-m"] if self.sweep else []  # folders of a sweep have other names
         return shlex.join([*command(), *sweep, *first, *same, *last])
 
     def dump(self) -> str:
-        """Return the job as YAML, for ranks that must not compose it again."""
+        """Return the job as YAML, so that ranks need not compose it again."""
         settings = {
             "cfg": OmegaConf.to_container(self.cfg, resolve=True),
             "overrides": list(self.overrides),

@@ -1,6 +1,6 @@
 """Which parts of the prototypes resemble their cluster, as in SPICE, Figure 5(b).
 
-Shapes: N images, n shown prototypes, h x w places of a feature map, D features, K clusters.
+Shapes: N images, n shown prototypes, h x w positions of a feature map, D features, K clusters.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from spice_pl.system.files import atomic
 logger = logging.getLogger(__name__)
 
 ATTENTION_FILE = "attention.npz"
-ATTENTION_BATCH = 64  # images at a time
+ATTENTION_BATCH = 64  # images per batch
 
-# uint8 images (B, 3, S, S) -> the map (B, D, h, w) that features are pooled from, if there is one
+# uint8 images (B, 3, S, S) -> the map (B, D, h, w) from which features are pooled, or None
 FeatureMap = Callable[[Tensor], Tensor | None]
 
 
@@ -39,21 +39,22 @@ def write_attention(
     num_clusters: int,
     feature_map: FeatureMap,
 ) -> None:
-    """Write which parts of the prototypes on the page resemble their cluster; reads no label.
+    """Write which parts of the prototypes on the page resemble their cluster, without labels.
 
-    attention.npz holds index (n,) and maps (n, h, w) uint8; none if the backbone has no map.
+    attention.npz holds index (n,) and maps (n, h, w) uint8, with n = 0 if the backbone has no
+    feature map. It is not written if no cluster has a prototype. stage=report replaces it.
 
     Args:
-        folder: artifacts of the run; features and probabilities are read.
-        table: its clusters.
+        folder: artifacts of the run, of which features and probabilities are read.
+        table: clusters of the run.
         images: the data set.
         num_clusters: K.
-        feature_map: makes the map that features are pooled from.
+        feature_map: function that returns the feature maps of images.
     """
     wall = shown_wall(table.confidence, table.agreement, table.clusters, num_clusters)
     index = np.concatenate([chosen.prototypes for chosen in wall.clusters]).astype(np.int64)  # (n,)
     (folder.path / ATTENTION_FILE).unlink(missing_ok=True)
-    if not len(index):  # every image is "not sure"
+    if not len(index):  # all images are "not sure"
         return
     confident = max(1, len(images) // (2 * num_clusters))  # half of an equal share, as in stage 2
     centres = prototype_means(
@@ -75,7 +76,7 @@ def write_attention(
 
 
 def read_attention(folder: RunFolder) -> Attention | None:
-    """Read what `write_attention` wrote; None if there is no such file.
+    """Read what `write_attention` wrote; None without that file.
 
     Raises:
         UsageError: the file is damaged.
@@ -84,9 +85,9 @@ def read_attention(folder: RunFolder) -> Attention | None:
     if not file.is_file():
         return None
     try:
-        with np.load(file, allow_pickle=False) as held:
+        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as held:
             return Attention(held["index"], held["maps"])
-    # A damaged archive can break numpy's and zlib's readers in any way.
+    # A damaged archive can cause any exception in the readers of numpy and zlib.
     except Exception as error:
         raise UsageError(
             f"{file} is damaged ({error}); stage=report writes it and the page again"

@@ -1,4 +1,4 @@
-"""The clusters of a run's images: one table, made once, that every file and page reads.
+"""The clusters of a run's images: one table, made once, for clusters.csv and all pages.
 
 Shapes: N images, D features, K clusters.
 """
@@ -25,7 +25,7 @@ from spice_pl.functional.reliability import (
 from spice_pl.system.files import atomic
 
 FILE_NAME = "clusters.csv"
-DECIMALS = 4  # of confidence and agreement in the file, and so everywhere
+DECIMALS = 4  # of confidence and agreement, in the file and in memory
 COLUMNS = ("image", "cluster", "confidence", "agreement", "reliable")
 
 
@@ -34,10 +34,10 @@ class ReliableRule:
     """Which images count as reliable: Niu et al. 2022 (SPICE), Eqs. 6 and 7.
 
     Attributes:
-        num_neighbors: neighbours of local consistency, the image itself counted.
-        agreement: least share of neighbours in the same cluster.
-        confidence: a reliable image has more than this.
-        balance: how many reliable images each cluster keeps: "min", "cap" or "none".
+        num_neighbors: number of neighbours, with the image itself as one of them.
+        agreement: smallest share of neighbours in the same cluster.
+        confidence: threshold that the confidence of a reliable image exceeds.
+        balance: which number of reliable images each cluster keeps: "min", "cap" or "none".
     """
 
     num_neighbors: int
@@ -48,15 +48,15 @@ class ReliableRule:
 
 @dataclass(frozen=True)
 class ClusterTable:
-    """What clusters.csv holds; every array is (N,), in the order of the data set.
+    """The columns of clusters.csv, each (N,) in the order of the data set.
 
     Attributes:
         keys: path or number of each image.
-        clusters: cluster of each image, the one of its largest probability.
+        clusters: cluster with the largest probability.
         confidence: that probability, in [0, 1], to four decimals.
-        agreement: share of its neighbours in the same cluster, in [0, 1], to four decimals.
-        reliable: whether the image counts as reliable among all N images. Stage 3 applies the same
-            rule to the training images alone.
+        agreement: share of an image's neighbours in its cluster, in [0, 1], to four decimals.
+        reliable: whether the image is reliable, by the rule applied to all N images. Stage 3
+            applies the same rule to the training images alone.
     """
 
     keys: Sequence[str]
@@ -83,8 +83,8 @@ def cluster_table(
         keys: (N,) names of the images.
         embeddings: (N, D), which images are alike by their cosine.
         probs: (N, K).
-        rule: which images count as reliable.
-        seed: seed of the draw where `balance` keeps some images of a cluster.
+        rule: rule that decides which images are reliable.
+        seed: seed of the draw when `balance` keeps only some reliable images of a cluster.
     """
     clusters = torch.from_numpy(probs.argmax(axis=1).astype(np.int64))
     confidence = torch.from_numpy(np.array(probs.max(axis=1)))
@@ -108,7 +108,7 @@ def write_table(table: ClusterTable, file: Path) -> None:
     """Write one line per image, in the order of the data set."""
     with (
         atomic(file) as temporary,
-        # A path may hold bytes that are not UTF-8; they come out as they are on disk.
+        # A path may hold bytes that are not UTF-8; they are written as they are on disk.
         temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as lines,
     ):
         writer = csv.writer(lines)
@@ -152,7 +152,7 @@ def _check_values(table: ClusterTable, reliable: set[str]) -> None:
 
 
 def fits_probs(table: ClusterTable, probs: NDArray[np.float32]) -> bool:
-    """Whether every row of a table is of the image with these probabilities (N, K)."""
+    """Return whether row i of a table follows from row i of the probabilities (N, K)."""
     return (
         len(table.keys) == len(probs)
         and bool((table.clusters == probs.argmax(axis=1)).all())
@@ -161,6 +161,6 @@ def fits_probs(table: ClusterTable, probs: NDArray[np.float32]) -> bool:
 
 
 def _rounded(values: torch.Tensor) -> NDArray[np.float32]:
-    """Round as the file does, so that a table in memory equals one that was read."""
+    """Round as in the file, so that a table in memory equals the one that is read back."""
     rounded: NDArray[np.float32] = values.double().numpy().round(DECIMALS).astype(np.float32)
     return rounded

@@ -1,4 +1,4 @@
-"""What follows from a review: a run made from edits, and clusters that keep their numbers.
+"""Make a run from edits, and keep the numbers and names of clusters from run to run.
 
 Shapes: N images, K clusters before and L after.
 """
@@ -24,15 +24,22 @@ logger = logging.getLogger(__name__)
 
 
 def write_edited(edits: Edits, reviewed: RunFolder, target: RunFolder, num_clusters: int) -> None:
-    """Make the run that a stage trains on from: the reviewed one, after a person's edits.
+    """Write the reviewed run after the user's edits, for the stage that trains on it.
 
-    Encoder and features stay. Probabilities follow `edited_probs`; in the head's last layer a
-    cluster takes the row of the largest cluster it comes from, and the labels teach the rest.
-    moved.npy says which images a person moved: these are labelled whatever their neighbours say.
+    Encoder and features are copied. Probabilities are those of `edited_probs`. In the head's last
+    layer, each cluster has the row of the largest cluster that it comes from; training on the new
+    labels adapts it. moved.npy marks the images that the user moved: stage 3 labels them whether
+    they are reliable or not.
+
+    Args:
+        edits: changes to the clusters of `reviewed`.
+        reviewed: artifacts of the reviewed run.
+        target: folder to write to.
+        num_clusters: `dataset.num_clusters` of the stage that trains on the edited run.
 
     Raises:
-        UsageError: the run is not there or was made anew, the edits do not fit it, or
-            `num_clusters` is not what the edits leave.
+        UsageError: the reviewed run is missing, was run again since, or has changed files; or the
+            edits do not fit it or leave another number of clusters.
     """
     metrics, keys = _check_fits(edits, reviewed, num_clusters)
     before = as_tensor(reviewed.probs)
@@ -72,7 +79,7 @@ def _check_fits(
 ) -> tuple[Mapping[str, Any], Sequence[str]]:
     """Check edits against the reviewed run; return its metrics and the keys of its images."""
     if not reviewed.finished:
-        raise UsageError(f"edits are of {reviewed.path}, and no finished run is there")
+        raise UsageError(f"edits are of {reviewed.path}, where there is no finished run")
     metrics, keys = reviewed.metrics, reviewed.read_clusters().keys
     check_reviewed(edits, metrics["fingerprint"], metrics["digest"], metrics["num_clusters"], keys)
     if edits.num_clusters_after != num_clusters:
@@ -84,18 +91,19 @@ def _check_fits(
 
 
 def order_like(earlier: RunFolder, clusters: Tensor, keys: Any, num_clusters: int) -> Tensor:
-    """Number clusters like those of an earlier run that hold the same images.
+    """Return the order in which clusters have the numbers of an earlier run.
 
-    Clusters are matched one to one, so that most images keep their number (Kuhn 1955).
+    Clusters are matched one to one, so that most images keep the number of their cluster (Kuhn
+    1955).
 
     Args:
-        earlier: its clusters.csv is read; images are told by their keys.
-        clusters: (N,), new ids.
-        keys: (N,) of the images.
+        earlier: artifacts of the earlier run, of which clusters.csv is read.
+        clusters: (N,), new clusters.
+        keys: (N,), keys of the images, by which both runs are compared.
         num_clusters: K.
 
     Returns:
-        (K,) the new cluster that gets each number.
+        (K,) the new cluster that receives each number.
 
     Raises:
         UsageError: the runs share no image.
@@ -104,10 +112,12 @@ def order_like(earlier: RunFolder, clusters: Tensor, keys: Any, num_clusters: in
     before = dict(zip(table.keys, table.clusters.tolist(), strict=True))
     shared = [i for i, key in enumerate(keys) if key in before]
     if not shared:
-        raise UsageError(f"like={earlier.path} shares no image with this run")
+        raise UsageError(
+            f"like={earlier.path} shares no image with this run; give a run of the same images"
+        )
     then = torch.tensor([before[keys[i]] for i in shared])
     counts = count_table(clusters[shared], then, num_clusters, max(int(then.max()) + 1, 1))
-    number = match_clusters(counts).tolist()  # of each new cluster, or -1
+    number = match_clusters(counts).tolist()  # number of each new cluster, or -1
     number = [n if n < num_clusters else -1 for n in number]
     free = iter(sorted(set(range(num_clusters)) - set(number)))
     number = [next(free) if n < 0 else n for n in number]
@@ -120,14 +130,14 @@ def order_like(earlier: RunFolder, clusters: Tensor, keys: Any, num_clusters: in
 
 @torch.no_grad()
 def renumber_(folder: RunFolder, head: nn.Module, order: Tensor) -> None:
-    """Put the columns of probs.npy and the last layer of a head into another order."""
+    """Put the columns of probs.npy and the rows of a head's last layer into an order (K,)."""
     _write_array(folder, "probs.npy", np.ascontiguousarray(folder.probs[:, order.numpy()]))
     for parameter in list(head.parameters())[-2:]:  # weight and bias of the last layer
         parameter.copy_(parameter[order.to(parameter.device)])
 
 
 def inherited_names(upstream: RunFolder | None, earlier: RunFolder | None) -> dict[int, str]:
-    """Names that still hold: of the run trained on from, or of the one that ids were taken from."""
+    """Return the names of the run that numbers were taken from, or else of the upstream run."""
     names = {} if earlier is None else earlier.names
     return names or ({} if upstream is None else upstream.names)
 
@@ -146,9 +156,13 @@ def _write_array(folder: RunFolder, name: str, array: Any) -> None:
 
 
 def reviewed_run(edits: Edits, runs: Any) -> RunFolder:
-    """Where the reviewed run lies below runs/<dataset>; the file cannot point elsewhere."""
+    """Return the reviewed run, in a folder below `runs`, which is runs/<dataset>.
+
+    Raises:
+        UsageError: `reviewed` is not <stage>/<run>, so that the path could lead elsewhere.
+    """
     stage, _, run = edits.reviewed.partition("/")
     parts = (stage, run)
     if any(not part or part in (".", "..") or "/" in part or "\\" in part for part in parts):
-        raise UsageError(f"edits are of {edits.reviewed!r}, which is no <stage>/<run>")
+        raise UsageError(f"edits are of {edits.reviewed!r}, which is not <stage>/<run>")
     return RunFolder(runs / stage / run)

@@ -1,9 +1,10 @@
-"""Where files live and what is in them: one folder a stage and run.
+"""The folder of one stage's run: its files, how they are written, and how they are checked.
 
 `runs/<dataset>/<stage>/<run>/` holds encoder.safetensors, head.safetensors, features.npy,
-probs.npy, dataset.json, clusters.csv, last.ckpt, .hydra/ and, written last of all, metrics.json:
-a folder is finished when it is there. Every file appears under its name when it is whole and on
-the disk; metrics.json holds the digests of what is handed on.
+probs.npy, dataset.json, clusters.csv, last.ckpt, .hydra/ and metrics.json. metrics.json is written
+last, so a folder that has it is finished. A file gets its name once it is complete and on the disk.
+metrics.json holds digests of the files that are read later, and each file is compared with its
+digest where it is read.
 
 Shapes: N images, D features, K clusters.
 """
@@ -53,16 +54,20 @@ from spice_pl.system.files import atomic, sync_folder
 
 logger = logging.getLogger(__name__)
 
-# What the next stage reads; their digests together identify a run.
 EMBEDDINGS = "embeddings.npy"
+# Files that the next stage reads. Their digests together identify a run.
 HANDED_ON = ("encoder.safetensors", "head.safetensors", "features.npy", "probs.npy")
-# Files whose digests metrics.json holds. Not attention.npz, which stage=report writes again, nor
-# names.json, which is for the user to edit.
+# Files whose digests are in metrics.json. attention.npz has none, since stage=report writes it
+# again, and names.json has none, since the user may edit it.
 WITH_DIGEST = (*HANDED_ON, "heads.safetensors", CLUSTERS, "model.spice", "moved.npy")
 
 
 class Metrics(dict[str, Any]):
-    """The fields of a metrics.json; one that is missing is a UsageError."""
+    """The fields of a metrics.json.
+
+    Raises:
+        UsageError: a field is read that is missing, or there are more clusters than images.
+    """
 
     def __init__(self, file: Path, content: Mapping[str, Any]) -> None:
         super().__init__(content)
@@ -79,7 +84,7 @@ class RunFolder:
     """The artifacts of one stage's run.
 
     Attributes:
-        path: the folder.
+        path: the folder, runs/<dataset>/<stage>/<run>.
         similarity: which images count as alike, "cosine" or "smoothed"; see `embeddings`.
     """
 
@@ -89,12 +94,12 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """True when every artifact was written."""
+        """Whether all artifacts have been written."""
         return (self.path / "metrics.json").is_file()
 
     @property
     def checkpoint(self) -> Path:
-        """Where training is saved at the end of an epoch."""
+        """The checkpoint of training."""
         return self.path / "last.ckpt"
 
     @property
@@ -142,18 +147,19 @@ class RunFolder:
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """What metrics.json holds; asking for a field that it lacks is a UsageError too.
+        """The content of metrics.json.
 
         Raises:
-            UsageError: the file is missing or damaged.
+            UsageError: the file is missing or damaged, or later, a field that is read is missing.
         """
         return Metrics(self.path / "metrics.json", self._json("metrics.json", METRICS))
 
     @contextmanager
     def lock(self) -> Iterator[int]:
-        """Hold the folder for one run at a time; a second waits. Gives a handle to pass on.
+        """Lock the folder for one run; a second run waits. Yield a handle for child processes.
 
-        The system opens the lock when the last process that has the handle ends, however it ends.
+        The system releases the lock when the last process with the handle ends, even if it is
+        killed.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         handle = os.open(self.path, os.O_RDONLY)
@@ -161,30 +167,32 @@ class RunFolder:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                logger.info("%s: another run works in it; waiting for its end", self.path)
+                logger.info("%s: another run uses this folder; waiting until it ends", self.path)
                 fcntl.flock(handle, fcntl.LOCK_EX)
             except OSError as error:
-                logger.warning("%s cannot be locked (%s); start one run in it", self.path, error)
+                logger.warning(
+                    "%s cannot be locked (%s); start one run at a time in it", self.path, error
+                )
             yield handle
         finally:
             os.close(handle)
 
     def clear_temporary(self) -> None:
-        """Remove what a killed run had begun to write; for the one who holds the lock."""
+        """Remove incomplete files of a run that was killed. Call it only with the lock."""
         for file in self.path.glob(".*.*"):
             if file.is_file():
                 file.unlink()
 
     def forget(self) -> None:
-        """Remove what marks the run as finished or lets a later one continue it."""
+        """Remove the files that mark the run as finished or let it continue."""
         for name in ("metrics.json", "metrics.csv", self.checkpoint.name):
             (self.path / name).unlink(missing_ok=True)
 
     def check_space(self, num_bytes: int) -> None:
-        """Check that a run's files fit on the disk.
+        """Check that the disk has room for a run's files.
 
         Raises:
-            UsageError: they do not.
+            UsageError: it has not.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.path).free
@@ -199,7 +207,7 @@ class RunFolder:
         """Names that the user gave to clusters, from names.json; empty without that file.
 
         Raises:
-            UsageError: the file is not of its form.
+            UsageError: the file does not have this form.
         """
         file = self.path / "names.json"
         if not file.is_file():
@@ -218,38 +226,46 @@ class RunFolder:
         return {int(key): name for key, name in found.items()}
 
     def moved(self, num_images: int) -> NDArray[np.bool_]:
-        """(N,) images that a person put into their cluster; none in a run without edits."""
-        if not self.checked("moved.npy").is_file():
+        """Return a mask (N,) of the images that the user moved; all false in a run without edits.
+
+        Raises:
+            UsageError: moved.npy is damaged, has changed, or has another length.
+        """
+        file = self.checked("moved.npy")
+        if not file.is_file():
             return np.zeros(num_images, dtype=np.bool_)
-        return np.array(self._array("moved.npy", np.dtype(np.bool_), 1))
+        mask = np.array(self._array(file.name, np.dtype(np.bool_), 1))
+        if len(mask) != num_images:
+            raise _damaged(file, ValueError(f"{len(mask)} values for {num_images} images"))
+        return mask
 
     def create(self, name: str, shape: tuple[int, ...]) -> None:
-        """Make an empty float32 array on disk for the ranks to fill; `publish` makes it whole."""
+        """Create a float32 array on disk for the ranks to fill; `publish` gives it its name."""
         self.path.mkdir(parents=True, exist_ok=True)
         array = np.lib.format.open_memmap(
             self._part(name), mode="w+", dtype=np.float32, shape=shape
         )
         size = self._part(name).stat().st_size
         del array
-        # Writing to a map of a full disk kills the process; asking for the space first says so.
+        # Writing to a memory map on a full disk kills the process; allocating first raises OSError.
         with self._part(name).open("r+b") as file:
             os.posix_fallocate(file.fileno(), 0, size)
 
     def write_rows(self, name: str, index: NDArray[np.int64], rows: NDArray[np.float32]) -> None:
-        """Fill rows of an array that `create` made."""
+        """Fill rows of an array that was made by `create`."""
         array = np.lib.format.open_memmap(self._part(name), mode="r+")
         array[index] = rows
         array.flush()
 
     def publish(self, name: str) -> None:
-        """Give a filled array its name."""
+        """Give an array its name after all rows are filled."""
         with self._part(name).open("rb") as file:
             os.fsync(file.fileno())
         os.replace(self._part(name), self.path / name)
         sync_folder(self.path)
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        """Write a JSON file, readable for people."""
+        """Write an indented JSON file."""
         with atomic(self.path / name) as temporary:
             temporary.write_text(json.dumps(content, indent=2, default=float) + "\n")
 
@@ -265,8 +281,8 @@ class RunFolder:
         """Load weights that `write_weights` wrote.
 
         Raises:
-            UsageError: the weights belong to another architecture; lists every key that differs;
-                or the file is damaged.
+            UsageError: the file is missing, damaged or has changed; or the weights belong to
+                another architecture, with a list of every key that differs.
         """
         load_strictly(module, self.read_weights(name), str(self.path / name))
 
@@ -291,7 +307,7 @@ class RunFolder:
     def read_clusters(self) -> ClusterTable:
         """Read clusters.csv.
 
-        Its rows are in the order of the other arrays, so a sorted or edited table is refused.
+        Rows must be in the order of the other arrays, so a sorted or edited table is refused.
 
         Raises:
             UsageError: the file is missing, damaged or has changed.
@@ -311,17 +327,17 @@ class RunFolder:
         return table
 
     def digests(self, names: Sequence[str] = WITH_DIGEST) -> dict[str, str]:
-        """Return the digest of each file that is there, 16 hexadecimal digits (BLAKE2b)."""
+        """Return the BLAKE2b digests of the files that exist, 16 hexadecimal digits each."""
         return {name: _digest(self.path / name) for name in names if (self.path / name).is_file()}
 
     def digest(self) -> str:
-        """Return one digest of all that is handed on, 16 hexadecimal digits."""
+        """Return the digest that identifies the run, 16 hexadecimal digits; see `identity`."""
         return identity(self.digests(HANDED_ON))
 
     def checked(self, name: str) -> Path:
         """Return the path of a file after comparing it with its digest in metrics.json.
 
-        The comparison is made once per object, since the files can be large.
+        Each file is compared once per `RunFolder` object, since it can be large.
 
         Raises:
             UsageError: the file is missing or not what the stage wrote.
@@ -331,9 +347,9 @@ class RunFolder:
         return self.path / name
 
     def check_digests(self, *names: str) -> None:
-        """Compare files with their digests in metrics.json; without names, all that is handed on.
+        """Compare files with their digests in metrics.json; by default those of `HANDED_ON`.
 
-        A run that is not finished has no digests, and an older one not of every file.
+        Files without a digest pass: those of a run that is not finished, and some of older runs.
 
         Raises:
             UsageError: a file is missing or not what the stage wrote.
@@ -359,7 +375,7 @@ class RunFolder:
         )
 
     def stamp(self, fingerprint: str, num_images: int, upstream: RunFolder | None) -> None:
-        """Write which data set and which upstream run the artifacts are made from."""
+        """Write dataset.json: the data set and the upstream run behind the artifacts."""
         self.write_json(
             "dataset.json",
             {
@@ -370,7 +386,7 @@ class RunFolder:
         )
 
     def check_dataset(self, fingerprint: str, num_images: int) -> None:
-        """Compare the stamp with the present data set.
+        """Compare dataset.json with the data set of this job.
 
         Raises:
             UsageError: the artifacts were made from other images or another order.
@@ -380,8 +396,8 @@ class RunFolder:
             raise UsageError(
                 f"{self.path} was made from other images or another order of them "
                 f"(fingerprint {stamp['fingerprint']}, {stamp['num_images']} images; now "
-                f"{fingerprint}, {num_images} images); give the same data set, or make it anew "
-                "with overwrite=true or under another run=NAME"
+                f"{fingerprint}, {num_images} images); give the same data set, or run the stage "
+                "again with overwrite=true or under another run=NAME"
             )
         held = self.metrics.get("num_images", num_images) if self.finished else num_images
         if not stamp["num_images"] == held == num_images:
@@ -390,16 +406,16 @@ class RunFolder:
             raise _damaged(self.path / name, reason)
 
     def check_upstream(self, upstream: RunFolder) -> None:
-        """Compare the stamp with the present upstream run.
+        """Compare dataset.json with the upstream run as it is now.
 
         Raises:
-            UsageError: the upstream was made anew since.
+            UsageError: the upstream run was run again since.
         """
         stamp = self._stamp()
         if stamp["upstream"] != upstream.metrics.get("digest"):
             raise UsageError(
-                f"{self.path} was made from another {upstream.path}, which was made anew since; "
-                "make it anew too with overwrite=true, or use another run=NAME"
+                f"{self.path} was made from an earlier {upstream.path}, which was run again since; "
+                "run this stage again too with overwrite=true, or use another run=NAME"
             )
 
     def _array(self, name: str, dtype: np.dtype[Any], num_dimensions: int) -> NDArray[Any]:
@@ -412,7 +428,7 @@ class RunFolder:
                 raise ValueError(
                     f"{array.dtype} of {array.ndim} dimensions, not {dtype} of {num_dimensions}"
                 )
-        # A damaged header can break numpy's reader in any way.
+        # A damaged header can cause any exception in numpy's reader.
         except Exception as error:
             raise _damaged(file, error) from error
         return array
@@ -439,7 +455,7 @@ class RunFolder:
 
 
 def identity(digests: Mapping[str, str]) -> str:
-    """Return the digest that identifies a run: of the digests of what it hands on."""
+    """Return the digest that identifies a run: the digest of its digests of `HANDED_ON`."""
     handed_on = {name: digests[name] for name in HANDED_ON if name in digests}
     return hashlib.blake2b(repr(handed_on).encode(), digest_size=8).hexdigest()
 
@@ -461,7 +477,7 @@ def _damaged(file: Path, error: Exception) -> UsageError:
 
 
 def _written_again(folder: Path) -> str:
-    """The way out that costs least."""
+    """Return the cheapest way to restore a file, for messages."""
     return (
         f"delete {folder / 'metrics.json'} and run its stage with resume=true: it writes its files "
         "again, without training if last.ckpt is there"
@@ -480,7 +496,7 @@ def _fit_index(train_index: NDArray[np.int64], folder: RunFolder) -> Tensor | No
 
 
 def as_tensor(array: NDArray[np.float32]) -> Tensor:
-    """Read a memory-mapped array as a tensor without a copy; never write to it."""
+    """Return a memory-mapped array as a tensor without a copy; do not write to it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(array)

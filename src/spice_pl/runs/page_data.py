@@ -1,4 +1,4 @@
-"""What the page of a run shows, from its artifacts.
+"""Collect what the page of a run shows from the run's artifacts.
 
 Shapes: N images, K clusters.
 """
@@ -32,15 +32,15 @@ def report_data(
     """Return what the page of a run shows.
 
     Args:
-        folder: artifacts of the run; features and logs are read.
+        folder: artifacts of the run, of which features and logs are read.
         upstream: artifacts of the stages before it, the nearest first.
         images: the data set.
-        metrics: what metrics.json holds or will hold.
-        table: the clusters, as in clusters.csv.
+        metrics: content of metrics.json, which may not be written yet.
+        table: clusters of the run.
         map_method: "pca" or "tsne".
 
     Raises:
-        UsageError: the map's package is missing.
+        UsageError: a package for the map is missing, or an artifact is damaged.
     """
     num_clusters = int(metrics["num_clusters"])
     upstream = [each for each in upstream if each.finished]
@@ -97,7 +97,7 @@ def _settings(metrics: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _review(folder: RunFolder, metrics: Mapping[str, Any]) -> dict[str, str]:
-    """What edits of this run say about it, and the command that takes them."""
+    """Return what edits of this run hold about it, and the command that uses them."""
     return {
         "reviewed": f"{folder.path.parent.name}/{folder.path.name}",
         "fingerprint": metrics["fingerprint"],
@@ -107,7 +107,7 @@ def _review(folder: RunFolder, metrics: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _review_command(overrides: Sequence[str]) -> str:
-    """The command that trains on from edits; the page fills in the braces."""
+    """Return the command that trains on edits; the page fills in the braces."""
     chosen = ("stage=", "edits=", "run=", "overwrite=", "resume=", "dataset.num_clusters=")
     kept = [text for text in overrides if not text.startswith(chosen)]
     line = shlex.join([*command(), "stage=fixmatch", *kept, "run=reviewed"])
@@ -115,12 +115,12 @@ def _review_command(overrides: Sequence[str]) -> str:
 
 
 def _logs(folders: Sequence[RunFolder]) -> dict[str, dict[str, list[tuple[int, float]]]]:
-    """Curves of each stage that logged any, by name of the stage."""
+    """Return the curves of each stage that logged any, by name of the stage."""
     return {each.path.parent.name: found for each in folders if (found := _curves(each))}
 
 
 def _curves(folder: RunFolder) -> dict[str, list[tuple[int, float]]]:
-    """(epoch, value) of every logged metric, from a stage's CSV logs."""
+    """Return (epoch, value) of every metric in a stage's log."""
     curves: dict[str, dict[int, float]] = {}
     for epoch, values in log_lines(folder):
         if epoch is not None:

@@ -1,6 +1,6 @@
-"""Scores and cost of a finished stage, as metrics.json holds them.
+"""Scores and cost of a finished stage, for metrics.json.
 
-Truth enters here, after all choices are made.
+Labels are read only here, after all choices are made.
 
 Shapes: N images, K clusters.
 """
@@ -35,14 +35,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Record:
-    """What metrics.json says about a run's settings: enough to repeat it.
+    """The settings of a run in metrics.json: enough to repeat it.
 
     Attributes:
         stage: name of the stage.
         title: name of its row in the table of results.
         num_clusters: K; 0 while it is unknown.
         seed: seed of the run.
-        preset: numbers that were applied for this data set, or "none".
+        preset: name of the preset that was applied, or "none".
         overrides: settings that the command line changed, without secrets.
         settings: settings of the stage as one level of dotted keys, without secrets.
     """
@@ -58,7 +58,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a stage took.
+    """The cost of a stage.
 
     Attributes:
         seconds: wall time of training and prediction, over all parts of a resumed run.
@@ -83,19 +83,19 @@ def stage_metrics(
     *,
     oracle: bool,
 ) -> dict[str, Any]:
-    """Return what metrics.json holds: settings, cost, scores, digests.
+    """Return the content of metrics.json: settings, cost, scores, digests.
 
-    Truth is read here, after all choices are made. A stage without clusters is scored by k-means
-    on its features, beside k-means on the pixels, if K is known.
+    If K is known, a stage without clusters is scored by k-means on its features, next to k-means on
+    the pixels.
 
     Args:
         record: settings of the run.
-        folder: its artifacts.
+        folder: artifacts of the run.
         upstream: artifacts of the stages before it, the nearest first.
         images: the data set.
-        table: its clusters; None from a stage without clusters.
-        cost: what it took.
-        oracle: whether it was trained on true labels.
+        table: clusters of the run; None for a stage without clusters.
+        cost: cost of the stage.
+        oracle: whether the stage was trained on true labels.
     """
     before: dict[str, Any] = upstream[0].metrics if upstream else {}
     seconds_in_all = cost.seconds + float(before.get("seconds_in_all", 0.0))
@@ -130,7 +130,7 @@ def _clusterings(
     table: ClusterTable | None,
     seconds: float,
 ) -> Iterator[tuple[str, NDArray[np.int64], float]]:
-    """Yield name, clusters (N,) and seconds of each clustering that a stage is scored by."""
+    """Yield name, clusters (N,) and seconds of each clustering of a stage to score."""
     if table is not None:
         yield record.title, table.clusters, seconds
     elif record.num_clusters:
@@ -154,7 +154,7 @@ def _data_metrics(images: ImageSet) -> dict[str, Any]:
 
 
 def _table_metrics(table: ClusterTable | None, num_clusters: int) -> dict[str, Any]:
-    """Return what the clusters say in numbers; warn of empty ones."""
+    """Return sizes and means of the clusters; warn if some are empty."""
     if table is None:
         return {}
     sizes = table.sizes(num_clusters)
@@ -170,17 +170,17 @@ def _table_metrics(table: ClusterTable | None, num_clusters: int) -> dict[str, A
 
 
 def objective(logged: Mapping[str, float]) -> float | None:
-    """What a sweep minimises, made without labels: the kept head's loss or the training loss."""
+    """Return what a sweep minimises, without labels: the kept head's loss or the training loss."""
     keys = ("val/best_selection_loss", "train/loss")
     return next((logged[key] for key in keys if key in logged), None)
 
 
 def score_row(name: str, clusters: NDArray[np.int64], images: ImageSet, **more: Any) -> ResultRow:
-    """Return the row of a table: clusters (N,) scored on the images whose class is known.
+    """Return a row of results: clusters scored on the images whose class is known.
 
     Args:
-        name: of the row.
-        clusters: of all images, (N,).
+        name: name of the row.
+        clusters: (N,), clusters of all images.
         images: the data set; without labels the scores are None.
         more: seed, seconds, oracle.
     """
@@ -191,7 +191,7 @@ def score_row(name: str, clusters: NDArray[np.int64], images: ImageSet, **more: 
             torch.from_numpy(clusters[index]), torch.from_numpy(images.labels[index])
         )
         if len(np.unique(clusters[index])) <= len(np.unique(images.labels[index])):
-            del scores["purity"]  # says nothing beside ACC
+            del scores["purity"]  # adds nothing to ACC
     return ResultRow(name, **scores, protocol=images.protocol, **more)
 
 
@@ -200,7 +200,7 @@ def _is_oracle(folder: RunFolder) -> bool:
 
 
 def last_logged(folder: RunFolder) -> dict[str, float]:
-    """Return the last value of every metric in a stage's CSV log."""
+    """Return the last value of every metric in a stage's log, metrics.csv."""
     last: dict[str, float] = {}
     for _, values in log_lines(folder):
         last |= values
@@ -208,9 +208,9 @@ def last_logged(folder: RunFolder) -> dict[str, float]:
 
 
 def log_lines(folder: RunFolder) -> list[tuple[int | None, dict[str, float]]]:
-    """Return epoch and values of each line of a stage's CSV log; none if there is no log.
+    """Return epoch and values of each line of metrics.csv; an empty list without that file.
 
-    A line that belongs to a step, as the learning rate does, has no epoch.
+    The epoch is None in lines that belong to a step, such as those of the learning rate.
 
     Raises:
         UsageError: the log is damaged.

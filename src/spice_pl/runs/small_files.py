@@ -1,6 +1,6 @@
-"""Small files of a run, read within bounds, and what the fields of its JSON files may hold.
+"""Read the small files of a run: bounded in size, and with checked types of JSON fields.
 
-People and other programs can change these files, so nothing of them is used unchecked.
+Users and other programs can change these files, so every field is checked before it is used.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-MAX_BYTES = 64_000_000  # the largest edits that a browser may send, indented and escaped
-MAX_DEPTH = 20
+MAX_BYTES = 64_000_000  # enough for the largest edits of a browser, indented and escaped
+MAX_DEPTH = 20  # levels of nesting
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a field may hold.
+    """The type and range of a field.
 
     Attributes:
-        name: noun phrase for messages.
-        holds: whether a value is of this kind.
+        name: name of the kind in messages.
+        holds: function that returns whether a value is of this kind.
     """
 
     name: str
@@ -31,12 +31,12 @@ class Kind:
 
 
 def is_whole(value: Any) -> bool:
-    """Whether a value is a whole number of 64 bits; true and false are not."""
+    """Return whether a value is a whole number of 64 bits; true and false are not."""
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
 
 
 def is_text(value: Any) -> bool:
-    """Whether a value is text that can be written, as UTF-8 or as the bytes of a file's name."""
+    """Return whether a value is text that can be encoded; bytes of file names may be escaped."""
     if not isinstance(value, str):
         return False
     try:
@@ -47,7 +47,7 @@ def is_text(value: Any) -> bool:
 
 
 def is_cluster(key: str) -> bool:
-    """Whether a key is the number of a cluster as we write it.
+    """Return whether a key is the number of a cluster, without signs and leading zeros.
 
     >>> [is_cluster(key) for key in ("0", "12", "01", "-1", "1.0")]
     [True, True, False, False, False]
@@ -68,12 +68,12 @@ AMOUNT = Kind("a finite number from 0", lambda value: _is_number(value) and 0 <=
 
 
 def optional(kind: Kind) -> Kind:
-    """Return a kind that null is of too."""
+    """Return a kind that also allows null."""
     return Kind(f"{kind.name} or null", lambda value: value is None or kind.holds(value))
 
 
 def list_of(kind: Kind) -> Kind:
-    """Return the kind of lists whose values are all of one kind."""
+    """Return the kind of lists with values of one kind."""
     return Kind(
         f"a list, each value {kind.name}",
         lambda value: isinstance(value, list) and all(map(kind.holds, value)),
@@ -81,7 +81,7 @@ def list_of(kind: Kind) -> Kind:
 
 
 def map_of(kind: Kind) -> Kind:
-    """Return the kind of objects whose values are all of one kind."""
+    """Return the kind of objects with values of one kind."""
     return Kind(
         f"an object, each value {kind.name}",
         lambda value: (
@@ -92,7 +92,7 @@ def map_of(kind: Kind) -> Kind:
 
 
 def object_of(fields: Mapping[str, Kind], needed: set[str]) -> Kind:
-    """Return the kind of objects with these fields only, the needed ones among them."""
+    """Return the kind of objects with all needed fields and no others than `fields`."""
 
     def holds(value: Any) -> bool:
         return (
@@ -104,7 +104,7 @@ def object_of(fields: Mapping[str, Kind], needed: set[str]) -> Kind:
     return Kind(f"an object of {', '.join(fields)}", holds)
 
 
-_ROW: Mapping[str, Kind] = {  # of `ResultRow`
+_ROW: Mapping[str, Kind] = {  # fields of `ResultRow`
     "name": TEXT,
     **dict.fromkeys(("acc", "nmi", "ari", "purity"), optional(NUMBER)),
     "protocol": TEXT,
@@ -112,7 +112,7 @@ _ROW: Mapping[str, Kind] = {  # of `ResultRow`
     "seconds": AMOUNT,
     "oracle": FLAG,
 }
-# Fields of metrics.json that are read later. Which of them are there depends on the stage.
+# Fields of metrics.json that are read later. Stages and tasks write some of them.
 METRICS: Mapping[str, Kind] = {
     **dict.fromkeys(("stage", "title", "preset", "dataset", "fingerprint", "protocol"), TEXT),
     **dict.fromkeys(("precision", "digest"), TEXT),
@@ -125,6 +125,7 @@ METRICS: Mapping[str, Kind] = {
     "cluster_sizes": list_of(COUNT),
     "rows": list_of(object_of(_ROW, needed=_ROW.keys() - {"purity", "oracle"})),
 }
+# Fields of dataset.json.
 STAMP: Mapping[str, Kind] = {
     "fingerprint": TEXT,
     "num_images": COUNT,
@@ -143,7 +144,7 @@ def read_text(file: Path) -> str:
         content = opened.read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:
         raise ValueError(f"it is larger than {MAX_BYTES // 1_000_000} MB")
-    return content.decode("utf-8-sig")  # some editors write a mark before the text
+    return content.decode("utf-8-sig")  # some editors write a byte order mark
 
 
 def parse_object(content: str) -> dict[str, Any]:
@@ -165,10 +166,10 @@ def parse_object(content: str) -> dict[str, Any]:
 
 
 def check_fields(content: Mapping[str, Any], fields: Mapping[str, Kind]) -> None:
-    """Check the fields that are there.
+    """Check the types of the fields that exist.
 
     Raises:
-        ValueError: names the field, its value and what it may hold.
+        ValueError: a field is of another type; the message has its name, its value and its type.
     """
     for name, kind in fields.items():
         if name in content and not kind.holds(content[name]):
