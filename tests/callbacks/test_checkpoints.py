@@ -1,4 +1,4 @@
-"""Checkpoints, signals, damaged files, full disks: what a run keeps and what it says."""
+"""Checkpoints, signals, damaged files and full disks: what is kept and what is reported."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_a_signal_that_other_code_made_an_error_of_is_still_a_stop() -> None:
     with pytest.raises(Stopped), Interrupts():
         careless()
     while_saving = Interrupts()
-    while_saving.deferred = True  # what fails then is an error of its own
+    while_saving.deferred = True  # a failure then is reported as itself
     with pytest.raises(AttributeError), while_saving:
         careless()
 
@@ -140,9 +140,9 @@ def test_checkpoint_with_a_flipped_bit_is_refused(tmp_path: Path) -> None:
         try:
             found = read_checkpoint(path)
         except UsageError as error:
-            assert "is damaged and cannot be gone on from" in str(error)  # noqa: PT017 - some pass
+            assert "is damaged and cannot be resumed" in str(error)  # noqa: PT017 - some pass
             refused += 1
-        else:  # a bit that says nothing: a date, padding
+        else:  # a bit without meaning: a date, padding
             assert torch.equal(found["state_dict"]["weight"], weight)
             assert found["epoch"] == 3
     assert refused > 150

@@ -1,4 +1,4 @@
-"""Where stage 2 reads features: fresh views, banks of views, an encoder that moves."""
+"""Where stage 2 reads features: new views, banks of views, an encoder that changes."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_a_bank_costs_n_passes_of_each_view_whatever_the_epochs(
     passed = count_passes(module)
     fit(module, streams, epochs=epochs, default_root_dir=tmp_path)
     assert sum(passed) == 2 * num_views * N
-    assert not (tmp_path / "view_bank").exists()  # of no use after the last epoch
+    assert not (tmp_path / "view_bank").exists()  # removed after the last epoch
 
 
 def test_a_bank_of_one_view_equals_fresh_views_in_the_first_epoch(tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_features_too_large_for_half_precision_are_refused(tmp_path: Path) -> No
         fit(module, streams, default_root_dir=tmp_path)
 
 
-# An encoder that moves.
+# An encoder that changes.
 
 
 def test_reference_batchnorm_drifts_and_no_weight_does(tmp_path: Path) -> None:

@@ -222,13 +222,13 @@ def test_resumed_run_equals_a_straight_one(tmp_path: Path) -> None:
     assert "threshold.matrix" in ends[0]
 
 
-# What an upstream or a file may lack, hold or get wrong.
+# Evidence that is missing, incomplete or wrong.
 
 
 def test_features_alone_take_the_feature_branch(tmp_path: Path) -> None:
     module, _ = semi(upstream(tmp_path, probs=None, head=None))
     counts = torch.bincount(module.pseudo_labels[module.reliable_index], minlength=K)
-    assert counts.tolist() == [15, 15, 15]  # 30 images a cluster, half of them
+    assert counts.tolist() == [15, 15, 15]  # half of the 30 images per cluster
 
 
 def test_a_file_of_probabilities_replaces_the_upstream(tmp_path: Path) -> None:
@@ -279,7 +279,7 @@ def test_empty_cluster_and_fewer_labels_than_a_batch(
 ) -> None:
     probs = np.zeros((N, K), dtype=np.float32)
     probs[np.arange(N), np.arange(N) % 2] = 1
-    few = partial(clusmatch_labels, fraction=1 / 30)  # one image a cluster, batches of 6
+    few = partial(clusmatch_labels, fraction=1 / 30)  # one image per cluster, batches of 6
     module, streams = semi(upstream(tmp_path, probs=probs), selector=few, losses=CLUSMATCH)
     assert len(module.reliable_index) == 2
     assert "clusters [2] have no labelled image" in caplog.text
@@ -299,7 +299,7 @@ def test_settings_that_cannot_be_are_refused(tmp_path: Path) -> None:
     module = SemiSupervisedModule(
         backbone(), K, selector=ROOMY, threshold=ClusMatchThreshold(K), init="both"
     )
-    module.name = "clusmatch"  # by the job: several stages are of this class
+    module.name = "clusmatch"  # the job sets it: several stages are of this class
     with pytest.raises(UsageError, match=r"clusmatch\.module\.init 'both' is none of joint, enc"):
         module.check(image_set(), STREAMS)
 

@@ -1,4 +1,4 @@
-"""Ground truth, the only place where training can be seen beside it: it logs and does no more."""
+"""Log scores against true labels in training; the only callback that reads them."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from spice_pl.stages.base import Prediction, as_stage
 
 
 class TruthMonitor(pl.Callback):
-    """Log how the watched images are clustered, and how right the reliable labels are.
+    """Log how well the watched images are clustered, and how many training labels are right.
 
-    `truth/acc`, `truth/nmi`, `truth/ari`; of a stage with many heads `truth/best_head_acc` and
-    `truth/epoch_head_acc`, the best of them and the one chosen without labels after this
-    epoch (SPICE, Figure 6: their distance is the regret of the choice); of a stage without clusters
-    `truth/knn_acc`, the share of images whose class is the most frequent one among their 20 nearest
-    neighbours.
+    - `truth/acc`, `truth/nmi`, `truth/ari`, `truth/purity` of a stage with clusters.
+    - `truth/best_head_acc` and `truth/epoch_head_acc` of a stage with many heads: the best of them,
+      and the one chosen without labels after this epoch (SPICE, Figure 6).
+    - `truth/knn_acc` of a stage without clusters: `knn_accuracy`.
+    - `truth/reliable_acc` of a stage that trains on labels: accuracy of these labels.
 
     Args:
-        labels: (N,) truth, -1 where unknown.
+        labels: (N,) true labels, -1 where unknown.
         num_clusters: K.
     """
 
@@ -38,7 +38,7 @@ class TruthMonitor(pl.Callback):
         self.head_scores: list[ClusteringScores] = []
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start a new count."""
+        """Clear the counts."""
         self.scores.reset()
         self.scores.to(pl_module.device)
         self.head_scores.clear()
@@ -81,7 +81,7 @@ class TruthMonitor(pl.Callback):
             pl_module.log("truth/knn_acc", accuracy, sync_dist=True)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log the accuracy of the labels that were trained on."""
+        """Log the accuracy of the labels that the stage trains on."""
         labelled = as_stage(pl_module).labelled()
         if labelled is not None:
             index, label = (each.cpu() for each in labelled)
@@ -98,15 +98,16 @@ class TruthMonitor(pl.Callback):
 
 
 def knn_accuracy(features: Tensor, labels: Tensor, num_neighbors: int = 20) -> float:
-    """Share of samples whose class wins the vote of their nearest neighbours, themselves left out.
+    """Compute the share of samples whose class is the most frequent among their neighbours.
 
     Args:
-        features: (N, D); neighbours are by cosine.
+        features: (N, D); neighbours are the nearest by cosine, the sample itself left out.
         labels: (N,), classes.
-        num_neighbors: k; at most N - 1.
+        num_neighbors: k; N - 1 where there are fewer samples.
 
     Returns:
-        Accuracy in [0, 1]; the smaller class wins a tie. NaN without two samples.
+        Accuracy in [0, 1]; of classes with equal votes the smaller id wins. NaN for fewer than two
+        samples.
 
     Examples:
         >>> features = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]])
@@ -118,6 +119,6 @@ def knn_accuracy(features: Tensor, labels: Tensor, num_neighbors: int = 20) -> f
     k = min(num_neighbors, len(features) - 1)
     _, index = nearest_neighbors(features, features, k + 1)  # (N, 1 + k)
     others = index != torch.arange(len(features), device=index.device)[:, None]
-    others[others.all(dim=1), -1] = False  # duplicates may push the image itself off its list
+    others[others.all(dim=1), -1] = False  # many duplicates may leave the sample itself out
     votes = F.one_hot(labels[index[others].view(-1, k)]).sum(dim=1)  # (N, classes)
     return float((votes.argmax(dim=1) == labels).float().mean())

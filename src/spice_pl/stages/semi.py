@@ -120,7 +120,7 @@ class SemiSupervisedModule(Stage):
         self.seed = seed
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the averaged model's probabilities (B, K)."""
+        """Return the probabilities (B, K) of the averaged model."""
         probs: Tensor = self.ema_head(self.ema_encoder(images).float())
         return probs
 
@@ -286,7 +286,7 @@ class SemiSupervisedModule(Stage):
             return
         if upstream is None:
             raise UsageError(
-                f"{self.name}.module.init={self.init} starts from an upstream's encoder and "
+                f"{self.name}.module.init={self.init} starts from the encoder of an upstream and "
                 f"{self.name}.upstream is null; name one or use {self.name}.module.init=scratch"
             )
         if self.init == "encoder":
