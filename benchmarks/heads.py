@@ -26,7 +26,6 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from proto import count_passes
 from stage2 import (
@@ -45,6 +44,7 @@ from torch.nn import functional as F
 from spice_pl.data.images import ImageSet
 from spice_pl.data.sources.torchvision import digits
 from spice_pl.functional.losses import double_softmax_cross_entropy
+from spice_pl.job.settings import build
 from spice_pl.nn.heads import ParallelHeads
 
 
@@ -170,7 +170,7 @@ def whole_cycles(
 
     def epoch_of(num_heads: int) -> Callable[[], float]:
         def run() -> float:
-            backbone = instantiate(cfg.backbone)
+            backbone = build(cfg, cfg.backbone)
             with tempfile.TemporaryDirectory() as folder:
                 clock = Clock()
                 fit(cfg, images, backbone, num_heads, Path(folder), clock, precision)

@@ -37,7 +37,6 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from stage2 import NUM_CLUSTERS, NUM_HEADS, REPEATS, fit, noise, quiet, settings
 from torch import Tensor, nn
@@ -46,6 +45,7 @@ from torch.nn import functional as F
 from spice_pl.data.keyed import keyed_generator
 from spice_pl.functional.neighbors import SIMILARITIES_PER_CHUNK, similarities, unit_rows
 from spice_pl.functional.prototypes import prototype_pseudo_labels
+from spice_pl.job.settings import build
 from spice_pl.stages.proto import ProtoHeadModule
 
 
@@ -185,7 +185,7 @@ def wall_times(buffer: int, precision: str) -> dict[str, float]:
         f"proto.streams.images.batch_size={min(250, buffer)}",
     )
     torch.manual_seed(0)
-    encoder: nn.Module = instantiate(cfg.backbone)
+    encoder: nn.Module = build(cfg, cfg.backbone)
     our_cycle(cfg, encoder, buffer, 32, precision)  # warm up
     watch, passes = our_cycle(cfg, encoder, buffer, 32, precision)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):

@@ -10,12 +10,12 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from spice_pl.data.datamodule import ViewsDataModule
 from spice_pl.data.images import ImageSet
+from spice_pl.job.settings import build
 from spice_pl.runs.folder import RunFolder
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -51,10 +51,10 @@ def fit(
     epochs: int = 3,
 ) -> None:
     """Train stage 2 as train.py does, on an encoder that was not trained."""
-    plain = instantiate(cfg.augment.plain, _convert_="all")
+    plain = build(cfg, cfg.augment.plain)
     upstream = untrained_upstream(images, backbone, folder, plain)
-    module = instantiate(cfg.proto.module, backbone=backbone, num_heads=num_heads)
-    stream = instantiate(cfg.proto.streams.images, _convert_="all")
+    module = build(cfg, cfg.proto.module, backbone=backbone, num_heads=num_heads)
+    stream = build(cfg, cfg.proto.streams.images)
     streams = module.prepare(images, upstream, {"images": stream})
     module.to(memory_format=torch.channels_last)
     trainer = pl.Trainer(

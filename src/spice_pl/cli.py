@@ -8,6 +8,7 @@ import hydra
 from omegaconf import DictConfig
 
 from spice_pl.system import command
+from spice_pl.system.command import quoted
 from spice_pl.usage import conf_folder, usage
 
 
@@ -24,6 +25,23 @@ def run_job(cfg: DictConfig) -> float | None:
     return run.main(cfg)
 
 
+def with_folder(arguments: list[str]) -> list[str]:
+    """Return the command line with a folder of images, given by itself, as settings.
+
+    >>> with_folder(["/", "seed=1"])
+    ['dataset=folder', "dataset.root='/'", 'seed=1']
+    """
+    return [
+        word
+        for argument in arguments
+        for word in (
+            ("dataset=folder", f"dataset.root={quoted(argument)}")
+            if not argument.startswith("-") and Path(argument).is_dir()
+            else (argument,)
+        )
+    ]
+
+
 def main() -> None:
     """Print the help text for --help; otherwise run the job of the command line."""
     os.environ[command.NAME] = "spice" if Path(sys.argv[0]).stem == "spice" else "python train.py"
@@ -36,6 +54,7 @@ def main() -> None:
             file=sys.stderr,
         )
         raise SystemExit(2)
+    sys.argv[1:] = with_folder(sys.argv[1:])
     from spice_pl.job.guard import checked_hydra
 
     with checked_hydra():

@@ -25,6 +25,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from spice_pl.job.job import Job
 from spice_pl.job.run import run_stages
 from spice_pl.models.portable import load
+from spice_pl.system.command import quoted
 from spice_pl.usage import conf_folder
 
 
@@ -92,12 +93,12 @@ class SpiceClusterer(ClusterMixin, BaseEstimator):  # type: ignore[misc]
             overrides = [
                 "dataset=folder",
                 "recipe=scratch",
-                f"dataset.root={_quoted(root)}",
+                f"dataset.root={quoted(root)}",
                 f"dataset.num_clusters={self.n_clusters}",
                 *([] if size is None else [f"dataset.image_size={size}"]),
                 f"seed={seed}",
-                f"runs_dir={_quoted(self.runs_dir or Path(temporary, 'runs'))}",
-                f"cache_dir={_quoted(Path(temporary, 'cache'))}",
+                f"runs_dir={quoted(self.runs_dir or Path(temporary, 'runs'))}",
+                f"cache_dir={quoted(Path(temporary, 'cache'))}",
                 *self.settings,
             ]
             with initialize_config_dir(str(conf_folder()), version_base="1.3"):
@@ -178,9 +179,3 @@ def _is_folder(given: Any) -> bool:
 def _are_files(given: Any) -> bool:
     first = next(iter(given), None) if isinstance(given, Sequence) else None
     return isinstance(first, str | os.PathLike | Image.Image)
-
-
-def _quoted(path: Any) -> str:
-    """Quote a path for Hydra's grammar."""
-    text = str(path).replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{text}'"

@@ -9,25 +9,28 @@ TEXT = """\
 Cluster images without labels: SPICE (Niu et al. 2022) in three stages.
 
 First steps
+  python train.py DIR
+      cluster the images below the folder DIR, on the features of a pretrained network;
+      the number of clusters is estimated, dataset.num_clusters=K sets it
+  python train.py DIR stage=inspect
+      look at your images before training: sizes, copies, what a network will see
   python train.py
-      cluster the 1,797 handwritten digits inside scikit-learn: minutes, no download
-  python train.py stage=inspect dataset=folder dataset.root=DIR
-      look at your own images before training: sizes, copies, what a network will see
-  python train.py dataset=folder dataset.root=DIR dataset.num_clusters=K
-      cluster the images below DIR into K clusters
+      the paper's three stages on the 1,797 handwritten digits inside scikit-learn: minutes,
+      no download
 
   Results are in runs/<dataset>/<stage>/<run>, for example runs/digits/fixmatch/seed0.
   Open report.html there in a browser; clusters.csv has one line per image.
 
 Stages
   A job runs moco (learns features), proto (finds clusters) and fixmatch (trains features and
-  clusters together). stage=NAME runs one of them, or a task on finished runs. Give it the same
-  dataset= and other settings as the runs that it reads.
+  clusters together); on your own images embed (features of a pretrained network) and proto,
+  or the first three with recipe=scratch. stage=NAME runs one of them, or a task on finished
+  runs. Give it the same dataset= and other settings as the runs that it reads.
   python train.py stage=proto              one stage; it reads the finished stage before it
   python train.py stage=estimate_k         estimate K from the features of stage moco
   python train.py stage=trust              check a result without labels
   python train.py stage=review             name, merge and split clusters in a browser
-  python train.py stage=predict predict.model=RUN dataset=folder dataset.root=DIR
+  python train.py DIR stage=predict predict.model=RUN
       cluster new images with the trained model in the folder RUN
 
 Runs
@@ -53,6 +56,7 @@ MEANING = {  # of the groups
     "logger": "where curves are logged",
     "preset": "numbers that go with dataset=",
     "proto/ablation": "rows of SPICE's Tables VII and VIII",
+    "recipe": "where features come from",
     "stage": "what runs",
     "trainer": "devices and processes",
 }
@@ -67,7 +71,8 @@ def conf_folder() -> Path:
 def usage(conf: Path) -> str:
     """Return the help text, with the groups and options found in the folder of settings."""
     lines = []
-    for group in sorted({file.parent for file in conf.glob("*/**/*.yaml")}):
+    groups = {file.parent for file in conf.glob("*/**/*.yaml")} - {conf / "recipe_of"}
+    for group in sorted(groups):
         name = group.relative_to(conf).as_posix()
         options = " | ".join(sorted(option.stem for option in group.glob("*.yaml")))
         line = f"  {name + '=':<12}{options}  ({MEANING.get(name, 'settings')})"

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
 
 from spice_pl.data.images import ImageSet
@@ -107,7 +108,11 @@ def _check_folder(step: Step, saved: Mapping[str, Any], *, alone: bool) -> None:
 def _saved(file: Path) -> dict[str, Any]:
     """Read the settings that a run was made with."""
     try:
-        found = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
+        text = file.read_text(encoding="utf-8")
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+            raise ValueError("it has aliases, which can grow without end")
+        # They were resolved when they were written: what looks like an interpolation is text.
+        found = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
         if not isinstance(found, dict):
             raise ValueError("it holds no settings")
     # YAML can be broken in many ways, and means any type.

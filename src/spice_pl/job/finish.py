@@ -29,6 +29,7 @@ from spice_pl.runs.folder import RunFolder
 from spice_pl.runs.page_data import report_data
 from spice_pl.runs.results import Cost, stage_metrics
 from spice_pl.stages.base import Stage
+from spice_pl.system.files import atomic
 from spice_pl.system.provenance import versions
 
 logger = logging.getLogger(__name__)
@@ -108,6 +109,7 @@ def write_portable(
     own = getattr(parts["encoder"], "settings", None)
     backbone = own or step.own["module"].get("backbone", step.settings["backbone"])
     settings = portable_settings(backbone, parts["head"], plain)
+    (step.folder.path / portable.FILE_NAME).unlink(missing_ok=True)  # of an earlier run
     if settings is None:
         logger.info("%s: no %s for a head of your own", step.name, portable.FILE_NAME)
         return
@@ -149,7 +151,8 @@ def write_results(
     )
     if table is not None:
         rows = [ResultRow(**row) for row in metrics["rows"]]
-        (folder.path / "table.md").write_text(results_markdown(rows), encoding="utf-8")
+        with atomic(folder.path / "table.md") as temporary:
+            temporary.write_text(results_markdown(rows), encoding="utf-8")
         write_attention(folder, table, images, step.num_clusters, feature_map)
         shown = report_data(folder, upstream, images, metrics, table, str(step.settings["map"]))
         write_report(shown, folder.path / "report.html")

@@ -140,7 +140,7 @@ class Job:
             first = re.split(r"[=.@/]", text, maxsplit=1)[0]
             swept = first not in NOT_IN_NAMES or text.startswith(SWEPT_OF_DATASET)
             if swept and first not in others:
-                kept.append(text.replace("/", "_").replace(" ", ""))
+                kept.append(masked_override(text).replace("/", "_").replace(" ", ""))
         return sorted(kept)
 
     def command(self, *first: str, without: Sequence[str] = (), last: Sequence[str] = ()) -> str:
@@ -159,7 +159,7 @@ class Job:
     def dump(self) -> str:
         """Return the job as YAML, so that ranks need not compose it again."""
         settings = {
-            "cfg": OmegaConf.to_container(self.cfg, resolve=True),
+            "cfg": _literal(OmegaConf.to_container(self.cfg, resolve=True)),
             "overrides": list(self.overrides),
             "preset": self.preset,
             "sweep": self.sweep,
@@ -171,3 +171,12 @@ class Job:
         """Read what `dump` returned."""
         job = OmegaConf.load(file)
         return cls(job.cfg, tuple(job.overrides), str(job.preset), bool(job.sweep))
+
+
+def _literal(value: Any) -> Any:
+    """Return resolved settings in which OmegaConf finds nothing to resolve again."""
+    if isinstance(value, dict):
+        return {key: _literal(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_literal(item) for item in value]
+    return value.replace("${", "\\${") if isinstance(value, str) else value

@@ -81,6 +81,12 @@ def check_settings(job: Job) -> None:
     OmegaConf.set_struct(job.cfg, True)
     if absent := missing(job.cfg):
         raise UsageError(f"no value for {', '.join(absent)}; give it on the command line")
+    named = next((text for text in job.overrides if text.startswith("backbone=")), None)
+    if named and OmegaConf.is_interpolation(job.cfg, "backbone"):
+        raise UsageError(
+            f"{named} and recipe=pretrained name two networks; give encoder=NAME for another "
+            "pretrained one, or recipe=scratch to train this one from random weights"
+        )
 
 
 def plan(job: Job) -> list[Step]:

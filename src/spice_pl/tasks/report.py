@@ -36,7 +36,9 @@ class Report:
         folder, images = context.upstream[0], context.images()
         metrics, table = folder.metrics, folder.read_clusters()
         if (folder.path / portable.FILE_NAME).is_file():
-            model = portable.load(folder.path, allow_targets=self.allow_targets)
+            model = portable.load(
+                folder.checked(portable.FILE_NAME), allow_targets=self.allow_targets
+            )
 
             def feature_map(pixels: torch.Tensor) -> torch.Tensor | None:
                 plain = model.network.plain(pixels.to(model.device), torch.empty(0))

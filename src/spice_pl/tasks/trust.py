@@ -105,7 +105,7 @@ class Trust:
         run = next((each for each in upstream if (each.path / "heads.safetensors").is_file()), None)
         if run is None:
             return None
-        state = load_file(run.path / "heads.safetensors")
+        state = run.read_weights("heads.safetensors")
         num_heads, hidden_dim, feature_dim = state["hidden_weight"].shape
         heads = ParallelHeads(feature_dim, hidden_dim, state["output_bias"].shape[1], num_heads)
         load_strictly(heads, state, str(run.path / "heads.safetensors"))
