@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from spice_pl.data.decode import FORMATS, Unread, read_image
+from spice_pl.data.decode import FORMATS, Decoding, Unread, read_image
 from spice_pl.data.images import ImageSet
 from spice_pl.data.listing import (
     DENIED,
@@ -44,6 +44,8 @@ def folder(
     table: str | None = None,
     scan: str = "auto",
     exclude: Sequence[str] | None = None,
+    levels: Sequence[float] | None = None,
+    max_decode_mb: float | None = None,
     on_bad_image: str = "skip",
     protocol: str = "whole",
 ) -> ImageSet:
@@ -68,6 +70,8 @@ def folder(
         scan: "auto", "files" or "folders", see `spice_pl.data.listing`.
         exclude: patterns of files and folders to leave out, matched with names and with paths
             relative to root; `*` also matches "/".
+        levels: black and white of images of more than 8 bits; None chooses them for each image.
+        max_decode_mb: megabytes of memory that decoding may take; None is 1024.
         on_bad_image: "skip" leaves out what cannot be decoded and reports it, "raise" stops.
         protocol: "whole"; a folder has no test images.
 
@@ -100,7 +104,9 @@ def folder(
             f"no image below dataset.root={root}, {len(found.left_out)} other files"
             f"{found.left_out.summary()}; looked for {', '.join(FORMATS)}"
         )
-    stored = open_files(search, found, image_size, cache_dir, on_bad_image)
+    decoding = Decoding(image_size, levels, max_decode_mb)
+    verify = scan == "files"
+    stored = open_files(search, found, decoding, cache_dir, on_bad_image, verify=verify)
     truth, class_names = None, None
     if labels == "folders":
         truth, class_names = class_labels(
@@ -126,7 +132,13 @@ def folder(
 
 
 def open_files(
-    search: Search, found: Note | Found, image_size: int, cache_dir: str, on_bad_image: str
+    search: Search,
+    found: Note | Found,
+    decoding: Decoding,
+    cache_dir: str,
+    on_bad_image: str,
+    *,
+    verify: bool = False,
 ) -> Stored:
     """Return the store of the files that a search found."""
     root = search.root
@@ -135,11 +147,18 @@ def open_files(
         files = scan_files(search) if isinstance(found, Note) else found
         if files.identity != found.identity:
             raise UsageError(f"{root} has changed since it was scanned; use dataset.scan=files")
-        load = functools.partial(_load, root, files, image_size)
+        load = functools.partial(_load, root, files, decoding)
         return Source(f"dataset.root={root}", files.paths, load)
 
-    identity = [str(root.resolve()), found.identity]
-    return open_store(identity, image_size, cache_dir, source, on_bad_image)
+    return open_store(
+        [str(root.resolve()), found.identity, decoding.levels],
+        decoding.image_size,
+        cache_dir,
+        source,
+        on_bad_image,
+        limits=decoding.limits,
+        verify=verify,
+    )
 
 
 def add_left_out(images: ImageSet, left_out: LeftOut) -> ImageSet:
@@ -158,7 +177,7 @@ def add_left_out(images: ImageSet, left_out: LeftOut) -> ImageSet:
     )
 
 
-def _load(root: Path, files: Found, image_size: int, i: int) -> Loaded:
+def _load(root: Path, files: Found, decoding: Decoding, i: int) -> Loaded:
     path = root / files.paths[i]
     if files.sizes[i] == UNREAD:
         return Unread("could not be looked at")
@@ -166,7 +185,7 @@ def _load(root: Path, files: Found, image_size: int, i: int) -> Loaded:
         return REASONS[files.sizes[i]]
     if not path.is_file():  # opening a pipe would block
         return "vanished after the folder was listed" if not path.exists() else "not a file"
-    image = read_image(path, image_size)
+    image = read_image(path, decoding)
     now = size_and_time(path)
     if now[0] == GONE:
         return "vanished after the folder was listed"
