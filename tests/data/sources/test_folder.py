@@ -992,7 +992,7 @@ def test_a_table_says_which_images_in_which_order(
     assert images.labels is not None
     assert images.labels.tolist() == [1, -1, 0]  # numbers sort as numbers
     assert images.class_names == ["9", "10"]
-    assert list(images.skipped) == [("1.png", "empty file"), ("gone.png", "broken link")]
+    assert list(images.skipped) == [("1.png", "empty file"), ("gone.png", "there is no such file")]
     assert load(table=str(tmp_path / "t.csv")).labels is None
 
 
@@ -1020,6 +1020,10 @@ def test_a_parquet_table_is_one_too(
         ("path,label", r"has no rows"),
         ("path,label\n1.png,a\n1.png,b", r"row 2 of .* names 1\.png twice"),
         ("path,label\n,a", r"row 1 of .* names no file"),
+        ("path,label\n1.png,a\n./1.png,b", r"row 2 of .* names \./1\.png, which row 1 names as 1"),
+        ("path,label\n1.png,a\nx/../1.png,b", r"row 2 of .* which row 1 names as 1\.png"),
+        ("label,path\na,b,1.png", r"line 2 of .* has 3 fields and the header 2; put a path with"),
+        ("path,label\n" + "x" * 200_000, r"cannot be read: field larger than"),
     ],
 )
 def test_a_table_that_does_not_fit(
@@ -1029,6 +1033,50 @@ def test_a_table_that_does_not_fit(
     (tmp_path / "t.csv").write_text(lines)
     with pytest.raises(UsageError, match=message):
         load(table=str(tmp_path / "t.csv"), labels="csv")
+
+
+def test_each_row_says_what_is_wrong_with_its_file(
+    root: Path, tmp_path: Path, load: Callable[..., ImageSet]
+) -> None:
+    solid(root / "sub/1.png", 10)
+    solid(root / "a,b.png", 20)
+    (root / "link.png").symlink_to("nowhere")
+    (root / "folder.png").mkdir()
+    rows = ["sub/1.png", "sub\\1.png", "gone.png", "link.png", "folder.png", '"a,b.png"']
+    (tmp_path / "t.csv").write_text("\n".join(["path", *rows]))
+    images = load(table=str(tmp_path / "t.csv"))
+    assert list(images.keys) == ["sub/1.png", "a,b.png"]
+    assert list(images.skipped) == [
+        ("sub\\1.png", "there is no such file, but there is one with / instead of \\"),
+        ("gone.png", "there is no such file"),
+        ("link.png", "broken link"),
+        ("folder.png", "not a file"),
+    ]
+
+
+def test_nan_is_no_class(
+    root: Path, tmp_path: Path, load: Callable[..., ImageSet], caplog: pytest.LogCaptureFixture
+) -> None:
+    labels = ["cat", "nan", "NaN", "<NA>", "", "dog", "none"]
+    for i in range(len(labels)):
+        solid(root / f"{i}.png", 10 * i)
+    rows = [f"{i}.png,{label}" for i, label in enumerate(labels)]
+    (tmp_path / "t.csv").write_text("\n".join(["path,label", *rows]))
+    with caplog.at_level(logging.INFO):
+        images = load(table=str(tmp_path / "t.csv"), labels="csv")
+    assert images.class_names == ["cat", "dog", "none"]
+    assert images.labels is not None
+    assert images.labels.tolist() == [0, -1, -1, -1, -1, 1, 2]
+    assert "3 labels are nan and count as no label" in caplog.text
+    assert "3 of 7 images have a label, of 3 classes" in caplog.text
+
+
+def test_a_damaged_parquet_table(root: Path, tmp_path: Path, load: Callable[..., ImageSet]) -> None:
+    pytest.importorskip("pyarrow")
+    solid(root / "1.png", 10)
+    (tmp_path / "t.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(UsageError, match=r"dataset\.table=.* cannot be read"):
+        load(table=str(tmp_path / "t.parquet"))
 
 
 # Hostile files

@@ -32,7 +32,6 @@ from spice_pl.errors import UsageError
 logger = logging.getLogger(__name__)
 
 LABELS = ("none", "folders", "csv")
-REASONS = {GONE: "broken link", DENIED: "permission denied"}
 
 
 def folder(
@@ -97,7 +96,7 @@ def folder(
     if table is None:
         found = look(search, scan)
     else:
-        paths, truths = read_table(Path(table).expanduser(), labelled=labels == "csv")
+        paths, truths = read_table(Path(table).expanduser(), directory, labelled=labels == "csv")
         found = _listed(directory, paths)
     if not (found.num_images if isinstance(found, Note) else len(found.paths)):
         raise UsageError(
@@ -181,8 +180,10 @@ def _load(root: Path, files: Found, decoding: Decoding, i: int) -> Loaded:
     path = root / files.paths[i]
     if files.sizes[i] == UNREAD:
         return Unread("could not be looked at")
-    if files.sizes[i] in REASONS:
-        return REASONS[files.sizes[i]]
+    if files.sizes[i] == DENIED:
+        return "permission denied"
+    if files.sizes[i] == GONE:
+        return _gone(root, files.paths[i])
     if not path.is_file():  # opening a pipe would block
         return "vanished after the folder was listed" if not path.exists() else "not a file"
     image = read_image(path, decoding)
@@ -192,6 +193,15 @@ def _load(root: Path, files: Found, decoding: Decoding, i: int) -> Loaded:
     if now != (files.sizes[i], files.times[i]):
         return "changed after the folder was listed; run again when it is complete"
     return image
+
+
+def _gone(root: Path, path: str) -> str:
+    """Return why there is no file."""
+    if (root / path).is_symlink():
+        return "broken link"
+    if "\\" in path and (root / path.replace("\\", "/")).exists():
+        return "there is no such file, but there is one with / instead of \\"
+    return "there is no such file"
 
 
 def _listed(root: Path, paths: Sequence[str]) -> Found:
