@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from spice_pl.data.decode import Decoded, quiet_warnings, read_image
+from spice_pl.data.decode import Decoded, Decoding, quiet_warnings, read_image
 from spice_pl.data.sources.folder import folder
 
 S = 8
@@ -65,14 +65,15 @@ def test_a_damaged_file_is_an_image_or_a_reason(kind: str) -> None:
     images, reasons = 0, 0
     with quiet_warnings():
         for data in whole:
-            assert isinstance(read_image(data, S), Decoded)
+            assert isinstance(read_image(data, Decoding(S)), Decoded)
         for i in range(MUTANTS):
-            found = read_image(mutated(whole[i % len(whole)], generator), S)
+            found = read_image(mutated(whole[i % len(whole)], generator), Decoding(S))
             if isinstance(found, Decoded):
                 assert found.pixels.shape == (3, S, S)
                 assert found.pixels.dtype == np.uint8
                 images += 1
             else:
+                assert isinstance(found, str)
                 assert found
                 reasons += 1
     assert images + reasons == MUTANTS

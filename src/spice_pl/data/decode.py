@@ -9,21 +9,26 @@ from __future__ import annotations
 
 import functools
 import io
+import math
+import os
 import re
 import struct
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import PIL
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError, features
 
+from spice_pl.data.levels import deep_levels, is_deep, is_wide, name_planes, scaled, wide_levels
 from spice_pl.data.retry import may_pass
+from spice_pl.errors import UsageError
 
 # Only these decoders are tried, whatever a file is called: others of Pillow run programs (EPS).
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF", "HEIF")
@@ -45,7 +50,30 @@ HEADS = re.compile(
     re.DOTALL,
 )
 
-MAX_PIXELS = 89_478_485  # of one file, Pillow's own: a quarter of a gigabyte in RGB
+MAX_DECODE_MB = 1024  # memory that decoding may take
+# Bytes of memory that decoding takes per pixel, by format; what alpha or more than 8 bits add; what
+# several channels of 16 bits add; what a progressive JPEG adds for each pixel of the file.
+FORMAT_BYTES = {"TIFF": 8, "WEBP": 17, "AVIF": 12, "HEIF": 12}  # the others: 5
+MODE_BYTES, DEEP_BYTES, PROGRESSIVE_BYTES = 8, 20, 6
+ORIENTATION = 0x0112  # tag of EXIF
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A file inside an archive: path of the archive, first byte and number of bytes."""
+
+    path: Path
+    start: int
+    size: int
 
 
 @dataclass(frozen=True)
@@ -57,12 +85,16 @@ class Decoded:
         format: Pillow's name of the file format; "array" for pixels from an array.
         width: width of the file in pixels.
         height: height of the file in pixels.
+        black: level of the file that is 0 here.
+        white: level of the file that is 255 here.
     """
 
     pixels: NDArray[np.uint8]
     format: str
     width: int
     height: int
+    black: float = 0.0
+    white: float = 255.0
 
 
 @dataclass(frozen=True)
@@ -78,6 +110,47 @@ class Unread:
     soon: bool = True
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """How files are decoded.
+
+    Attributes:
+        image_size: side S in pixels.
+        levels: black and white of images of more than 8 bits; None chooses them for each image.
+        max_decode_mb: megabytes of memory that decoding may take, of all threads together; None
+            is 1024. An image that needs more is refused.
+
+    Raises:
+        UsageError: a setting is out of range.
+    """
+
+    image_size: int
+    levels: Sequence[float] | None = None
+    max_decode_mb: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.image_size < 1:
+            raise UsageError(f"dataset.image_size {self.image_size} is not positive")
+        levels = self.levels
+        if levels is not None and (len(levels) != 2 or not levels[0] < levels[1]):
+            raise UsageError(
+                f"dataset.levels {list(levels)} are not black and white; give two numbers, the "
+                "smaller one first, such as dataset.levels=[0,4095]"
+            )
+        if self.max_decode_mb is not None and not self.max_decode_mb > 0:
+            raise UsageError(f"dataset.max_decode_mb {self.max_decode_mb} is not positive")
+
+    @property
+    def max_bytes(self) -> int:
+        """Bytes of memory that decoding may take."""
+        return int(1e6 * (MAX_DECODE_MB if self.max_decode_mb is None else self.max_decode_mb))
+
+    @property
+    def limits(self) -> list[str]:
+        """What decides, beside the decoders, which files can be decoded."""
+        return [f"max_decode_mb {self.max_bytes / 1e6:g}"]
+
+
 def is_image(head: bytes) -> bool:
     """Return whether a file that begins with these bytes is an image of a format above.
 
@@ -89,35 +162,42 @@ def is_image(head: bytes) -> bool:
 
 def decode(path: Path, image_size: int) -> NDArray[np.uint8] | str:
     """Return one image as `square` does, or the reason why it cannot be decoded."""
-    image = read_image(path, image_size)
+    image = read_image(path, Decoding(image_size))
     if isinstance(image, Unread):
         return image.reason
     return image if isinstance(image, str) else image.pixels
 
 
-def read_image(file: Path | bytes, image_size: int) -> Decoded | Unread | str:
+def read_image(file: Path | bytes | Part, decoding: Decoding) -> Decoded | Unread | str:
     """Decode one file as `square` does, or return the reason why it cannot be decoded.
 
-    An error that tells nothing about the image, such as too many open files, gives an `Unread`.
-
     A JPEG of more than twice the size is decoded at 1/2, 1/4 or 1/8 of its size, which the format
-    allows, and scaled from there.
+    allows, and scaled from there. Threads wait for each other if they would take too much memory
+    together.
+
+    Returns:
+        The image; the reason why it cannot be decoded; or `Unread` after an error that tells
+        nothing about the image, such as too many open files.
     """
+    image_size = decoding.image_size
     try:
-        data = io.BytesIO(file) if isinstance(file, bytes) else io.BufferedReader(_File(file))
-        with data, _open(data) as opened:
-            width, height, kind = *opened.size, str(opened.format)
-            if width * height > MAX_PIXELS:
-                return f"{width} x {height} pixels, could be a decompression bomb"
+        with _data(file) as data, _open(data) as opened:
+            (width, height), kind = opened.size, str(opened.format)
             opened.draft(None, (2 * image_size, 2 * image_size))
-            pixels = square(opened, image_size)
-        return Decoded(pixels, "JPEG" if kind == "MPO" else kind, width, height)
+            need = _memory(opened, width * height, data)
+            if need > decoding.max_bytes:
+                return (
+                    f"{width} x {height} pixels take {need / 1e6:.0f} MB to decode; if this is not "
+                    f"a decompression bomb, set dataset.max_decode_mb={math.ceil(need / 1e6)}"
+                )
+            with _memory_in_use.take(need, decoding.max_bytes):
+                made, black, white = _eight_bits(opened, data, decoding.levels)
+                pixels = _fit(made, _turn(opened), image_size)
+        return Decoded(pixels, "JPEG" if kind == "MPO" else kind, width, height, black, white)
     except FileNotFoundError:
         return "vanished after the folder was listed"
     except PermissionError:
         return Unread("permission denied", soon=False)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        return str(error)
     except Exception as error:  # Pillow raises many types on damaged files
         return unread(error) if may_pass(error) else _reason(error)
 
@@ -141,24 +221,23 @@ def decoders() -> tuple[str, ...]:
     return (f"Pillow {PIL.__version__}", *found)
 
 
-def square(image: Image.Image, image_size: int) -> NDArray[np.uint8]:
+def square(
+    image: Image.Image, image_size: int, levels: Sequence[float] | None = None
+) -> NDArray[np.uint8]:
     """Return an image of any size and mode as (3, S, S) RGB.
 
     EXIF rotation is applied, transparency is blended with white, the first of several frames is
-    used, the shorter side is scaled to `image_size` and the middle square is kept.
+    used, the shorter side is scaled to `image_size` and the middle square is kept. Levels of more
+    than 8 bits are scaled, see `spice_pl.data.levels`.
+
+    Args:
+        image: an image of Pillow.
+        image_size: side S in pixels.
+        levels: black and white of images of more than 8 bits; None chooses them for each image.
     """
-    image = _upright(image)
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    elif image.mode == "F" or image.mode.startswith("I"):  # Pillow's own conversion clips at 255
-        levels = np.nan_to_num(np.asarray(image, dtype=np.float64))
-        top = _largest_level(levels, floating=image.mode == "F")
-        image = Image.fromarray((levels / top * 255).clip(0, 255).astype(np.uint8))
-    image = image.convert("RGB")
-    if image.size != (image_size, image_size):
-        image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
-    return np.asarray(image, dtype=np.uint8).transpose(2, 0, 1)
+    image.load()
+    made = scaled(wide_levels(image), levels)[0] if is_wide(image) else image
+    return _fit(made, _turn(image), image_size)
 
 
 @contextmanager
@@ -172,15 +251,71 @@ def quiet_warnings() -> Iterator[None]:
         yield
 
 
-class _File(io.FileIO):
-    """A file that is read through Python, so that each error says what the system said.
+class _File(io.RawIOBase):
+    """A file, or a part of one, that is read through Python: each error says what the system said.
 
     libtiff would read the descriptor itself and call a failing disk a damaged image.
     """
 
-    def fileno(self) -> int:
-        """Refuse to give the descriptor."""
-        raise io.UnsupportedOperation("fileno")
+    def __init__(self, path: Path, start: int = 0, size: int | None = None) -> None:
+        self._descriptor = -1  # until it is open
+        self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        self._size = os.fstat(self._descriptor).st_size if size is None else size
+        self._start, self._place = start, 0
+        self.seek(0)
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def seekable(self) -> bool:
+        """Return True."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Read up to the end of the part."""
+        count = max(0, min(len(buffer), self._size - self._place))
+        data = os.read(self._descriptor, count)
+        buffer[: len(data)] = data
+        self._place += len(data)
+        return len(data)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move to a place of the part."""
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._size}[whence]
+        place = base + offset
+        os.lseek(self._descriptor, self._start + place, os.SEEK_SET)
+        self._place = place
+        return place
+
+    def close(self) -> None:
+        """Close the file."""
+        if not self.closed and self._descriptor >= 0:
+            os.close(self._descriptor)
+        super().close()
+
+
+class _Memory:
+    """Memory that threads share while they decode."""
+
+    def __init__(self) -> None:
+        self._used, self._changed = 0, threading.Condition()
+
+    @contextmanager
+    def take(self, need: int, limit: int) -> Iterator[None]:
+        """Wait until so many bytes fit below a limit, and hold them; one thread always may."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._used or self._used + need <= limit)
+            self._used += need
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._used -= need
+                self._changed.notify_all()
+
+
+_memory_in_use = _Memory()
 
 
 @functools.cache
@@ -193,31 +328,79 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    image.load()
+def _data(file: Path | bytes | Part) -> BinaryIO:
+    if isinstance(file, bytes):
+        return io.BytesIO(file)
+    where = (file.path, file.start, file.size) if isinstance(file, Part) else (file,)
+    return io.BufferedReader(_File(*where))
+
+
+def _memory(opened: ImageFile.ImageFile, num_pixels: int, data: BinaryIO) -> int:
+    """Return about how many bytes of memory decoding takes; num_pixels are those of the file."""
+    kind = str(opened.format)
+    each = FORMAT_BYTES.get(kind, 5) + DEEP_BYTES * is_deep(opened)
+    if opened.mode not in ("1", "L", "P", "RGB") or "transparency" in opened.info:
+        each += MODE_BYTES
+    need = opened.width * opened.height * each
+    if kind in FORMAT_BYTES:  # their decoders read the whole file
+        need += data.seek(0, os.SEEK_END)
+    return need + PROGRESSIVE_BYTES * num_pixels * bool(opened.info.get("progressive"))
+
+
+def _eight_bits(
+    opened: ImageFile.ImageFile, data: BinaryIO, levels: Sequence[float] | None
+) -> tuple[Image.Image, float, float]:
+    """Load an image and bring it to 8 bits; return it with its black and white."""
+    deep = is_deep(opened)
+    opened.load()
+    if is_wide(opened):
+        return scaled(wide_levels(opened), levels)
+    if deep:
+        found = deep_levels(opened, _open(data), dark=levels is None)
+        if found is not None:
+            made, black, white = scaled(found, levels)
+            if opened.mode == "RGBA":
+                made.putalpha(opened.getchannel("A"))
+            return made, black, white
+    return opened, 0.0, 255.0
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """Return what brings an image upright."""
     try:
-        return ImageOps.exif_transpose(image)
+        return TURNS.get(image.getexif().get(ORIENTATION, 1))
     except Exception:  # only the EXIF data are damaged
-        return image
+        return None
 
 
-def _largest_level(levels: NDArray[np.float64], *, floating: bool) -> float:
-    """Return the level of white: 1 or 255 if floats stay below, else 65535 or the maximum."""
-    brightest = float(levels.max(initial=0))
-    if floating and brightest <= 255:
-        return 1.0 if brightest <= 1 else 255.0
-    return max(65535.0, brightest)
+def _fit(image: Image.Image, turn: Image.Transpose | None, image_size: int) -> NDArray[np.uint8]:
+    """Return an image of 8 bits as (3, S, S) RGB."""
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        opaque = Image.new("RGB", image.size, "white")
+        opaque.paste(image, (0, 0), image)
+        image = opaque
+    elif image.mode not in ("L", "RGB"):
+        image = image.convert("RGB")
+    if image.size != (image_size, image_size):
+        image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
+    if turn is not None:  # the middle square is the same, and few pixels are copied
+        image = image.transpose(turn)
+    return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
 
 
 def _open(file: BinaryIO) -> ImageFile.ImageFile:
     """Open an image of a format above, as `Image.open` does."""
+    file.seek(0)
     head = file.read(HEAD_BYTES)
     for name in _formats():
         factory, accepts = Image.OPEN[name]
         if accepts is None or accepts(head) is True:
             file.seek(0)
             with suppress(SyntaxError, IndexError, TypeError, struct.error):  # another format
-                return factory(file, "")
+                opened = factory(file, "")
+                name_planes(opened)
+                return opened
     raise UnidentifiedImageError(_unidentified(head))
 
 

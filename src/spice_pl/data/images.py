@@ -18,7 +18,13 @@ from spice_pl.errors import UsageError
 
 PROTOCOLS = ("whole", "split")
 # Facts about the file of each image; `source` is its position among all files of the source.
-FILE_FACTS = np.dtype([("source", "i8"), ("format", "U8"), ("width", "u4"), ("height", "u4")])
+# `black` and `white` are the levels of the file that are 0 and 255 here.
+FILE_FACTS = np.dtype(
+    [
+        *(("source", "i8"), ("format", "U8"), ("width", "u4"), ("height", "u4")),
+        *(("black", "f4"), ("white", "f4")),
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -118,3 +124,14 @@ def fingerprint(images: NDArray[np.uint8], chunk: int = 4096) -> str:
 def joint_fingerprint(*parts: str) -> str:
     """Return the digest of several strings in this order, such as fingerprints."""
     return hashlib.blake2b("/".join(parts).encode(), digest_size=8).hexdigest()
+
+
+def printable(text: str) -> str:
+    r"""Return a text for logs and terminals: line ends and other control characters are escaped.
+
+    >>> print(printable("a\nb"))
+    a\nb
+    """
+    return "".join(
+        each if each.isprintable() else each.encode("unicode_escape").decode() for each in text
+    )

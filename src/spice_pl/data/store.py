@@ -8,7 +8,7 @@ Each store is one folder, named after a digest of everything that decides its co
     index.json   written last: shape, fingerprint, skipped images with reasons, decoders
 
 An image that was skipped is tried again by a later run if it could not be read, or if the decoders
-have changed.
+have changed. A store whose files do not fit its index is made again.
 
 A store is written in a temporary folder, in steps that are recorded in a journal, and renamed when
 it is complete. A run that is killed leaves no store or a part that the next run continues. One
@@ -39,12 +39,12 @@ from numpy.typing import NDArray
 from spice_pl.data import retry
 from spice_pl.data.decode import Decoded, Unread, decoders, quiet_warnings, unread
 from spice_pl.data.duplicates import num_copies, row_digests
-from spice_pl.data.images import FILE_FACTS, fingerprint
+from spice_pl.data.images import FILE_FACTS, fingerprint, printable
 from spice_pl.data.listing import LeftOut
 from spice_pl.data.retry import may_pass
 from spice_pl.errors import UsageError
 from spice_pl.system import ranks
-from spice_pl.system.files import atomic, is_disk_full
+from spice_pl.system.files import atomic, is_disk_full, sync_folder
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +54,8 @@ STEP_BYTES = 1 << 26  # bytes of pixels between two entries of the journal
 STEP_IMAGES = (64, 8192)  # least and most images between two entries
 
 
+SHOWN_LEVELS = 5
+VERIFY_BYTES = 1 << 27  # of pixels, that are compared with their digest each time
 UNREAD = (10, 0.01)  # images that a run may leave unread: so many, or this share of them
 
 Loaded = Decoded | Unread | str
@@ -116,11 +118,17 @@ class Stored:
 
 
 class Names(Sequence[str]):
-    """Names that are read from disk on access, so that a million of them take no memory."""
+    """Names that are read from disk on access, so that a million of them take no memory.
+
+    Raises:
+        ValueError: the two files do not fit each other.
+    """
 
     def __init__(self, blob: Path, starts: Path) -> None:
         self._blob = np.memmap(blob, dtype=np.uint8, mode="r")
         self._starts = np.load(starts, mmap_mode="r")
+        if len(self._blob) != self._starts[-1]:
+            raise ValueError(f"{blob} has {len(self._blob)} bytes, not {self._starts[-1]}")
 
     def __len__(self) -> int:
         return len(self._starts) - 1
@@ -144,7 +152,9 @@ class Names(Sequence[str]):
         with blob.open("wb") as file:
             for i, key in enumerate(keys):
                 lengths[i + 1] = file.write(key.encode("utf-8", "surrogateescape"))
-        np.save(starts, lengths.cumsum())
+            file.flush()
+            os.fsync(file.fileno())
+        _save(starts, lengths.cumsum())
 
 
 def open_store(
@@ -153,8 +163,11 @@ def open_store(
     cache_dir: str,
     source: Callable[[], Source],
     on_bad_image: str = "skip",
+    *,
+    limits: Sequence[str] = (),
+    verify: bool = False,
 ) -> Stored:
-    """Return the store of some images; make it if it does not exist.
+    """Return the store of some images; make it if it does not exist or is damaged.
 
     Args:
         identity: everything that decides pixels and order, as a JSON value.
@@ -162,6 +175,8 @@ def open_store(
         cache_dir: folder of the stores; one takes 3·S·S bytes per image.
         source: function that returns the images; called only if the store has to be made.
         on_bad_image: "skip" leaves out what cannot be decoded and reports it, "raise" stops.
+        limits: what decides, beside the decoders, which images are skipped.
+        verify: whether to read all pixels and compare their digest; done in any case up to 128 MB.
 
     Raises:
         UsageError: no image can be decoded; a bad image with `on_bad_image="raise"`; the disk is
@@ -172,20 +187,68 @@ def open_store(
     text = json.dumps([STORE_VERSION, image_size, identity])
     digest = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
     place = Path(cache_dir).expanduser() / digest
+    job = _Job(place, image_size, on_bad_image, [*decoders(), *limits])
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        if not (place / "index.json").is_file():
+        if not _is_whole(job, verify):
             with _only_writer(place):
-                if not (place / "index.json").is_file():
+                if not _is_whole(job, verify):
+                    if place.exists():
+                        logger.warning("the image store %s is damaged and is made again", place)
+                        shutil.rmtree(place)
                     images = _opened(source)
-                    if _make(place, images, image_size, on_bad_image):
-                        _try_again(place, images, image_size, on_bad_image)
-        elif _may_find_more(place) and not ranks.in_rank():  # ranks must not differ
+                    if _make(job, images):
+                        _try_again(job, images)
+        elif _may_find_more(job):
             with _only_writer(place):
-                _try_again(place, _opened(source), image_size, on_bad_image)
+                _try_again(job, _opened(source))
     except OSError as error:
         raise UsageError(_disk(error, place.parent)) from error
-    return _read(place, image_size, on_bad_image)
+    return _read(job)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A store to be opened.
+
+    Attributes:
+        place: its folder.
+        image_size: side S in pixels.
+        on_bad_image: "skip" or "raise".
+        rules: what decides which images are skipped.
+    """
+
+    place: Path
+    image_size: int
+    on_bad_image: str
+    rules: list[str]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of the pixels of an image."""
+        return 3 * self.image_size**2
+
+    def index(self) -> dict[str, Any]:
+        """Return what index.json says."""
+        index: dict[str, Any] = json.loads((self.place / "index.json").read_text())
+        return index
+
+
+def _is_whole(job: _Job, verify: bool) -> bool:
+    """Return whether a store is there and undamaged."""
+    if not (job.place / "index.json").is_file():
+        return False
+    try:
+        index = job.index()
+        stored = _stored(job, index)
+        found = len(stored.keys), len(stored.files), (job.place / "images.u8").stat().st_size
+        count = index["num_images"]
+        damage = found != (count, count, count * job.row_bytes)
+        if not damage and (verify or found[2] <= VERIFY_BYTES):
+            damage = fingerprint(stored.images) != stored.fingerprint
+    except (FileNotFoundError, ValueError, LookupError, TypeError, EOFError):
+        return False
+    return not damage
 
 
 def _opened(source: Callable[[], Source]) -> Source:
@@ -199,19 +262,19 @@ def _skipped(index: dict[str, Any]) -> list[Skipped]:
     return [Skipped(*each) for each in index["skipped"]]
 
 
-def _may_find_more(place: Path) -> bool:
+def _may_find_more(job: _Job) -> bool:
     """Return whether images that were skipped may be decoded now."""
-    index = json.loads((place / "index.json").read_text())
-    changed = index["decoders"] != list(decoders())
-    return any(changed or image.unread for image in _skipped(index))
+    if ranks.in_rank() or not os.access(job.place.parent, os.W_OK):  # ranks must not differ
+        return False
+    index = job.index()
+    return any(index["rules"] != job.rules or image.unread for image in _skipped(index))
 
 
-def _try_again(place: Path, source: Source, image_size: int, on_bad_image: str) -> None:
+def _try_again(job: _Job, source: Source) -> None:
     """Decode the images that were skipped once more, and make the store again if one can be."""
-    index = json.loads((place / "index.json").read_text())
-    changed = index["decoders"] != list(decoders())
+    index = job.index()
     skipped = {image.place: image for image in _skipped(index)}
-    places = [i for i, image in skipped.items() if changed or image.unread]
+    places = [i for i, image in skipped.items() if index["rules"] != job.rules or image.unread]
     with quiet_warnings(), ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         loaded = dict(zip(places, pool.map(_loader(source), places), strict=True))
     found = sum(isinstance(image, Decoded) for image in loaded.values())
@@ -220,12 +283,12 @@ def _try_again(place: Path, source: Source, image_size: int, on_bad_image: str) 
             astuple(_as_skipped(i, image.key, loaded[i]) if i in loaded else image)
             for i, image in skipped.items()
         ]
-        index["decoders"] = decoders()
-        with atomic(place / "index.json") as temporary:
+        index["rules"] = job.rules
+        with atomic(job.place / "index.json") as temporary:
             temporary.write_text(json.dumps(index))
         return
     logger.info("%d images of %s that were skipped can be decoded now", found, source.name)
-    stored = _stored(place, index, image_size)
+    stored = _stored(job, index)
 
     def load(i: int) -> Loaded:
         if i in loaded:
@@ -233,10 +296,9 @@ def _try_again(place: Path, source: Source, image_size: int, on_bad_image: str) 
         if i in skipped:
             return skipped[i].reason
         row = int(np.searchsorted(stored.files["source"], i))  # sources are in rising order
-        _, kind, width, height = stored.files[row].tolist()
-        return Decoded(stored.images[row], kind, width, height)
+        return Decoded(stored.images[row], *stored.files[row].tolist()[1:])
 
-    _make(place, replace(source, load=load), image_size, on_bad_image)
+    _make(job, replace(source, load=load))
 
 
 def _loader(source: Source) -> Callable[[int], Loaded]:
@@ -256,27 +318,34 @@ def _as_skipped(place: int, key: str, image: Loaded) -> Skipped:
     return Skipped(place, key, image.reason if isinstance(image, Unread) else str(image), is_unread)
 
 
-def _read(place: Path, image_size: int, on_bad_image: str) -> Stored:
-    index = json.loads((place / "index.json").read_text())
-    stored = _stored(place, index, image_size)
-    if stored.skipped and on_bad_image == "raise":
+def _read(job: _Job) -> Stored:
+    index = job.index()
+    stored = _stored(job, index)
+    if stored.skipped and job.on_bad_image == "raise":
         raise UsageError(_bad_image(index["name"], *stored.skipped[0]))
     if stored.skipped:
         report(index["name"], stored.skipped)
-    if index["num_copies"]:
+    if index["levels"]:
         logger.info(
-            "%d of %d images are exact copies of others; stage=inspect shows them",
-            *(index["num_copies"], index["num_images"]),
+            "images whose levels are not 0 to 255: %s; dataset.levels=[black,white] sets them",
+            "; ".join(index["levels"]),
+        )
+    copies, count = index["num_copies"], index["num_images"]
+    if copies and copies == count - 1:
+        logger.warning("all %d images of %s are the same, pixel by pixel", count, index["name"])
+    elif copies:
+        logger.info(
+            "%d of %d images are exact copies of others; stage=inspect shows them", copies, count
         )
     return stored
 
 
-def _stored(place: Path, index: dict[str, Any], image_size: int) -> Stored:
-    shape = (index["num_images"], 3, image_size, image_size)
+def _stored(job: _Job, index: dict[str, Any]) -> Stored:
+    shape = (index["num_images"], 3, job.image_size, job.image_size)
     return Stored(
-        images=np.memmap(place / "images.u8", dtype=np.uint8, mode="r", shape=shape),
-        keys=Names(place / "keys.bin", place / "keys.npy"),
-        files=np.load(place / "files.npy", mmap_mode="r"),
+        images=np.memmap(job.place / "images.u8", dtype=np.uint8, mode="r", shape=shape),
+        keys=Names(job.place / "keys.bin", job.place / "keys.npy"),
+        files=np.load(job.place / "files.npy", mmap_mode="r"),
         fingerprint=index["fingerprint"],
         skipped=[(image.key, image.reason) for image in _skipped(index)],
         left_out=LeftOut(*index["left_out"]),
@@ -295,33 +364,34 @@ def _only_writer(place: Path) -> Iterator[None]:
         yield
 
 
-def _make(place: Path, source: Source, image_size: int, on_bad_image: str) -> bool:
+def _make(job: _Job, source: Source) -> bool:
     """Make a store; return whether an interrupted run has left images unread."""
+    place, row_bytes = job.place, job.row_bytes
     part = place.with_name(f".{place.name}.part")
     part.mkdir(exist_ok=True)
-    journal = _Journal(part, 3 * image_size**2)
+    journal = _Journal(part, row_bytes)
     left_unread = any(unread for *_, unread in journal.skipped)
-    total, need = len(source.keys), (len(source.keys) - journal.done) * 3 * image_size**2
+    total, need = len(source.keys), (len(source.keys) - journal.done) * row_bytes
     free = shutil.disk_usage(part).free
     if need > free:
         raise UsageError(
-            f"the images need {need / 1e9:.2f} GB in {place.parent} and {free / 1e9:.2f} GB are "
-            "free; make room, or set dataset.cache_dir or a smaller dataset.image_size"
+            f"the images need {_size(need)} in {place.parent} and {_size(free)} are free; make "
+            "room, or set dataset.cache_dir or a smaller dataset.image_size"
         )
     logger.info(
-        "decoding %d images once into %s (%.0f MB)%s",
-        *(total - journal.done, place.parent, need / 1e6),
+        "decoding %d images once into %s (%s)%s",
+        *(total - journal.done, place.parent, _size(need)),
         f"; {journal.done} were done before" if journal.done else "",
     )
     least, most = STEP_IMAGES
-    step = max(least, min(most, STEP_BYTES // (3 * image_size**2)))
+    step = max(least, min(most, STEP_BYTES // row_bytes))
     load = _loader(source)
     with quiet_warnings(), ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         for start in range(journal.done, total, step):
             places = range(start, min(start + step, total))
             images = list(pool.map(load, places))
             _read_again(source, load, journal, places, images)
-            if on_bad_image == "raise":
+            if job.on_bad_image == "raise":
                 for i, image in zip(places, images, strict=True):
                     if not isinstance(image, Decoded):
                         shutil.rmtree(part)
@@ -332,13 +402,13 @@ def _make(place: Path, source: Source, image_size: int, on_bad_image: str) -> bo
                 logger.info("decoded %d of %d images", journal.done, total)
     if not journal.num_rows:
         shutil.rmtree(part)
-        report(source.name, [(source.keys[i], reason) for i, reason, _ in journal.skipped])
-        place_, reason, _ = journal.skipped[0]
+        skipped = [(source.keys[i], reason) for i, reason, _ in journal.skipped]
+        report(source.name, skipped)
         raise UsageError(
-            f"none of the {total} images of {source.name} could be decoded; "
-            f"first: {source.keys[place_]}: {reason}"
+            f"none of the {total} images of {source.name} could be decoded; first: "
+            f"{printable(': '.join(skipped[0]))}"
         )
-    _finish(place, part, source, journal, image_size)
+    _finish(job, part, source, journal)
     return left_unread
 
 
@@ -365,19 +435,28 @@ def _read_again(
         if isinstance(image, Unread) and image.soon:
             num_unread += 1
             if num_unread > max(least, share * len(source.keys)):
+                last = printable(f"{source.keys[i]}: {image.reason}")
                 raise UsageError(
-                    f"{num_unread} images of {source.name} cannot be read, the last is "
-                    f"{source.keys[i]}: {image.reason}; start again when the disk is well, which "
-                    "continues where this run stopped"
+                    f"{num_unread} images of {source.name} cannot be read, the last is {last}; "
+                    "start again when the disk is well, which continues where this run stopped"
                 )
 
 
-def _finish(place: Path, part: Path, source: Source, journal: _Journal, image_size: int) -> None:
+def _levels(files: NDArray[Any]) -> list[str]:
+    """Return what black and white are in images of other levels than 0 to 255, the most common."""
+    pairs = np.stack([files["black"], files["white"]], axis=1)
+    found, counts = np.unique(pairs[(pairs != (0, 255)).any(axis=1)], axis=0, return_counts=True)
+    order = counts.argsort(kind="stable")[::-1]
+    most = [f"{found[i][0]:g} to {found[i][1]:g} in {counts[i]}" for i in order[:SHOWN_LEVELS]]
+    rest = int(counts[order[SHOWN_LEVELS:]].sum())
+    return [*most, f"others in {rest}"] if rest else most
+
+
+def _finish(job: _Job, part: Path, source: Source, journal: _Journal) -> None:
     files = np.fromfile(part / "files.part", dtype=FILE_FACTS)
-    keys = [source.keys[i] for i in files["source"]]
-    Names.write(keys, part / "keys.bin", part / "keys.npy")
-    np.save(part / "files.npy", files)
-    shape = (journal.num_rows, 3, image_size, image_size)
+    Names.write([source.keys[i] for i in files["source"]], part / "keys.bin", part / "keys.npy")
+    _save(part / "files.npy", files)
+    shape = (journal.num_rows, 3, job.image_size, job.image_size)
     images = np.memmap(part / "images.u8", dtype=np.uint8, mode="r", shape=shape)
     index = {
         "name": source.name,
@@ -385,21 +464,21 @@ def _finish(place: Path, part: Path, source: Source, journal: _Journal, image_si
         "num_copies": num_copies(row_digests(images)),
         "fingerprint": fingerprint(images),
         "skipped": [(i, source.keys[i], *more) for i, *more in journal.skipped],
-        "decoders": decoders(),
+        "rules": job.rules,
+        "levels": _levels(files),
         "left_out": [source.left_out.counts, source.left_out.names],
     }
-    with (part / "index.json").open("w") as file:
-        json.dump(index, file)
-        file.flush()
-        os.fsync(file.fileno())
-    old = place.with_name(f".{place.name}.old")
-    if place.exists():  # a store that is made again; runs that have it open keep their files
+    with atomic(part / "index.json") as temporary:  # also writes the folder's names to the disk
+        temporary.write_text(json.dumps(index))
+    old = job.place.with_name(f".{job.place.name}.old")
+    if job.place.exists():  # a store that is made again; runs that have it open keep its files
         shutil.rmtree(old, ignore_errors=True)
-        os.rename(place, old)
-    os.rename(part, place)
+        os.rename(job.place, old)
+    os.rename(part, job.place)
+    sync_folder(job.place.parent)
     shutil.rmtree(old, ignore_errors=True)
     for name in ("files.part", "journal.jsonl"):  # removed last: a part without them starts again
-        (place / name).unlink()
+        (job.place / name).unlink()
 
 
 class _Journal:
@@ -444,13 +523,23 @@ class _Journal:
             for i, image in enumerate(images, start)
             if not isinstance(image, Decoded)
         ]
-        facts = [(i, image.format, image.width, image.height) for i, image in kept]
+        facts = [
+            (i, image.format, image.width, image.height, image.black, image.white)
+            for i, image in kept
+        ]
         _append(self._pixels, [image.pixels for _, image in kept])
         _append(self._files, [np.array(facts, dtype=FILE_FACTS)])
         self.done, self.num_rows = start + len(images), self.num_rows + len(kept)
         self.skipped += skipped
         step = {"done": self.done, "num_rows": self.num_rows, "skipped": skipped}
         _append(self._lines, [np.frombuffer(json.dumps(step).encode() + b"\n", np.uint8)])
+
+
+def _save(path: Path, array: NDArray[Any]) -> None:
+    with path.open("wb") as file:
+        np.save(file, array)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _append(path: Path, arrays: Sequence[NDArray[Any]]) -> None:
@@ -465,13 +554,26 @@ def report(name: str, skipped: Sequence[tuple[str, str]], shown: int = 10) -> No
     """Log which images were skipped and why."""
     logger.warning("skipped %d images of %s that cannot be used:", len(skipped), name)
     for key, reason in skipped[:shown]:
-        logger.warning("  %s: %s", key, reason)
+        logger.warning("  %s", printable(f"{key}: {reason}"))
     if len(skipped) > shown:
         logger.warning("  and %d more, all listed in the report", len(skipped) - shown)
 
 
 def _bad_image(name: str, key: str, reason: str) -> str:
-    return f"bad image {key} of {name}: {reason}; repair or remove it, or use on_bad_image=skip"
+    said = printable(f"{key} of {name}: {reason}")
+    return f"bad image {said}; repair or remove it, or use on_bad_image=skip"
+
+
+def _size(count: int) -> str:
+    """Return a number of bytes for people.
+
+    >>> _size(48), _size(3_600_000)
+    ('48 bytes', '3.6 MB')
+    """
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} bytes"
 
 
 def _disk(error: OSError, cache_dir: Path) -> str:
@@ -480,4 +582,4 @@ def _disk(error: OSError, cache_dir: Path) -> str:
             f"the disk that holds {cache_dir} is full; make room and start again, which continues "
             "where it stopped, or set dataset.cache_dir"
         )
-    return f"{cache_dir} cannot be written ({error.strerror}); set dataset.cache_dir"
+    return f"{cache_dir} cannot be read or written ({error.strerror}); set dataset.cache_dir"

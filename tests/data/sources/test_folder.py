@@ -22,7 +22,7 @@ from PIL import Image, features
 
 from spice_pl.data import decode as decode_module
 from spice_pl.data import listing, retry, store
-from spice_pl.data.decode import Decoded, decode, read_image
+from spice_pl.data.decode import Decoded, Decoding, decode, read_image
 from spice_pl.data.images import ImageSet
 from spice_pl.data.sources import folder as module
 from spice_pl.data.sources.folder import folder
@@ -171,8 +171,8 @@ def test_printing_colours(tmp_path: Path) -> None:
 def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path: Path, name: str) -> None:
     wide = np.array([[0, 256], [32768, 65535]], dtype=np.uint16)
     Image.fromarray(wide).save(tmp_path / name)
-    # level / 65535 * 255, cut to a whole number
-    assert decoded(tmp_path / name, 2)[..., 2].tolist() == [[0, 0], [127, 255]]
+    # level / 65535 * 255, rounded: 0.996 and 127.502
+    assert decoded(tmp_path / name, 2)[..., 2].tolist() == [[0, 1], [128, 255]]
 
 
 def test_camera_rotation_is_applied(tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_thin_images_are_images(tmp_path: Path, size: tuple[int, int]) -> None:
 
 
 def forbid_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
-    def read_image(path: Path, image_size: int) -> str:
+    def read_image(path: Path, decoding: Decoding) -> str:
         raise AssertionError(f"decoded {path}")
 
     monkeypatch.setattr(module, "read_image", read_image)
@@ -266,11 +266,11 @@ def test_interrupted_decoding_is_gone_on_with(
     (root / "1.png").write_bytes(b"")
     read: list[str] = []
 
-    def interrupted(path: Path, image_size: int) -> Loaded:
+    def interrupted(path: Path, decoding: Decoding) -> Loaded:
         read.append(path.name)
         if path.name == "7.png" and "0.png" in read:  # the first time
             raise KeyboardInterrupt
-        return read_image(path, image_size)
+        return read_image(path, decoding)
 
     monkeypatch.setattr(module, "read_image", interrupted)
     monkeypatch.setattr(store, "STEP_IMAGES", (3, 3))
@@ -378,10 +378,10 @@ def test_one_process_writes_and_the_others_wait(
         solid(root / f"{i}.png", 10 * i)
     read: list[str] = []
 
-    def slow(path: Path, image_size: int) -> Loaded:
+    def slow(path: Path, decoding: Decoding) -> Loaded:
         read.append(path.name)
         time.sleep(0.02)
-        return read_image(path, image_size)
+        return read_image(path, decoding)
 
     monkeypatch.setattr(module, "read_image", slow)
     with ThreadPoolExecutor(4) as pool:  # a lock is of the open file, so threads show it too
@@ -632,7 +632,9 @@ def test_disk_too_small(
     solid(root / "1.png", 0)
     need = 3 * S * S
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=need - 1))
-    with pytest.raises(UsageError, match=r"the images need .* GB in .* are free; make room"):
+    with pytest.raises(
+        UsageError, match=r"the images need 48 bytes in .* and 47 bytes are free; make room"
+    ):
         load()
     assert [name for name in stores(tmp_path) if not name.endswith(".part")] == []
 
@@ -664,13 +666,13 @@ def test_a_file_that_changes_while_the_folder_is_read_is_left_out(
     for i in range(4):
         solid(root / f"{i}.png", 10 * i)
 
-    def meanwhile(path: Path, image_size: int) -> Loaded:
+    def meanwhile(path: Path, decoding: Decoding) -> Loaded:
         if path.name == "1.png":
             path.unlink()
         if path.name == "2.png":
             solid(path, 200)
             os.utime(path, ns=(0, 0))
-        return read_image(path, image_size)
+        return read_image(path, decoding)
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "read_image", meanwhile)
@@ -990,7 +992,7 @@ def test_a_table_says_which_images_in_which_order(
     assert images.labels is not None
     assert images.labels.tolist() == [1, -1, 0]  # numbers sort as numbers
     assert images.class_names == ["9", "10"]
-    assert list(images.skipped) == [("1.png", "empty file"), ("gone.png", "broken link")]
+    assert list(images.skipped) == [("1.png", "empty file"), ("gone.png", "there is no such file")]
     assert load(table=str(tmp_path / "t.csv")).labels is None
 
 
@@ -1018,6 +1020,10 @@ def test_a_parquet_table_is_one_too(
         ("path,label", r"has no rows"),
         ("path,label\n1.png,a\n1.png,b", r"row 2 of .* names 1\.png twice"),
         ("path,label\n,a", r"row 1 of .* names no file"),
+        ("path,label\n1.png,a\n./1.png,b", r"row 2 of .* names \./1\.png, which row 1 names as 1"),
+        ("path,label\n1.png,a\nx/../1.png,b", r"row 2 of .* which row 1 names as 1\.png"),
+        ("label,path\na,b,1.png", r"line 2 of .* has 3 fields and the header 2; put a path with"),
+        ("path,label\n" + "x" * 200_000, r"cannot be read: field larger than"),
     ],
 )
 def test_a_table_that_does_not_fit(
@@ -1029,12 +1035,56 @@ def test_a_table_that_does_not_fit(
         load(table=str(tmp_path / "t.csv"), labels="csv")
 
 
+def test_each_row_says_what_is_wrong_with_its_file(
+    root: Path, tmp_path: Path, load: Callable[..., ImageSet]
+) -> None:
+    solid(root / "sub/1.png", 10)
+    solid(root / "a,b.png", 20)
+    (root / "link.png").symlink_to("nowhere")
+    (root / "folder.png").mkdir()
+    rows = ["sub/1.png", "sub\\1.png", "gone.png", "link.png", "folder.png", '"a,b.png"']
+    (tmp_path / "t.csv").write_text("\n".join(["path", *rows]))
+    images = load(table=str(tmp_path / "t.csv"))
+    assert list(images.keys) == ["sub/1.png", "a,b.png"]
+    assert list(images.skipped) == [
+        ("sub\\1.png", "there is no such file, but there is one with / instead of \\"),
+        ("gone.png", "there is no such file"),
+        ("link.png", "broken link"),
+        ("folder.png", "not a file"),
+    ]
+
+
+def test_nan_is_no_class(
+    root: Path, tmp_path: Path, load: Callable[..., ImageSet], caplog: pytest.LogCaptureFixture
+) -> None:
+    labels = ["cat", "nan", "NaN", "<NA>", "", "dog", "none"]
+    for i in range(len(labels)):
+        solid(root / f"{i}.png", 10 * i)
+    rows = [f"{i}.png,{label}" for i, label in enumerate(labels)]
+    (tmp_path / "t.csv").write_text("\n".join(["path,label", *rows]))
+    with caplog.at_level(logging.INFO):
+        images = load(table=str(tmp_path / "t.csv"), labels="csv")
+    assert images.class_names == ["cat", "dog", "none"]
+    assert images.labels is not None
+    assert images.labels.tolist() == [0, -1, -1, -1, -1, 1, 2]
+    assert "3 labels are nan and count as no label" in caplog.text
+    assert "3 of 7 images have a label, of 3 classes" in caplog.text
+
+
+def test_a_damaged_parquet_table(root: Path, tmp_path: Path, load: Callable[..., ImageSet]) -> None:
+    pytest.importorskip("pyarrow")
+    solid(root / "1.png", 10)
+    (tmp_path / "t.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(UsageError, match=r"dataset\.table=.* cannot be read"):
+        load(table=str(tmp_path / "t.parquet"))
+
+
 # Hostile files
 
 
 def test_bombs_are_left_out(root: Path, load: Callable[..., ImageSet]) -> None:
     solid(root / "good.png", 10)
-    for name, side in (("bomb.png", 50_000), ("large.png", 10_000)):
+    for name, side in (("bomb.png", 50_000), ("large.png", 15_000)):
         # A header that promises side × side pixels in a few bytes.
         header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
         chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"\0" * 100)), (b"IEND", b"")]
@@ -1052,6 +1102,7 @@ def test_bombs_are_left_out(root: Path, load: Callable[..., ImageSet]) -> None:
     assert levels(images) == [10]
     assert [name for name, _ in images.skipped] == ["bomb.png", "large.png"]
     assert all("decompression bomb" in reason for _, reason in images.skipped)
+    assert "set dataset.max_decode_mb=1125" in images.skipped[1][1]  # 5 bytes per pixel
 
 
 def test_a_long_thin_image_is_an_image(tmp_path: Path) -> None:
@@ -1079,13 +1130,13 @@ def test_floating_levels(tmp_path: Path) -> None:
     for name, levels_ in (("unit", [0.0, 0.5, 1.0]), ("byte", [0.0, 127.5, 255.0])):
         row = np.array([levels_] * 3, dtype=np.float32)
         Image.fromarray(row).save(tmp_path / f"{name}.tif")
-        assert decoded(tmp_path / f"{name}.tif", 3)[0, :, 0].tolist() == [0, 127, 255]
+        assert decoded(tmp_path / f"{name}.tif", 3)[0, :, 0].tolist() == [0, 128, 255]
 
 
 def test_a_large_photograph_is_read_small(tmp_path: Path) -> None:
     ramp = np.linspace(0, 255, 512).astype(np.uint8)
     Image.fromarray(np.tile(ramp, (512, 1))).save(tmp_path / "x.jpg", quality=95)
-    image = read_image(tmp_path / "x.jpg", 16)
+    image = read_image(tmp_path / "x.jpg", Decoding(16))
     assert isinstance(image, Decoded)
     assert (image.format, image.width, image.height) == ("JPEG", 512, 512)
     expected = ramp.reshape(16, 32).mean(axis=1)
@@ -1094,6 +1145,6 @@ def test_a_large_photograph_is_read_small(tmp_path: Path) -> None:
 
 def test_heic_is_read_where_its_package_is(tmp_path: Path) -> None:
     pytest.importorskip("pillow_heif")
-    read_image(b"", S)  # registers what is there
+    read_image(b"", Decoding(S))  # registers what is there
     Image.new("RGB", (16, 16), (50, 100, 150)).save(tmp_path / "x.heic")
     assert np.abs(decoded(tmp_path / "x.heic", S).astype(int) - (50, 100, 150)).max() < 8

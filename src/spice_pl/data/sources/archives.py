@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 import posixpath
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from spice_pl.data.decode import FORMATS, HEAD_BYTES, SUFFIXES, is_image, read_image
+from spice_pl.data.decode import FORMATS, HEAD_BYTES, SUFFIXES, Decoding, Part, is_image, read_image
 from spice_pl.data.images import ImageSet
 from spice_pl.data.listing import LeftOut, leaves, unwanted
 from spice_pl.data.sources.folder import add_left_out
@@ -27,7 +26,7 @@ from spice_pl.errors import UsageError
 
 logger = logging.getLogger(__name__)
 
-MAX_BYTES = 1 << 30  # largest encoded image
+MAX_LABEL = 1024  # bytes of a class
 MAX_HEADER = 1 << 20  # bytes of a long name or of other facts about one member
 FACTS = {
     *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
@@ -67,6 +66,8 @@ def shards(
     cache_dir: str,
     name: str = "shards",
     labels: str = "none",
+    levels: Sequence[float] | None = None,
+    max_decode_mb: float | None = None,
     on_bad_image: str = "skip",
     protocol: str = "whole",
 ) -> ImageSet:
@@ -80,6 +81,8 @@ def shards(
         name: name of the data set and of its folder of results.
         labels: "cls" reads the member `<sample>.cls` beside an image as its true class, for
             `truth/*` metrics only; "none" has no truth.
+        levels: black and white of images of more than 8 bits; None chooses them for each image.
+        max_decode_mb: megabytes of memory that decoding may take; None is 1024.
         on_bad_image: "skip" leaves out what cannot be decoded and reports it, "raise" stops.
         protocol: "whole".
 
@@ -92,7 +95,7 @@ def shards(
     files = sorted(place.glob("*.tar")) if place.is_dir() else [place]
     if not files or not all(file.is_file() for file in files):
         raise UsageError(f"dataset.root={root} holds no *.tar file")
-    stats = [file.stat() for file in files]
+    stats, decoding = [file.stat() for file in files], Decoding(image_size, levels, max_decode_mb)
     indices = functools.cache(lambda: [read_index(file) for file in files])
     members = functools.cache(lambda: [image for index in indices() for image in index.images])
 
@@ -111,20 +114,21 @@ def shards(
 
     def load(i: int) -> Loaded:
         member = members()[i]
-        if member.size > MAX_BYTES:
-            return f"{member.size / 1e9:.1f} GB; no image is that large"
-        with member.shard.open("rb") as file:
-            return read_image(os.pread(file.fileno(), member.size, member.start), image_size)
+        return read_image(Part(member.shard, member.start, member.size), decoding)
 
     stored = open_store(
         [
-            [str(file.resolve()), stat.st_size, stat.st_mtime_ns]
-            for file, stat in zip(files, stats, strict=True)
+            levels,
+            *(
+                [str(file.resolve()), stat.st_size, stat.st_mtime_ns]
+                for file, stat in zip(files, stats, strict=True)
+            ),
         ],
         image_size,
         cache_dir,
         source,
         on_bad_image,
+        limits=decoding.limits,
     )
     given = [member.label for member in members()] if labels == "cls" else None
     return add_left_out(_image_set(stored, name, protocol, given), stored.left_out)
@@ -137,6 +141,8 @@ def hugging_face(
     name: str = "hugging_face",
     image_column: str = "image",
     labels: str | None = None,
+    levels: Sequence[float] | None = None,
+    max_decode_mb: float | None = None,
     on_bad_image: str = "skip",
     protocol: str = "whole",
 ) -> ImageSet:
@@ -149,6 +155,8 @@ def hugging_face(
         name: name of the data set and of its folder of results.
         image_column: name of the column of images.
         labels: name of the column of true classes, for `truth/*` metrics only; None has no truth.
+        levels: black and white of images of more than 8 bits; None chooses them for each image.
+        max_decode_mb: megabytes of memory that decoding may take; None is 1024.
         on_bad_image: "skip" leaves out what cannot be decoded and reports it, "raise" stops.
         protocol: "whole".
 
@@ -174,6 +182,7 @@ def hugging_face(
         if column is not None and column not in rows.column_names:
             there = ", ".join(rows.column_names)
             raise UsageError(f"dataset.root={root} has no column {column!r}; it has {there}")
+    decoding = Decoding(image_size, levels, max_decode_mb)
     encoded = rows.cast_column(image_column, datasets.Image(decode=False))
 
     def load(i: int) -> Loaded:
@@ -181,17 +190,18 @@ def hugging_face(
         if image is None:
             return "no image"
         if image["bytes"] is not None:
-            return read_image(image["bytes"], image_size)
+            return read_image(image["bytes"], decoding)
         if leaves(image["path"]):
             return f"{image['path']} is outside the data set"
-        return read_image(place / image["path"], image_size)
+        return read_image(place / image["path"], decoding)
 
     stored = open_store(
-        [str(place.resolve()), rows._fingerprint, image_column],
+        [str(place.resolve()), rows._fingerprint, image_column, levels],
         image_size,
         cache_dir,
         lambda: Source(f"dataset.root={root}", [str(i) for i in range(len(rows))], load),
         on_bad_image,
+        limits=decoding.limits,
     )
     given: Sequence[str | None] | None = None
     if labels is not None:
@@ -228,9 +238,10 @@ def read_index(file: Path) -> Index:
                 continue
             data[path] = place
             stem, suffix = posixpath.splitext(path)
-            head = os.pread(raw.fileno(), min(place[1], HEAD_BYTES), place[0])
+            raw.seek(place[0])
+            head = raw.read(min(place[1], HEAD_BYTES))
             if suffix == ".cls":
-                text = os.pread(raw.fileno(), min(place[1], 1024), place[0])
+                text = head + raw.read(min(place[1] - len(head), MAX_LABEL))
                 classes[stem] = text.decode("utf-8", "replace").strip()
             if suffix.lower() not in SUFFIXES and not is_image(head):
                 num_others += 1
@@ -281,7 +292,8 @@ def _members(file: Path) -> Iterator[tarfile.TarInfo]:
                 last = member.offset_data
                 yield member
             with file.open("rb") as raw:
-                if any(os.pread(raw.fileno(), tarfile.BLOCKSIZE, opened.offset)):
+                raw.seek(opened.offset)
+                if any(raw.read(tarfile.BLOCKSIZE)):
                     raise tarfile.ReadError(f"no header at byte {opened.offset}")
     except Exception as error:  # tarfile raises many types on damaged headers
         raise UsageError(f"{file} cannot be read as a plain tar file: {error}") from error

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from spice_pl.data.decode import FORMATS, Unread, read_image
+from spice_pl.data.decode import FORMATS, Decoding, Unread, read_image
 from spice_pl.data.images import ImageSet
 from spice_pl.data.listing import (
     DENIED,
@@ -32,7 +32,6 @@ from spice_pl.errors import UsageError
 logger = logging.getLogger(__name__)
 
 LABELS = ("none", "folders", "csv")
-REASONS = {GONE: "broken link", DENIED: "permission denied"}
 
 
 def folder(
@@ -44,6 +43,8 @@ def folder(
     table: str | None = None,
     scan: str = "auto",
     exclude: Sequence[str] | None = None,
+    levels: Sequence[float] | None = None,
+    max_decode_mb: float | None = None,
     on_bad_image: str = "skip",
     protocol: str = "whole",
 ) -> ImageSet:
@@ -68,6 +69,8 @@ def folder(
         scan: "auto", "files" or "folders", see `spice_pl.data.listing`.
         exclude: patterns of files and folders to leave out, matched with names and with paths
             relative to root; `*` also matches "/".
+        levels: black and white of images of more than 8 bits; None chooses them for each image.
+        max_decode_mb: megabytes of memory that decoding may take; None is 1024.
         on_bad_image: "skip" leaves out what cannot be decoded and reports it, "raise" stops.
         protocol: "whole"; a folder has no test images.
 
@@ -93,14 +96,16 @@ def folder(
     if table is None:
         found = look(search, scan)
     else:
-        paths, truths = read_table(Path(table).expanduser(), labelled=labels == "csv")
+        paths, truths = read_table(Path(table).expanduser(), directory, labelled=labels == "csv")
         found = _listed(directory, paths)
     if not (found.num_images if isinstance(found, Note) else len(found.paths)):
         raise UsageError(
             f"no image below dataset.root={root}, {len(found.left_out)} other files"
             f"{found.left_out.summary()}; looked for {', '.join(FORMATS)}"
         )
-    stored = open_files(search, found, image_size, cache_dir, on_bad_image)
+    decoding = Decoding(image_size, levels, max_decode_mb)
+    verify = scan == "files"
+    stored = open_files(search, found, decoding, cache_dir, on_bad_image, verify=verify)
     truth, class_names = None, None
     if labels == "folders":
         truth, class_names = class_labels(
@@ -126,7 +131,13 @@ def folder(
 
 
 def open_files(
-    search: Search, found: Note | Found, image_size: int, cache_dir: str, on_bad_image: str
+    search: Search,
+    found: Note | Found,
+    decoding: Decoding,
+    cache_dir: str,
+    on_bad_image: str,
+    *,
+    verify: bool = False,
 ) -> Stored:
     """Return the store of the files that a search found."""
     root = search.root
@@ -135,11 +146,18 @@ def open_files(
         files = scan_files(search) if isinstance(found, Note) else found
         if files.identity != found.identity:
             raise UsageError(f"{root} has changed since it was scanned; use dataset.scan=files")
-        load = functools.partial(_load, root, files, image_size)
+        load = functools.partial(_load, root, files, decoding)
         return Source(f"dataset.root={root}", files.paths, load)
 
-    identity = [str(root.resolve()), found.identity]
-    return open_store(identity, image_size, cache_dir, source, on_bad_image)
+    return open_store(
+        [str(root.resolve()), found.identity, decoding.levels],
+        decoding.image_size,
+        cache_dir,
+        source,
+        on_bad_image,
+        limits=decoding.limits,
+        verify=verify,
+    )
 
 
 def add_left_out(images: ImageSet, left_out: LeftOut) -> ImageSet:
@@ -158,21 +176,32 @@ def add_left_out(images: ImageSet, left_out: LeftOut) -> ImageSet:
     )
 
 
-def _load(root: Path, files: Found, image_size: int, i: int) -> Loaded:
+def _load(root: Path, files: Found, decoding: Decoding, i: int) -> Loaded:
     path = root / files.paths[i]
     if files.sizes[i] == UNREAD:
         return Unread("could not be looked at")
-    if files.sizes[i] in REASONS:
-        return REASONS[files.sizes[i]]
+    if files.sizes[i] == DENIED:
+        return "permission denied"
+    if files.sizes[i] == GONE:
+        return _gone(root, files.paths[i])
     if not path.is_file():  # opening a pipe would block
         return "vanished after the folder was listed" if not path.exists() else "not a file"
-    image = read_image(path, image_size)
+    image = read_image(path, decoding)
     now = size_and_time(path)
     if now[0] == GONE:
         return "vanished after the folder was listed"
     if now != (files.sizes[i], files.times[i]):
         return "changed after the folder was listed; run again when it is complete"
     return image
+
+
+def _gone(root: Path, path: str) -> str:
+    """Return why there is no file."""
+    if (root / path).is_symlink():
+        return "broken link"
+    if "\\" in path and (root / path.replace("\\", "/")).exists():
+        return "there is no such file, but there is one with / instead of \\"
+    return "there is no such file"
 
 
 def _listed(root: Path, paths: Sequence[str]) -> Found:

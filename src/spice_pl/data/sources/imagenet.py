@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from spice_pl.data.decode import read_image
+from spice_pl.data.decode import Decoding, read_image
 from spice_pl.data.images import ImageSet
 from spice_pl.data.listing import Search, leaves, look
 from spice_pl.data.sources.folder import add_left_out, open_files
@@ -69,7 +69,9 @@ def imagenet(
     order = sorted(wnids)
     search = Search(place, order, cache_dir=Path(cache_dir).expanduser())
     found = look(search, scan)
-    stored = open_files(search, found, image_size, cache_dir, on_bad_image)
+    stored = open_files(
+        search, found, Decoding(image_size), cache_dir, on_bad_image, verify=scan == "files"
+    )
     if len(stored.images) != num_images:
         logger.warning(
             "%s: %d images, %d are published; scores cannot be compared with published ones",
@@ -145,7 +147,7 @@ def tiny_imagenet(
             data = tree.read(paths[i])
         except (OSError, KeyError, zipfile.BadZipFile, zlib.error) as error:
             return f"{type(error).__name__}: {error}"
-        return read_image(data, image_size)
+        return read_image(data, Decoding(image_size))
 
     stored = open_store(
         [tree.identity, protocol == "split"],

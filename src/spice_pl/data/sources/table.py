@@ -7,49 +7,93 @@ from __future__ import annotations
 
 import csv
 import logging
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from spice_pl.data.images import printable
 from spice_pl.errors import UsageError
 
 logger = logging.getLogger(__name__)
 
 
-def read_table(path: Path, *, labelled: bool) -> tuple[list[str], list[str | None] | None]:
+NO_LABEL = ("", "nan", "<na>")  # what pandas writes for an image without a label
+
+
+def read_table(
+    path: Path, root: Path, *, labelled: bool
+) -> tuple[list[str], list[str | None] | None]:
     """Return the column `path`, and on request the column `label`, of a CSV or Parquet file.
 
-    An empty label means that the image has none.
+    An empty label, nan and <NA> mean that the image has none.
+
+    Args:
+        path: the table.
+        root: folder that its paths are relative to.
+        labelled: whether to read labels.
 
     Raises:
-        UsageError: the file or a column is missing, a path occurs twice, or there are no rows.
+        UsageError: the file or a column is missing, a row has too many fields, a file occurs
+            twice, or there are no rows.
     """
     if not path.is_file():
         raise UsageError(f"dataset.table={path} does not exist")
     wanted = ["path", "label"] if labelled else ["path"]
     parquet = path.suffix.lower() in (".parquet", ".pq")
-    columns = _parquet(path, wanted) if parquet else _csv(path, wanted)
+    try:
+        columns = _parquet(path, wanted) if parquet else _csv(path, wanted)
+    except (OSError, ValueError, csv.Error) as error:  # pyarrow's errors are some of these
+        raise UsageError(f"dataset.table={path} cannot be read: {error}") from error
     paths = [value or "" for value in columns["path"]]
     if not paths:
         raise UsageError(f"dataset.table={path} has no rows")
-    seen: set[str] = set()
+    rows: dict[str, int] = {}
     for row, each in enumerate(paths, 1):
-        if not each or each in seen:
-            what = f"names {each} twice" if each else "names no file"
-            raise UsageError(f"row {row} of dataset.table={path} {what}; give each image one row")
-        seen.add(each)
-    return paths, [value or None for value in columns["label"]] if labelled else None
+        file = os.path.normpath(root / each)
+        first = rows.setdefault(file, row)
+        if each and first == row:
+            continue
+        if not each:
+            what = "names no file"
+        elif paths[first - 1] == each:
+            what = f"names {printable(each)} twice, first in row {first}"
+        else:
+            other = printable(paths[first - 1])
+            what = f"names {printable(each)}, which row {first} names as {other}"
+        raise UsageError(f"row {row} of dataset.table={path} {what}; give each image one row")
+    return paths, _labels(columns["label"]) if labelled else None
+
+
+def _labels(values: Sequence[str | None]) -> list[str | None]:
+    labels = [None if (value or "").lower() in NO_LABEL else value for value in values]
+    if count := sum(
+        label is None and bool(value) for label, value in zip(labels, values, strict=True)
+    ):
+        logger.info("%d labels are nan and count as no label", count)
+    return labels
 
 
 def _csv(path: Path, wanted: Sequence[str]) -> dict[str, list[str | None]]:
+    columns: dict[str, list[str | None]] = {name: [] for name in wanted}
     # Paths may contain bytes that are not UTF-8; spreadsheets may write a byte order mark.
     with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         reader = csv.DictReader(file)
-        _check_columns(path, wanted, reader.fieldnames or ())
-        rows = list(reader)
-    return {name: [row[name] for row in rows] for name in wanted}
+        header = reader.fieldnames or ()
+        _check_columns(path, wanted, header)
+        for row in reader:
+            if None in row:
+                raise UsageError(
+                    f"line {reader.line_num} of dataset.table={path} has "
+                    f"{len(header) + len(row[None])} fields and the header {len(header)}; put a "
+                    'path with a comma into quotes: "a,b.jpg"'
+                )
+            for name in wanted:
+                columns[name].append(row[name])
+    return columns
 
 
 def _parquet(path: Path, wanted: Sequence[str]) -> dict[str, list[str | None]]:
@@ -61,15 +105,25 @@ def _parquet(path: Path, wanted: Sequence[str]) -> dict[str, list[str | None]]:
         ) from error
     _check_columns(path, wanted, parquet.read_schema(path).names)
     read = parquet.read_table(path, columns=list(wanted)).to_pydict()
-    return {
-        name: [None if value is None else str(value) for value in read[name]] for name in wanted
-    }
+    return {name: [_text(value) for value in read[name]] for name in wanted}
+
+
+def _text(value: Any) -> str | None:
+    """Return a value of a table as text; whole numbers that became floats are written as such.
+
+    >>> _text(2.0), _text(2.5), _text(float("nan")), _text(None), _text("cat")
+    ('2', '2.5', None, None, 'cat')
+    """
+    if value is None or value != value:  # NaN
+        return None
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def _check_columns(path: Path, wanted: Sequence[str], there: Sequence[str]) -> None:
     if missing := [name for name in wanted if name not in there]:
         raise UsageError(
-            f"dataset.table={path} has no column {', '.join(missing)}; it has {', '.join(there)}"
+            f"dataset.table={path} has no column {', '.join(missing)}; it has "
+            f"{printable(', '.join(there))}"
         )
 
 
