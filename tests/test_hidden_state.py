@@ -114,9 +114,7 @@ def trained(
     quiet()
     interrupts = Interrupts()
     stage = Drawing(interrupts, stop)
-    checkpoints = Checkpoints(
-        path, NanGuard("drawing"), interrupts, every_epochs=9, every_minutes=9, seed=0
-    )
+    checkpoints = Checkpoints(path, NanGuard("drawing"), interrupts, every_minutes=9, seed=0)
     runner = pl.Trainer(
         accelerator="cpu",
         max_epochs=EPOCHS,
@@ -327,7 +325,7 @@ def test_pillow_does_not_warn_about_damaged_files(tmp_path: Path) -> None:
         (tmp_path / "images" / name).write_bytes(photo.getvalue())
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        decode.read_image(photo.getvalue(), 8)
+        decode.read_image(photo.getvalue(), decode.Decoding(8))
         assert ["Corrupt EXIF" in str(each.message) for each in said] == [True]
         images = folder(str(tmp_path / "images"), 8, str(tmp_path / "cache"))
     assert len(images) == 2

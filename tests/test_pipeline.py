@@ -494,6 +494,10 @@ def test_a_learning_rate_that_is_far_too_large_is_reported(finished: Finished, s
         (["proto.module.buffer_size=5"], r"a buffer of 5 images gives 1 .* to at least 6"),
         (["proto.module.head_batch_size=40"], r"head_batch_size 40 exceeds the 39 labelled slots"),
         (["fixmatch.module.init=both"], "fixmatch.module.init 'both' is none of"),
+        (
+            ["stages=[moco,proto,clusmatch]", "clusmatch.module.init=both"],
+            "clusmatch.module.init 'both' is none of joint, encoder, scratch",
+        ),
         (["fixmatch.module._target_=os.system"], "_target_ os.system lies outside spice_pl"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

@@ -26,20 +26,15 @@ def run_job(cfg: DictConfig) -> float | None:
 
 
 def with_folder(arguments: list[str]) -> list[str]:
-    """Return the command line with a folder of images, given by itself, as settings.
+    """Return the command line with a folder of images, given as its first word, as settings.
 
     >>> with_folder(["/", "seed=1"])
     ['dataset=folder', "dataset.root='/'", 'seed=1']
     """
-    return [
-        word
-        for argument in arguments
-        for word in (
-            ("dataset=folder", f"dataset.root={quoted(argument)}")
-            if not argument.startswith("-") and Path(argument).is_dir()
-            else (argument,)
-        )
-    ]
+    first = arguments[0] if arguments else "-"
+    if first.startswith("-") or not Path(first).is_dir():
+        return arguments
+    return ["dataset=folder", f"dataset.root={quoted(first)}", *arguments[1:]]
 
 
 def main() -> None:

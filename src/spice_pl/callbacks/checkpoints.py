@@ -21,7 +21,7 @@ from spice_pl.system.interrupts import Interrupts, Stopped
 
 
 class Checkpoints(pl.callbacks.Checkpoint):
-    """Save every `every_epochs` epochs, every `every_minutes`, when asked to stop, and at the end.
+    """Save after every epoch, every `every_minutes`, when asked to stop, and at the end.
 
     The state between two batches is weights, optimizers, schedules, counters and the sums of the
     epoch. Views and order are keyed, and torch's generator is seeded before each batch. A new file
@@ -31,7 +31,6 @@ class Checkpoints(pl.callbacks.Checkpoint):
         path: file of the checkpoint.
         guard: check that refuses to save a state that is not finite.
         interrupts: signals received so far.
-        every_epochs: most epochs between two checkpoints.
         every_minutes: about the most minutes between two checkpoints.
         seed: seed of the run.
     """
@@ -42,12 +41,11 @@ class Checkpoints(pl.callbacks.Checkpoint):
         guard: NanGuard,
         interrupts: Interrupts,
         *,
-        every_epochs: int,
         every_minutes: float,
         seed: int,
     ) -> None:
         self.path, self.guard, self.interrupts = path, guard, interrupts
-        self.every_epochs, self.every_minutes, self.seed = every_epochs, every_minutes, seed
+        self.every_minutes, self.seed = every_minutes, seed
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clocks; inside an epoch, call the hooks of its start, which Lightning skips."""
@@ -97,7 +95,7 @@ class Checkpoints(pl.callbacks.Checkpoint):
         """Return whether to stop and whether to save, the same on all ranks."""
         stop = self.interrupts.asked is not None
         save = (
-            epoch - self._saved_epoch >= self.every_epochs
+            epoch > self._saved_epoch
             or time.monotonic() - self._saved_at >= 60 * self.every_minutes
         )
         if trainer.world_size > 1:

@@ -62,5 +62,6 @@ def build_stage(job: Job, step: Step, images: ImageSet) -> tuple[Stage, dict[str
     pl.seed_everything(step.seed, verbose=False)
     streams = {key: build(job.cfg, value) for key, value in own["streams"].items()}
     module: Stage = build(job.cfg, own["module"])
+    module.name = step.name
     module.check(images, streams)
     return module, streams

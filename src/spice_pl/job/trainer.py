@@ -32,7 +32,6 @@ def make_trainer(
         step.folder.checkpoint,
         guard,
         interrupts,
-        every_epochs=int(step.own["checkpoint_epochs"]),
         every_minutes=float(step.settings["checkpoint_minutes"]),
         seed=step.seed,
     )
