@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import re
 import signal
 import sys
 import warnings
@@ -55,7 +56,25 @@ from spice_pl.system.interrupts import Interrupts, Stopped
 from spice_pl.system.progress import Bar
 from spice_pl.tasks import baselines
 
-# Private parts of Lightning and torch
+PAGE = CONF.parent / "docs" / "reference" / "hidden-state.md"
+
+
+def test_the_page_names_files_and_tests_that_exist() -> None:
+    rows = [line.split(" | ") for line in PAGE.read_text().splitlines() if line.startswith("| ")]
+    rows = [row for row in rows if row[-1] != "test |"]  # without the heads of the tables
+    assert len(rows) > 40
+    for row in rows:
+        *_, where, _, tests = row
+        for module in re.findall(r"`([\w/]+\.py)`", where):
+            assert (CONF.parent / "src" / "spice_pl" / module).is_file(), module
+        file = ""
+        for name, test in re.findall(r"`(tests/[\w/]+\.py)?(?:::(test_\w+))?`", tests):
+            file = name or file  # `::test_b` after `file::test_a` is of the same file
+            assert f"def {test}" in (CONF.parent / file).read_text(), (file, test)
+        assert file or "every test" in tests, row
+
+
+# Private parts of Lightning, torch and Pillow
 
 EPOCHS, BATCHES = 2, 3
 
@@ -190,6 +209,13 @@ def test_bfloat16_where_the_processor_multiplies_in_it(
         assert isinstance(getattr(torch.cpu, name)(), bool)  # torch still has it
         monkeypatch.setattr(torch.cpu, name, lambda answer=answer: answer)
     assert trainer.auto_precision("cpu") == precision
+
+
+def test_decoders_that_run_programs_are_not_tried() -> None:
+    content = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(content, "EPS")
+    assert Image.open(content).format == "EPS"  # Pillow would hand it to Ghostscript
+    assert decode.read_image(content.getvalue(), 8) == "cannot identify image file"
 
 
 # Hydra and OmegaConf
@@ -370,15 +396,12 @@ def test_ranks_are_sessions_of_their_own(tmp_path: Path, monkeypatch: pytest.Mon
     assert all(process == session for process, session in found)
 
 
-def test_faiss_has_as_many_threads_as_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    faiss = pytest.importorskip("faiss")
-    before = faiss.omp_get_max_threads()
+def test_faiss_is_given_as_many_threads_as_torch_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Only where faiss was imported before torch do they count threads apart.
+    faiss, threads = pytest.importorskip("faiss"), list[int]()
+    monkeypatch.setattr(faiss, "omp_set_num_threads", threads.append)
     monkeypatch.setattr(neighbors, "EXACT_UP_TO", 1000)
     monkeypatch.setattr(neighbors, "RECALL", 0.0)
     keys = torch.randn(1100, 8, generator=torch.Generator().manual_seed(0))
-    try:
-        faiss.omp_set_num_threads(torch.get_num_threads() + 1)
-        neighbors.nearest_neighbors(keys, keys, 3)
-        assert faiss.omp_get_max_threads() == torch.get_num_threads()
-    finally:
-        faiss.omp_set_num_threads(before)
+    neighbors.nearest_neighbors(keys, keys, 3)
+    assert threads == [torch.get_num_threads()]
