@@ -5,10 +5,12 @@ Two samples are alike if their smoothed embeddings have a large cosine.
 Shapes: N samples, M new samples, D feature width, d components, k neighbours, t steps.
 """
 
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy import sparse
 from torch import Tensor
 
@@ -225,20 +227,36 @@ def neighbor_walk(embeddings: Tensor, num_neighbors: int = 10, num_steps: int = 
     if num_steps < 0:
         raise ValueError(f"num_steps {num_steps} is negative; use 0 for the projection alone")
     starts = embeddings.float()
-    current = starts.cpu().numpy()  # scipy's sparse product adds in the same order every time
+    if not num_steps:
+        return Walk(starts, torch.zeros_like(starts), starts, num_neighbors, num_steps)
+    states = walk_states(starts, neighbor_graph(starts, num_neighbors))
+    current = next(states)
     passed = np.zeros_like(current)
-    if num_steps:
-        graph = neighbor_graph(starts, num_neighbors)
-        degrees = graph.sum(axis=1)
-        transitions = sparse.diags_array(1 / degrees, dtype=np.float32) @ graph
-        for _ in range(num_steps):
-            passed = 0.5 * (passed + current)
-            current = 0.5 * (current + transitions @ current)
-    ends = unit_rows(torch.from_numpy(current)) if num_steps else starts
-    device = starts.device
+    for _ in range(num_steps):
+        passed = 0.5 * (passed + current)
+        current = next(states)
+    ends, device = unit_rows(torch.from_numpy(current)), starts.device
     return Walk(
         starts, torch.from_numpy(passed).to(device), ends.to(device), num_neighbors, num_steps
     )
+
+
+def walk_states(starts: Tensor, graph: sparse.csr_array) -> Iterator[NDArray[np.float32]]:
+    """Yield x_0, x_1, x_2, ... of `neighbor_walk` without end, not normalised.
+
+    Args:
+        starts: x_0, (N, d).
+        graph: symmetric weights (N, N), every row with a positive sum.
+
+    Yields:
+        x_s, (N, d), float32; a new array every time.
+    """
+    current: NDArray[np.float32] = starts.float().cpu().numpy()
+    # scipy's sparse product adds in the same order every time, a GPU's does not.
+    transitions = sparse.diags_array(1 / graph.sum(axis=1), dtype=np.float32) @ graph
+    while True:
+        yield current
+        current = 0.5 * (current + transitions @ current)
 
 
 def join_walk(embeddings: Tensor, walk: Walk) -> Tensor:
@@ -285,15 +303,30 @@ def neighbor_graph(embeddings: Tensor, num_neighbors: int = 10) -> sparse.csr_ar
     num_samples = len(embeddings)
     if num_samples == 1:
         return sparse.eye_array(1, dtype=np.float32, format="csr")
-    k = min(num_neighbors, num_samples - 1)
-    found = nearest_neighbors(embeddings, embeddings, k + 1)[1].cpu()  # (N, k + 1)
-    own = found == torch.arange(num_samples).unsqueeze(1)
-    own[~own.any(dim=1), -1] = True  # copies of a sample can push the sample itself out
-    columns = found[~own].numpy().astype(np.int32)  # (N * k,)
-    starts = np.arange(0, num_samples * k + 1, k)
+    others = nearest_others(embeddings, num_neighbors).cpu()  # (N, k)
+    k = others.shape[1]
     weights = np.full(num_samples * k, 1 / k, dtype=np.float32)
+    columns, starts = others.flatten().int().numpy(), np.arange(0, num_samples * k + 1, k)
     directed = sparse.csr_array((weights, columns, starts), shape=(num_samples, num_samples))
     return ((directed + directed.T) * np.float32(0.5)).tocsr()  # / 2 would give float64
+
+
+def nearest_others(embeddings: Tensor, num_neighbors: int) -> Tensor:
+    """Find the k nearest other samples of each by cosine, in memory that grows with N k.
+
+    Args:
+        embeddings: (N, d); rows are l2-normalised here.
+        num_neighbors: k; all others where N ≤ k.
+
+    Returns:
+        Index (N, k), nearest first, never the sample itself; its exact copies count as others.
+    """
+    num_samples = len(embeddings)
+    k = min(num_neighbors, num_samples - 1)
+    found = nearest_neighbors(embeddings, embeddings, k + 1)[1]  # (N, k + 1)
+    own = found == torch.arange(num_samples, device=found.device).unsqueeze(1)
+    own[~own.any(dim=1), -1] = True  # copies of a sample can push the sample itself out
+    return found[~own].view(num_samples, k)
 
 
 def _not_finite(features: Tensor) -> str:
