@@ -279,7 +279,7 @@ def test_wrong_evidence_is_refused(tmp_path: Path) -> None:
     for name, array, message in (
         ("rows", certain()[:50], "has 50 rows and the data set 90 images"),
         ("clusters", np.full((N, 4), 0.25, dtype=np.float32), "has 4 clusters and dataset"),
-        ("sums", certain() * 2, "are no probabilities"),
+        ("sums", certain() * 2, "are not probabilities"),
         ("nan", np.full((N, K), np.nan, dtype=np.float32), "90 rows hold NaN"),
     ):
         np.save(tmp_path / f"{name}.npy", array)
