@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
+from safetensors.torch import save_file as save_tensors
 
 from spice_pl.errors import UsageError
 from spice_pl.runs.evidence import check_features, check_probs, read_array
@@ -71,6 +74,105 @@ def test_files_that_are_not_there_or_of_other_images(tmp_path: Path) -> None:
         read_array(str(tmp_path / "flat.npy"), KEYS, "f")
 
 
+def test_a_byte_order_mark_does_not_hide_the_header(tmp_path: Path) -> None:
+    text = "image,p0,p1\nc.png,0.5,0.5\na.png,0.7,0.3\nb.png,0.2,0.8\n"
+    (tmp_path / "p.csv").write_text(text, encoding="utf-8-sig")
+    np.testing.assert_array_equal(read_array(str(tmp_path / "p.csv"), KEYS, "f"), TABLE)
+    # Numbers for names: with the mark in the header, they would be a column of features.
+    (tmp_path / "n.csv").write_text("image,p0,p1\n2,5,5\n1,2,8\n0,7,3\n", encoding="utf-8-sig")
+    found = read_array(str(tmp_path / "n.csv"), ["0", "1", "2"], "f")
+    assert found.tolist() == [[7, 3], [2, 8], [5, 5]]
+
+
+@pytest.mark.parametrize("cluster", ["-1", "-3", "3", "60000", "1000000000", "1" + "0" * 100])
+@pytest.mark.parametrize("num_clusters", [None, 3])
+def test_clusters_are_those_that_there_are(
+    tmp_path: Path, cluster: str, num_clusters: int | None
+) -> None:
+    file = write(tmp_path / "c.csv", f"image,cluster\nb.png,2\na.png,{cluster}\nc.png,1\n")
+    with pytest.raises(UsageError, match=f"c.csv names cluster {cluster}(;| and there are)"):
+        read_array(file, KEYS, "f", num_clusters)
+
+
+def test_an_empty_last_cluster_is_one(tmp_path: Path) -> None:
+    file = write(tmp_path / "clusters.csv", "image,cluster\nb.png,1\na.png,0\nc.png,1\n")
+    expected = np.eye(4, dtype=np.float32)[[0, 1, 1]]
+    np.testing.assert_array_equal(read_array(file, KEYS, "f", 4), expected)
+
+
+def npy(header: bytes, data: bytes = b"") -> bytes:
+    """Return a .npy file of any header."""
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + data
+
+
+def tensors(header: str, data: bytes = b"") -> bytes:
+    """Return a .safetensors file of any header."""
+    return len(header).to_bytes(8, "little") + header.encode() + data
+
+
+def whole_npy() -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, TABLE)
+    return buffer.getvalue()
+
+
+def zipped() -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, probs=TABLE)
+    return buffer.getvalue()
+
+
+DAMAGED = {
+    "empty.npy": b"",
+    "short.npy": whole_npy()[:-5],
+    "head.npy": whole_npy()[:20],
+    "zipped.npy": zipped(),
+    "nested.npy": npy(b"(" * 5000 + b"\n"),
+    "no header.npy": npy(b"{}\n"),
+    "huge.npy": npy(b"{'descr': '<f4', 'fortran_order': False, 'shape': (9999999999, 9)}\n"),
+    "negative.npy": npy(b"{'descr': '<f4', 'fortran_order': False, 'shape': (-3, 2)}\n"),
+    "object.npy": npy(b"{'descr': '|O', 'fortran_order': False, 'shape': (3, 2)}\n", b"x" * 99),
+    "complex.npy": npy(b"{'descr': '<c8', 'fortran_order': False, 'shape': (3, 2)}\n", bytes(48)),
+    "empty.safetensors": b"",
+    "short.safetensors": tensors(
+        '{"p": {"dtype": "F32", "shape": [3, 2], "data_offsets": [0, 24]}}'
+    ),
+    "junk.safetensors": b"junk" * 9,
+    "huge.safetensors": (1 << 62).to_bytes(8, "little"),
+    "nested.safetensors": tensors("[" * 5000),
+    "unknown.safetensors": tensors(
+        '{"p": {"dtype": "F3", "shape": [3, 2], "data_offsets": [0, 24]}}', bytes(24)
+    ),
+    "bool.safetensors": tensors(
+        '{"p": {"dtype": "BOOL", "shape": [3, 2], "data_offsets": [0, 6]}}', bytes(6)
+    ),
+    "field.csv": b"1," + b"1" * 140_000 + b"\n",
+    "digits.csv": b"image,cluster\na.png," + b"1" * 5000 + b"\nb.png,1\nc.png,1\n",
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_file_is_one_message(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(DAMAGED[name])
+    with pytest.raises(UsageError, match=name.replace(".", r"\.")):
+        read_array(str(tmp_path / name), KEYS, "f")
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float16", "float8_e4m3fn", "float64", "int32"])
+def test_tensors_of_every_kind_of_number_are_read(tmp_path: Path, kind: str) -> None:
+    values = torch.tensor([[1.0, 0.0], [2.0, 4.0], [0.0, 8.0]])
+    file = tmp_path / "p.safetensors"
+    save_tensors({"features": values.to(getattr(torch, kind))}, file)
+    assert read_array(str(file), KEYS, "f").tolist() == values.tolist()
+
+
+def test_numbers_too_large_are_infinite_and_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "p.npy", np.full((3, 2), 1e300))
+    found = read_array(str(tmp_path / "p.npy"), KEYS, "f")
+    with pytest.raises(UsageError, match="3 rows hold NaN or infinite values"):
+        check_features(found, 3, "p.npy")
+
+
 def changed(row: int, column: int, value: float) -> NDArray[np.float32]:
     table = TABLE.copy()
     table[row, column] = value
@@ -86,6 +188,13 @@ def changed(row: int, column: int, value: float) -> NDArray[np.float32]:
         (changed(2, 0, 0.9), 3, 2, "1 rows are not probabilities, row 2 sums to 1.4"),
         (changed(0, 0, -0.3), 3, 2, "row 0 sums to 0"),
         (TABLE * 8, 3, 2, "logits need a softmax"),
+        (
+            TABLE + np.array([0.309, -0.309], np.float32),
+            3,
+            2,
+            "sums to 1 and its smallest value is -0.009",
+        ),
+        (TABLE[:, :0], 3, 2, "has no columns"),
     ],
 )
 def test_probabilities_that_are_none(

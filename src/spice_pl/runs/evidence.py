@@ -6,8 +6,9 @@ Shapes: N images, D features, K clusters.
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +17,12 @@ from safetensors import safe_open
 from spice_pl.errors import UsageError
 
 MISTAKE = 1e-2  # largest error of the sum of a row; files hold few digits
+ROUNDING = 1e-6  # by which a probability may be below 0
 
 
-def read_array(file: str, keys: Sequence[str], fingerprint: str) -> NDArray[np.float32]:
+def read_array(
+    file: str, keys: Sequence[str], fingerprint: str, num_clusters: int | None = None
+) -> NDArray[np.float32]:
     """Read an array with one row per image.
 
     A .safetensors file holds one tensor; a `fingerprint` in its metadata must equal that of the
@@ -29,30 +33,34 @@ def read_array(file: str, keys: Sequence[str], fingerprint: str) -> NDArray[np.f
         file: path of a .npy, .safetensors or .csv file.
         keys: (N,) names of the images, as in clusters.csv.
         fingerprint: fingerprint of the data set.
+        num_clusters: columns of one-hot rows; None takes the largest cluster, and then at most N.
 
     Raises:
-        UsageError: the file is missing, of another kind, or of another data set.
+        UsageError: the file is missing, damaged, of another kind, or of another data set.
     """
     path = Path(file).expanduser()
     if not path.is_file():
         raise UsageError(f"{path} does not exist; give a .npy, .safetensors or .csv file")
-    if path.suffix == ".npy":
-        try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except ValueError as error:
-            raise UsageError(f"{path} is not an array of numbers: {error}") from error
-    elif path.suffix == ".safetensors":
-        array = _safetensors(path, fingerprint)
-    elif path.suffix == ".csv":
-        array = _csv(path, keys)
-    else:
+    readers: dict[str, Callable[[], NDArray[Any]]] = {
+        ".npy": lambda: _npy(path),
+        ".safetensors": lambda: _safetensors(path, fingerprint),
+        ".csv": lambda: _csv(path, keys, num_clusters),
+    }
+    if path.suffix not in readers:
         raise UsageError(f"{path} is none of .npy, .safetensors, .csv")
+    try:
+        array = readers[path.suffix]()
+    except UsageError:
+        raise
+    except Exception as error:  # numpy, safetensors and csv raise many types on damaged files
+        raise UsageError(f"{path} is not an array of numbers that can be read: {error}") from error
     if array.ndim != 2 or array.dtype.kind not in "fiu":
         raise UsageError(
             f"{path} holds {array.dtype} of shape {array.shape}; needed is a table of numbers with "
             "one row per image"
         )
-    return np.asarray(array, dtype=np.float32)
+    with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused later
+        return np.asarray(array, dtype=np.float32)
 
 
 def check_features(features: NDArray[np.float32], num_images: int, where: str) -> None:
@@ -66,6 +74,8 @@ def check_features(features: NDArray[np.float32], num_images: int, where: str) -
             f"{where} has {len(features)} rows and the data set {num_images} images; give one row "
             "per image, in the order of clusters.csv"
         )
+    if not features.shape[1]:
+        raise UsageError(f"{where} has no columns; make the file again")
     if bad := int((~np.isfinite(features).all(axis=1)).sum()):
         raise UsageError(f"{where}: {bad} rows hold NaN or infinite values; make the file again")
 
@@ -83,35 +93,43 @@ def check_probs(probs: NDArray[np.float32], num_images: int, num_clusters: int, 
             f"set dataset.num_clusters={probs.shape[1]} or give another file"
         )
     sums = probs.sum(axis=1, dtype=np.float64)
-    wrong = (np.abs(sums - 1) > MISTAKE) | (probs < -MISTAKE).any(axis=1)
+    lowest = probs.min(axis=1)
+    wrong: NDArray[np.bool_] = (np.abs(sums - 1) > MISTAKE) | (lowest < -ROUNDING)
     if wrong.any():
         first = int(np.flatnonzero(wrong)[0])
         raise UsageError(
             f"{where}: {int(wrong.sum())} rows are not probabilities, row {first} sums to "
-            f"{sums[first]:.4g}; give values from 0 to 1 that sum to 1 (logits need a softmax)"
+            f"{sums[first]:.4g} and its smallest value is {lowest[first]:.4g}; give values from 0 "
+            "to 1 that sum to 1 (logits need a softmax)"
         )
 
 
-def _safetensors(path: Path, fingerprint: str) -> NDArray[np.float32]:
-    try:
-        with safe_open(path, framework="np") as file:
-            names, metadata = list(file.keys()), file.metadata() or {}
-            if len(names) != 1:
-                raise UsageError(f"{path} holds tensors {names}; give a file with one")
-            array: NDArray[np.float32] = file.get_tensor(names[0])
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error}") from error
+def _npy(path: Path) -> NDArray[Any]:
+    array: Any = np.load(path, mmap_mode="r", allow_pickle=False)
+    if not isinstance(array, np.ndarray):  # a .npz archive by another name
+        raise UsageError(f"{path} is an archive of arrays; save one array with numpy.save")
+    return array
+
+
+def _safetensors(path: Path, fingerprint: str) -> NDArray[Any]:
+    with safe_open(path, framework="pt") as file:  # numpy has no bfloat16 and no float8
+        names, metadata = list(file.keys()), file.metadata() or {}
+        if len(names) != 1:
+            raise UsageError(f"{path} holds tensors {names}; give a file with one")
+        tensor = file.get_tensor(names[0])
     made_from = metadata.get("fingerprint", fingerprint)
     if made_from != fingerprint:
         raise UsageError(
             f"{path} was made from other images or another order of them (fingerprint {made_from}, "
             f"now {fingerprint}); give the file of this data set"
         )
+    array: NDArray[Any] = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
     return array
 
 
-def _csv(path: Path, keys: Sequence[str]) -> NDArray[np.float32]:
-    with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+def _csv(path: Path, keys: Sequence[str], num_clusters: int | None) -> NDArray[Any]:
+    # A spreadsheet may begin the file with a byte order mark.
+    with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         lines = [line for line in csv.reader(file) if line]
     if not lines:
         raise UsageError(f"{path} is empty; give one row per image")
@@ -132,12 +150,30 @@ def _csv(path: Path, keys: Sequence[str]) -> NDArray[np.float32]:
         raise UsageError(f"{path} has rows of different lengths; give a full table")
     try:
         if header and header[:2] == ["image", "cluster"]:
-            clusters = np.array([int(line[0]) for line in lines])
-            one_hot: NDArray[np.float32] = np.eye(int(clusters.max()) + 1, dtype=np.float32)
-            return np.asarray(one_hot[clusters])
+            return _one_hot(path, [int(line[0]) for line in lines], num_clusters)
         return np.array(lines, dtype=np.float32)
     except ValueError as error:
         raise UsageError(f"{path} holds a value that is not a number: {error}") from error
+
+
+def _one_hot(path: Path, clusters: Sequence[int], num_clusters: int | None) -> NDArray[np.float32]:
+    """Return (N, K) rows with a 1 at the cluster of each image."""
+    lowest, highest = min(clusters), max(clusters)
+    if lowest < 0:
+        raise UsageError(f"{path} names cluster {lowest}; clusters are numbered from 0")
+    if highest >= (len(clusters) if num_clusters is None else num_clusters):
+        raise UsageError(
+            f"{path} names cluster {highest} and there are "
+            + (
+                f"{len(clusters)} images; number the clusters from 0 without gaps"
+                if num_clusters is None
+                else f"{num_clusters} clusters; set dataset.num_clusters={highest + 1}, or give "
+                "another file"
+            )
+        )
+    one_hot = np.zeros((len(clusters), num_clusters or highest + 1), dtype=np.float32)
+    one_hot[np.arange(len(clusters)), clusters] = 1
+    return one_hot
 
 
 def _is_number(text: str) -> bool:
