@@ -215,7 +215,7 @@ def test_decoders_that_run_programs_are_not_tried() -> None:
     content = io.BytesIO()
     Image.new("RGB", (8, 8)).save(content, "EPS")
     assert Image.open(content).format == "EPS"  # Pillow would hand it to Ghostscript
-    assert decode.read_image(content.getvalue(), 8) == "cannot identify image file"
+    assert decode.read_image(content.getvalue(), decode.Decoding(8)) == "cannot identify image file"
 
 
 # Hydra and OmegaConf

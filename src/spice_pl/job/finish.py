@@ -6,6 +6,7 @@ import logging
 import time
 from pathlib import Path
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from rich.console import Console
@@ -22,6 +23,7 @@ from spice_pl.models.portable import ClusterNetwork, PortableModel, choose_known
 from spice_pl.nn.places import fine_feature_map
 from spice_pl.reports.page import write_report
 from spice_pl.reports.tables import ResultRow, results_markdown, results_rich
+from spice_pl.runs.answer import NETWORK, Answer, choose_answer
 from spice_pl.runs.attention import FeatureMap, write_attention
 from spice_pl.runs.clusters import ClusterTable, cluster_table
 from spice_pl.runs.edited import inherited_names, order_like, renumber_
@@ -48,14 +50,15 @@ def finish_stage(
     if trainer.is_global_zero:
         upstream = step.upstream[0] if step.upstream else None
         step.folder.write_embeddings(images.train_index, upstream)
-        table = None
+        table, answer = None, None
         if module.has_clusters:
             keep_numbers(step, module, images)
+            answer = write_answer(step, images)
             folder = step.folder
             table = cluster_table(
                 images.keys,
                 folder.embeddings(images.train_index),
-                folder.probs,
+                folder.answer,
                 step.reliable,
                 step.seed,
             )
@@ -70,7 +73,7 @@ def finish_stage(
             devices=trainer.world_size,
             precision=str(trainer.precision),
         )
-        write_results(step, module, images, table, cost, feature_map_of(plain, module))
+        write_results(step, module, images, table, answer, cost, feature_map_of(plain, module))
     trainer.strategy.barrier("results written")
     for each in trainer.loggers:
         if trainer.is_global_zero:
@@ -78,6 +81,22 @@ def finish_stage(
         finish = getattr(getattr(each, "experiment", None), "finish", None)
         if finish is not None:  # W&B keeps one run open until it is told
             finish()
+
+
+def write_answer(step: Step, images: ImageSet) -> Answer | None:
+    """Choose the clusters of the images at hand, if the settings ask for it."""
+    folder = step.folder
+    folder.write_answer(None)
+    if step.settings["answer"] == NETWORK:
+        return None
+    if len(images.train_index) < len(images):
+        logger.info("answer=auto: protocol split keeps the network's clusters")
+        return None
+    features, probs = (torch.from_numpy(np.array(each)) for each in (folder.features, folder.probs))
+    answer = choose_answer(features, probs, step.seed)
+    if answer.name != NETWORK:
+        folder.write_answer(answer.probs.numpy())
+    return answer
 
 
 def keep_numbers(step: Step, module: Stage, images: ImageSet) -> None:
@@ -141,13 +160,14 @@ def write_results(
     module: Stage,
     images: ImageSet,
     table: ClusterTable | None,
+    answer: Answer | None,
     cost: Cost,
     feature_map: FeatureMap,
 ) -> None:
     """Write table.md and report.html of a stage with clusters, then metrics.json."""
     folder, upstream = step.folder, step.upstream
     metrics = stage_metrics(
-        step.record, folder, upstream, images, table, cost, oracle=module.oracle
+        step.record, folder, upstream, images, table, answer, cost, oracle=module.oracle
     )
     if table is not None:
         rows = [ResultRow(**row) for row in metrics["rows"]]

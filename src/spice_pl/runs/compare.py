@@ -257,7 +257,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _own_rows(run: Mapping[str, Any]) -> list[ResultRow]:
     """Return the rows that this stage added: its clusters', or k-means on pixels and features."""
     rows = [ResultRow(**row) for row in run["rows"]]
-    return rows[-1:] if "cluster_sizes" in run else rows[-2:]
+    if "cluster_sizes" not in run:
+        return rows
+    return rows[-2:] if run.get("answer") else rows[-1:]
 
 
 def _settings(run: Mapping[str, Any]) -> dict[str, str]:

@@ -42,7 +42,7 @@ def write_edited(edits: Edits, reviewed: RunFolder, target: RunFolder, num_clust
             edits do not fit it or leave another number of clusters.
     """
     metrics, keys = _check_fits(edits, reviewed, num_clusters)
-    before = as_tensor(reviewed.probs)
+    before = as_tensor(reviewed.answer)
     probs, moved = edited_probs(edits, before, as_tensor(reviewed.features), keys)
     rows = edited_rows(edits, before)
     target.path.mkdir(parents=True, exist_ok=True)
@@ -52,6 +52,7 @@ def write_edited(edits: Edits, reviewed: RunFolder, target: RunFolder, num_clust
             temporary.write_bytes(reviewed.checked(name).read_bytes())
     _write_rows(reviewed.read_weights("head.safetensors"), rows, target)
     _write_array(target, "probs.npy", probs.numpy())
+    target.write_answer(None)
     _write_array(target, "moved.npy", moved.numpy())
     target.write_json("names.json", {str(k): name for k, name in edits.names_after.items()})
     target.write_json("edits.json", edits.as_json())

@@ -55,11 +55,20 @@ from spice_pl.system.files import atomic, sync_folder
 logger = logging.getLogger(__name__)
 
 EMBEDDINGS = "embeddings.npy"
+ANSWER = "answer.npy"
 # Files that the next stage reads. Their digests together identify a run.
 HANDED_ON = ("encoder.safetensors", "head.safetensors", "features.npy", "probs.npy")
 # Files whose digests are in metrics.json. attention.npz has none, since stage=report writes it
 # again, and names.json has none, since the user may edit it.
-WITH_DIGEST = (*HANDED_ON, "heads.safetensors", CLUSTERS, "model.spice", "moved.npy")
+WITH_DIGEST = (
+    *HANDED_ON,
+    EMBEDDINGS,
+    ANSWER,
+    "heads.safetensors",
+    CLUSTERS,
+    "model.spice",
+    "moved.npy",
+)
 
 
 class Metrics(dict[str, Any]):
@@ -144,6 +153,22 @@ class RunFolder:
     def probs(self) -> NDArray[np.float32]:
         """(N, K) cluster probabilities of the plain images, memory-mapped."""
         return self._array("probs.npy", np.dtype(np.float32), 2)
+
+    @property
+    def answer(self) -> NDArray[np.float32]:
+        """(N, K) probabilities of the clusters in clusters.csv, memory-mapped.
+
+        Those of the network, unless others were chosen (`runs.answer`).
+        """
+        name = ANSWER if (self.path / ANSWER).is_file() else "probs.npy"
+        return self._array(name, np.dtype(np.float32), 2)
+
+    def write_answer(self, probs: NDArray[np.float32] | None) -> None:
+        """Write answer.npy; None removes it, where the network's clusters are kept."""
+        (self.path / ANSWER).unlink(missing_ok=True)
+        if probs is not None:
+            with atomic(self.path / ANSWER) as temporary, temporary.open("wb") as file:
+                np.save(file, probs)
 
     @property
     def metrics(self) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from spice_pl.errors import UsageError
 from spice_pl.functional.assignment import clustering_scores
 from spice_pl.functional.kmeans import kmeans_clusters
 from spice_pl.reports.tables import ResultRow
+from spice_pl.runs.answer import Answer
 from spice_pl.runs.clusters import ClusterTable
 from spice_pl.runs.folder import RunFolder, identity
 from spice_pl.runs.small_files import read_text
@@ -79,6 +80,7 @@ def stage_metrics(
     upstream: Sequence[RunFolder],
     images: ImageSet,
     table: ClusterTable | None,
+    answer: Answer | None,
     cost: Cost,
     *,
     oracle: bool,
@@ -94,6 +96,7 @@ def stage_metrics(
         upstream: artifacts of the stages before it, the nearest first.
         images: the data set.
         table: clusters of the run; None for a stage without clusters.
+        answer: how they were chosen; None if they are those of the network.
         cost: cost of the stage.
         oracle: whether the stage was trained on true labels.
     """
@@ -104,7 +107,9 @@ def stage_metrics(
     oracle = oracle or any(_is_oracle(each) for each in upstream)
     rows = [
         score_row(name, clusters, images, seed=record.seed, seconds=seconds, oracle=oracle)
-        for name, clusters, seconds in _clusterings(record, folder, images, table, seconds_in_all)
+        for name, clusters, seconds in _clusterings(
+            record, folder, images, table, answer, seconds_in_all
+        )
     ]
     return {
         **asdict(record),
@@ -117,6 +122,7 @@ def stage_metrics(
         "objective": objective(logged),
         "logged": logged,
         **_table_metrics(table, record.num_clusters),
+        "answer": None if answer is None else {"name": answer.name, "scores": answer.scores},
         "digest": identity(digests),
         "digests": digests,
         "rows": [*before.get("rows", []), *map(asdict, rows)],
@@ -128,16 +134,22 @@ def _clusterings(
     folder: RunFolder,
     images: ImageSet,
     table: ClusterTable | None,
+    answer: Answer | None,
     seconds: float,
 ) -> Iterator[tuple[str, NDArray[np.int64], float]]:
     """Yield name, clusters (N,) and seconds of each clustering of a stage to score."""
     if table is not None:
-        yield record.title, table.clusters, seconds
+        if answer is not None:
+            yield record.title, folder.probs.argmax(axis=1).astype(np.int64), seconds
+        name = record.title if answer is None else f"{record.title}, chosen clusters"
+        yield name, table.clusters, seconds
     elif record.num_clusters:
-        for what, data, spent in (
-            ("pixels", images.images, 0.0),
-            (f"{record.title} features", folder.features, seconds),
-        ):
+        sources: list[tuple[str, NDArray[Any], float]] = [("pixels", images.images, 0.0)]
+        sources.append((f"{record.title} features", folder.features, seconds))
+        if folder.similarity == "smoothed":
+            embeddings = folder.embeddings(images.train_index).numpy()
+            sources.append((f"smoothed {record.title} features", embeddings, seconds))
+        for what, data, spent in sources:
             begun = time.monotonic()
             clusters = kmeans_clusters(data, record.num_clusters, record.seed)
             yield f"k-means on {what}", clusters, spent + time.monotonic() - begun

@@ -142,8 +142,8 @@ class LabelSource:
             and self.features_file is None
             and (upstream.path / "probs.npy").is_file()
         ):
-            source = f"{upstream.path}/probs.npy"
-            probs = upstream.probs
+            source = f"the clusters of {upstream.path}"
+            probs = upstream.answer
         if probs is not None:
             check_probs(probs, len(images), self.num_clusters, source)
         if features is None and probs is None:

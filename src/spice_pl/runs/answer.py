@@ -1,0 +1,117 @@
+"""The clusters of the images at hand: those of the network, or others of the same features.
+
+A network sees one image at a time. Clusterings that see all images at once are often better for
+these images; the network is what clusters new ones. Which to keep is chosen without labels.
+
+Shapes: N images, D features, K clusters, R candidates, k neighbours.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from spice_pl.functional.assignment import count_table, match_clusters
+from spice_pl.functional.candidates import (
+    WALKS,
+    cluster_scores,
+    evenness,
+    spectral_clusters,
+    walk_clusters,
+    ward_clusters,
+)
+from spice_pl.functional.embeddings import (
+    fit_projection,
+    nearest_others,
+    neighbor_graph,
+    project,
+)
+
+logger = logging.getLogger(__name__)
+
+NUM_NEIGHBORS = 10
+WARD_UP_TO = 20_000  # images; beyond it merging them one by one takes minutes
+NETWORK = "network"
+COLLAPSED = 0.3  # less even than the evenest candidate by this much; classes 10:1 are even to 0.1
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The chosen clusters.
+
+    Attributes:
+        name: the candidate that was chosen; "network" for that of the head.
+        scores: label-free score of each candidate that has not collapsed; the largest was chosen.
+        probs: (N, K); its largest entry is the cluster and the confidence of an image.
+    """
+
+    name: str
+    scores: Mapping[str, float]
+    probs: Tensor
+
+
+def choose_answer(features: Tensor, probs: Tensor, seed: int) -> Answer:
+    """Choose between the network's clusters, k-means, spectral clustering and Ward's.
+
+    The others are clusterings of smoothed embeddings (`functional.candidates`), the choice is that
+    of `cluster_scores`. The chosen clusters get the numbers of the network's that they share most
+    images with. Their probability is ½ for the image's own cluster and ½ for the clusters of the
+    image and its nearest others, one step of label propagation (Zhou et al. 2004).
+
+    Args:
+        features: (N, D), raw.
+        probs: (N, K), of the network.
+        seed: seed of k-means.
+    """
+    num_clusters, own = probs.shape[1], probs.argmax(dim=1)
+    found = {NETWORK: own} | _candidates(features, num_clusters, seed)
+    # Neighbours agree most where everything is in one cluster: no such candidate may win.
+    even = {name: evenness(row, num_clusters) for name, row in found.items()}
+    found = {
+        name: row for name, row in found.items() if even[name] >= max(even.values()) - COLLAPSED
+    }
+    values = cluster_scores(features, torch.stack(list(found.values())), num_clusters)
+    scores = dict(zip(found, values.tolist(), strict=True))
+    name = max(scores, key=lambda each: scores[each])
+    logger.info("clusters of %s are kept: %s", name, _listed(scores))
+    if name == NETWORK:
+        return Answer(name, scores, probs)
+    clusters = _numbered_like(found[name], own, num_clusters)
+    return Answer(name, scores, _propagated(features, clusters, num_clusters))
+
+
+def _candidates(features: Tensor, num_clusters: int, seed: int) -> dict[str, Tensor]:
+    """Return clusters (N,) of each clustering of all images together."""
+    walked = walk_clusters(features, num_clusters, seed=seed)
+    found = {f"k-means after {steps} steps": row for steps, row in zip(WALKS, walked, strict=True)}
+    embeddings = project(features, fit_projection(features))
+    graph = neighbor_graph(embeddings, NUM_NEIGHBORS)
+    found["spectral clustering"] = spectral_clusters(embeddings, graph, num_clusters, seed)
+    if len(features) <= WARD_UP_TO:
+        found["Ward's clustering"] = ward_clusters(embeddings, graph, num_clusters)
+    return found
+
+
+def _numbered_like(clusters: Tensor, reference: Tensor, num_clusters: int) -> Tensor:
+    """Return the same clusters under the numbers of a reference that shares most images."""
+    number = match_clusters(count_table(clusters, reference, num_clusters, num_clusters))
+    return number.to(clusters.device)[clusters]
+
+
+def _propagated(features: Tensor, clusters: Tensor, num_clusters: int) -> Tensor:
+    """Return probabilities (N, K) of clusters (N,)."""
+    probs = F.one_hot(clusters, num_clusters).float()
+    others = nearest_others(features, NUM_NEIGHBORS)  # (N, k)
+    votes = probs.clone()
+    for column in others.T:
+        votes += probs[column]
+    return (probs + votes / (1 + others.shape[1])) / 2
+
+
+def _listed(scores: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {score:.3f}" for name, score in scores.items())
