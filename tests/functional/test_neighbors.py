@@ -37,6 +37,17 @@ def test_k_can_be_all_keys_and_no_queries_give_no_rows() -> None:
     assert similarity.shape == index.shape == (0, 2)
 
 
+@pytest.mark.parametrize("num_keys", [768, 800, 831])
+def test_blocks_of_many_keys_hide_no_neighbour(num_keys: int) -> None:
+    queries, keys = gaussian(200, 3), gaussian(num_keys, 3, seed=1)
+    similarity, index = nearest_neighbors(queries, keys, 3)
+    cosine = unit_rows(queries) @ unit_rows(keys).T
+    order = cosine.argsort(dim=1, descending=True)[:, :3]
+    assert torch.equal(index, order)
+    assert torch.equal(similarity, cosine.gather(1, order))
+    assert num_keys % 64 == 0 or int(index.max()) >= 768  # a neighbour in no whole block
+
+
 def test_default_chunks_bound_the_similarities(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     whole = neighbors.similarities
