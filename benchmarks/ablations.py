@@ -1,12 +1,13 @@
-"""Tables VII and VIII of SPICE beside ours: what does each part of stage 2 give?
+"""What does each part of stage 2 contribute? Tables VII and VIII of SPICE beside our results.
 
     python benchmarks/ablations.py table7|table8 [--rows spice,ce] [--seeds 5] [--runs-dir DIR]
                                    [KEY=VALUE ...]
 
-One multirun over seeds and the rows of conf/experiment/table7.yaml, or those named; stage 1 is
-trained once a seed and shared by the rows, and trials that are finished in DIR are kept. Prints
-mean ± standard deviation over the seeds beside the paper's STL10 (whole) figures and, as its last
-line, JSON. Further settings go to train.py; without --runs-dir nothing is kept.
+One multirun over the seeds and the rows of conf/experiment/table7.yaml (or table8), or over the
+rows named. Stage 1 is trained once per seed and shared by the rows; trials that are finished in DIR
+are reused. Prints mean ± standard deviation over the seeds beside the paper's figures for STL10
+(whole) and, as the last line, JSON. Further settings go to train.py. Without --runs-dir the runs
+are deleted at the end.
 """
 
 import argparse
@@ -37,7 +38,7 @@ PAPER = {  # SPICE, Tables VII and VIII: STL10, whole, mean and deviation over f
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("table", choices=("table7", "table8"))
-    parser.add_argument("--rows", help="of the table, with commas between; all unless named")
+    parser.add_argument("--rows", help="rows of the table, with commas between; default: all")
     args, settings = parse(parser)
     experiment = OmegaConf.load(ROOT / "conf" / "experiment" / f"{args.table}.yaml")
     rows = args.rows or experiment.hydra.sweeper.params["proto/ablation"]
@@ -64,7 +65,7 @@ def main() -> None:
 
 
 def table(found: dict[str, list[dict[str, Any]]]) -> str:
-    """Markdown: one line a row of the paper, ours beside the paper's."""
+    """Return Markdown: one line per row of the paper's table, our scores beside the paper's."""
     num_seeds = len(next(iter(found.values())))
     lines = [
         f"| | ACC, ours ({num_seeds} seeds) | ACC, paper (STL10) | NMI, ours | NMI, paper "

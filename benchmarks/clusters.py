@@ -1,11 +1,12 @@
-"""Do many clusters stay alive? Stage 2's mathematics on synthetic features in K clusters.
+"""How many clusters stay non-empty when K is large? Stage 2's mathematics on synthetic features.
 
     python benchmarks/clusters.py [--clusters 200] [--per-cluster 50] [--cycles 10] [--heads 4]
 
-Features are K random centres of D = 64 with noise, weak and strong views add noise of their own;
-the buffer is all images. Cycle by cycle: Eqs. 2 to 4 on the weak views, then the M-step on the
-strong ones (Adam) by Eq. 5, with the entropy term at two weights, and by plain cross-entropy.
-Prints the head of the lowest Eq. 5: accuracy and empty clusters, beside k-means; then JSON.
+Features are K random centres (D = 64) plus noise; weak and strong views add noise of their own. The
+buffer holds all images. Each cycle takes Eqs. 2 to 4 on the weak views and then the M-step on the
+strong views (Adam). The M-step minimises Eq. 5, Eq. 5 with the entropy term at two weights, or
+plain cross-entropy. For each loss it prints the accuracy and the number of empty clusters of the
+head with the lowest Eq. 5, beside k-means; then JSON.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from spice_pl.functional.prototypes import prototype_pseudo_labels
 from spice_pl.nn.heads import ParallelHeads
 
 DIM, REPEATS, BATCH = 64, 8, 128
-ROWS = {  # whether by the double softmax, and the weight of the entropy term
+ROWS = {  # name: (double softmax or plain cross-entropy, weight of the entropy term)
     "spice": (True, 0.0),
     "entropy_0.03": (True, 0.03),
     "entropy_1": (True, 1.0),
@@ -39,7 +40,9 @@ def main() -> None:
     parser.add_argument("--per-cluster", type=int, default=50)
     parser.add_argument("--cycles", type=int, default=10)
     parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--lr", type=float, default=5e-3, help="of Adam; the paper's")
+    parser.add_argument(
+        "--lr", type=float, default=5e-3, help="learning rate of Adam; default: the paper's"
+    )
     args = parser.parse_args()
     generator = torch.Generator().manual_seed(0)
     truth = torch.arange(args.clusters).repeat(args.per_cluster)

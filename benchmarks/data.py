@@ -1,20 +1,20 @@
-"""How fast images are decoded, how soon a run can start on a store, and what memory it takes.
+"""How fast are images decoded, how soon can a run start on a store, and what memory does it take?
 
     python benchmarks/data.py                     # 10,000 and 100,000 synthetic files
     python benchmarks/data.py --sizes 1000000     # takes some minutes and 4 GB
 
-For each size: folders of 1,000 small PNG files (hard links to 1,000 different ones, so that a
-million fit on any disk), decoded into a store, and then opened again by a fresh process, as a run
-does: start-up is the time from the first look at the folder to the first batch, imports left out.
-Prints a table, then JSON.
+For each size it makes folders of 1,000 small PNG files (hard links to 1,000 different files, so
+that a million fit on any disk) and decodes them into a store. A new process then opens the store as
+a run does: start-up is the time from the first look at the folder to the first batch, without
+imports. Prints a table, then JSON.
 
-    images_per_s  batches of a shuffled epoch out of the store, uint8, before views are made
-    decoded_per_s files into the store, the first time
-    startup_s     of a fresh process on an existing store
-    startup_cpu_s the same in seconds of processor time, which a busy machine does not lengthen
-    rss_mb        memory of that process that is its own (RssAnon) after the epoch, over what it
-                  held before it opened the store; pages of the store are the system's cache
-    mapped_mb     those pages
+    images_per_s  images read from the store in a shuffled epoch, uint8, before views are made
+    decoded_per_s files decoded into the store, the first time
+    startup_s     seconds that a new process needs on an existing store
+    startup_cpu_s the same in processor time, which a busy machine does not lengthen
+    rss_mb        memory that the process added by the end of the epoch (RssAnon); the mapped pages
+                  of the store are not counted, they are the system's cache
+    mapped_mb     the mapped pages (RssFile)
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from spice_pl.data.augment import PlainView
 from spice_pl.data.datamodule import Stream, ViewsDataModule
 from spice_pl.data.sources.folder import folder
 
-DIFFERENT = 1000  # files with content of their own; a file system allows some 60,000 links to each
+DIFFERENT = 1000  # different files; a file system allows some 60,000 hard links to each
 PER_FOLDER = 1000
 BATCH = 512
 READ_AT_MOST = 200_000  # images of the timed epoch
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def run(size: int, pixels: int, scan: str) -> dict[str, float]:
-    """Make the files and the store, then let a fresh process open it."""
+    """Make the files and the store, then let a new process open the store."""
     with tempfile.TemporaryDirectory(prefix="spice-pl-data-") as temporary:
         root, cache = Path(temporary, "images"), Path(temporary, "cache")
         write_files(root, size, pixels)
@@ -93,7 +93,7 @@ def write_files(root: Path, size: int, pixels: int) -> None:
         if i % PER_FOLDER == 0:
             parent.mkdir()
         os.link(originals[i % DIFFERENT], parent / f"{i % PER_FOLDER:04}.png")
-    for parent in (root, *root.iterdir()):  # as a folder that was filled some time ago
+    for parent in (root, *root.iterdir()):  # as if it was filled some time ago
         os.utime(parent, (1e9, 1e9))
 
 
@@ -122,7 +122,7 @@ def measure(root: str, cache: str, pixels: int, scan: str) -> dict[str, float]:
 
 
 def memory_mb(what: str) -> float:
-    """Read a line of /proc/self/status (Linux)."""
+    """Return a value of /proc/self/status (Linux) in MB."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{what}:"):
             return int(line.split()[1]) / 1024

@@ -1,11 +1,12 @@
-"""How well are digits clustered, over several seeds?
+"""How well are digits clustered, on average over seeds?
 
     python benchmarks/digits.py [--seeds 5] [--dataset mnist5k] [--runs-dir DIR] [KEY=VALUE ...]
 
-Runs train.py once a seed, with any further settings, and prints a Markdown table of every row that
-the run reports (k-means on pixels, k-means on features, both stages of SPICE) as mean ± standard
-deviation over the seeds and, as its last line, the same as JSON. A row's time includes the stages
-before it; the time of a run is that of the whole command. Without --runs-dir nothing is kept.
+Runs train.py once per seed, with any further settings. Prints a Markdown table of every row that
+the run reports (k-means on pixels, k-means on features, stages 2 and 3 of SPICE) as mean ± standard
+deviation over the seeds and, as the last line, the same as JSON. A row's time includes the stages
+before it; the time of a run is that of the whole command. Without --runs-dir the runs are deleted
+at the end.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from trials import SCORES, averages, parse, train
 
 from spice_pl.reports.tables import duration_text, mean_std
 
-ROWS = {  # name in the figures to name in the reports
+ROWS = {  # name in the JSON: name in the report
     "kmeans_pixels": "k-means on pixels",
     "kmeans_features": "k-means on MoCo features",
     "stage2": "SPICE stage 2",
@@ -56,7 +57,7 @@ def run(dataset: str, seed: int, folder: Path, overrides: Sequence[str]) -> dict
 
 
 def table(runs: Sequence[dict[str, Any]], seconds: Sequence[float]) -> str:
-    """Markdown: one line a result, mean ± standard deviation (n - 1) over the seeds."""
+    """Return Markdown: one line per result, mean ± standard deviation (n - 1) over the seeds."""
     lines = [
         "| Name | ACC | NMI | ARI | Protocol | Seeds | Time |",
         "|:--|--:|--:|--:|:--|--:|--:|",
@@ -77,7 +78,7 @@ def table(runs: Sequence[dict[str, Any]], seconds: Sequence[float]) -> str:
 
 
 def figures(runs: Sequence[dict[str, Any]], seconds: Sequence[float]) -> dict[str, Any]:
-    """Every score of every row by name; plain `acc_mean` and so on are those of the last stage."""
+    """Return every score of every row; names without a prefix, as `acc_mean`, are stage 3's."""
     result: dict[str, Any] = {
         "dataset": runs[0]["dataset"],
         "protocol": runs[0]["protocol"],
@@ -93,13 +94,13 @@ def figures(runs: Sequence[dict[str, Any]], seconds: Sequence[float]) -> dict[st
 
 
 def own_settings(metrics: dict[str, Any]) -> list[str]:
-    """Settings of the command line that were not this benchmark's."""
+    """Return the settings of the command line, without those that this benchmark adds."""
     ours = ("dataset=", "seed=", "run=", "overwrite=", "runs_dir=")
     return [text for text in metrics["overrides"] if not text.startswith(ours)]
 
 
 def peak_memory_mb(runs: Sequence[dict[str, Any]]) -> float:
-    """Largest resident memory of any run."""
+    """Return the largest resident memory of any run."""
     return max(float(each["peak_memory_mb"]) for each in runs)
 
 

@@ -1,14 +1,16 @@
-"""Figures 6 and A.1 of SPICE, as SVG files.
+"""Draw Figures 6 and A.1 of SPICE as SVG files.
 
     python benchmarks/figures.py a1 [--to gradient_ratio.svg]
     python benchmarks/figures.py 6 RUN [--to head_selection.svg]
 
-A.1: how much more slowly the double softmax learns than a single one, against the probability that
-the head gives to the pseudo-label, for 2, 10 and 200 clusters. The rest is shared evenly by the
-other clusters, so that the ratio is the same for every logit: each loss's gradients sum to 0.
+A.1: how much smaller the gradient of the double softmax is than that of a single one, against the
+probability that the head gives to the pseudo-label, for 2, 10 and 200 clusters. The other clusters
+share the rest evenly. Then the ratio is the same for every logit, because each loss's gradients sum
+to 0.
 
-6: the head of the lowest label-free loss beside the best head by truth, after each epoch of the run
-in the folder RUN (runs/digits/proto/seed0), and the regret of the choice: their mean distance.
+6: accuracy of the head with the lowest label-free loss beside that of the best head by truth, after
+each epoch of the run in the folder RUN (runs/digits/proto/seed0), and the regret of the choice, the
+mean difference of the two.
 
 Prints a table and, as the last line, JSON.
 """
@@ -51,7 +53,7 @@ def main() -> None:
 
 
 def gradient_ratio() -> tuple[dict[str, Points], dict[str, float]]:
-    """Eq. A-6 over p_y; where the head is not sure (p_y = 1/K) and where it is, in the figures."""
+    """Return Eq. A-6 over p_y, and its values for an unsure (p_y = 1/K) and a sure head."""
     p_y = torch.linspace(0.005, 0.995, 199, dtype=torch.float64)
     curves: dict[str, Points] = {}
     result: dict[str, float] = {}
@@ -69,7 +71,7 @@ def gradient_ratio() -> tuple[dict[str, Points], dict[str, float]]:
 
 
 def head_selection(run: Path) -> tuple[dict[str, Points], dict[str, float]]:
-    """What `truth/best_head_acc` and `truth/epoch_head_acc` were after each epoch."""
+    """Return `truth/best_head_acc` and `truth/epoch_head_acc` by epoch, and the regret."""
     curves: dict[str, list[tuple[float, float]]] = {"best by truth": [], "lowest loss": []}
     keys = ("truth/best_head_acc", "truth/epoch_head_acc")
     for file in sorted(run.glob("metrics*.csv")):
@@ -80,7 +82,7 @@ def head_selection(run: Path) -> tuple[dict[str, Points], dict[str, float]]:
                         points.append((float(line["epoch"]), float(line[key])))
     best, chosen = ([y for _, y in points] for points in curves.values())
     if not best:
-        raise SystemExit(f"error: {run} logs no {keys[0]}; it takes labels and a frozen encoder")
+        raise SystemExit(f"error: {run} logs no {keys[0]}; that needs labels and a frozen encoder")
     regret = statistics.fmean(a - b for a, b in zip(best, chosen, strict=True))
     return dict(curves), {
         "regret": round(regret, 4),

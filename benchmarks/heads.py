@@ -1,57 +1,59 @@
-"""What do ten heads cost beside one?
+"""What do ten heads cost compared with one?
 
     python benchmarks/heads.py [--pairs 5] [--threads 1] [--precision 32-true] [--paper]
 
-Three questions on the processor, a table for all and, as the last line, all figures as JSON:
+Answers three questions on the processor. Prints a table and, as the last line, all figures as JSON:
 
-1. heads only: the M-step on cached features, ten heads over one, and ten heads over the bare matrix
-   products of their steps, forward and backward.
-2. whole cycle: `ProtoHeadModule` under a Trainer (views, encoder, E-step, M-step, selection) with
+1. Heads only: the M-step on cached features, ten heads over one head, and ten heads over the bare
+   matrix products of their steps, forward and backward.
+2. Whole cycle: `ProtoHeadModule` under a Trainer (views, encoder, E-step, M-step, selection) with
    the settings of conf/, ten heads over one. With --paper also at the paper's width (ResNet18,
-   512 features, 32 pixels) on a small buffer, minutes more.
-3. passes: images through the encoder in a cycle of 5,000, encoded anew for each head and repeat
-   over encoded once; its wall time is the question of benchmarks/proto.py.
+   512 features, 32 pixels) on a small buffer, which takes minutes more.
+3. Passes: images through the encoder in a cycle of 5,000 images, encoded again for each head and
+   repeat over encoded once. benchmarks/proto.py measures what that costs in time.
 
-Sides are timed in turn, so that other programs disturb both; ratios are medians over the pairs.
+The two sides of a ratio are timed in turn, so that other programs disturb both. Ratios are medians
+over the pairs.
 """
 
 import argparse
 import json
-import logging
 import statistics
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
 from omegaconf import DictConfig
-from torch import Tensor, nn
+from proto import count_passes
+from stage2 import (
+    HEAD_BATCH_SIZE,
+    NUM_CLUSTERS,
+    NUM_HEADS,
+    REPEATS,
+    fit,
+    noise,
+    quiet,
+    settings,
+)
+from torch import Tensor
 from torch.nn import functional as F
 
-from spice_pl.data.datamodule import ViewsDataModule
 from spice_pl.data.images import ImageSet
 from spice_pl.data.sources.torchvision import digits
 from spice_pl.functional.losses import double_softmax_cross_entropy
+from spice_pl.job.settings import build
 from spice_pl.nn.heads import ParallelHeads
-from spice_pl.runs.folder import RunFolder
-
-CONF = Path(__file__).resolve().parents[1] / "conf"
-NUM_HEADS, NUM_CLUSTERS, REPEATS, HEAD_BATCH_SIZE = 10, 10, 8, 128  # the paper's
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=5, help="pairs of timings behind a ratio")
     parser.add_argument("--threads", type=int, default=1, help="threads of a matrix product")
-    parser.add_argument("--precision", default="32-true", help="of the whole cycle; or bf16-mixed")
-    parser.add_argument("--paper", action="store_true", help="a whole cycle at the paper's width")
+    parser.add_argument("--precision", default="32-true", help="of the cycle: 32-true, bf16-mixed")
+    parser.add_argument("--paper", action="store_true", help="also a cycle at the paper's width")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -81,11 +83,12 @@ def main() -> None:
         what = f"whole cycle, {images.name}, M = {len(images)}"
         print(f"{what:34}{one:9.3f}s{ten:9.3f}s{ratio:8.2f}")
         result |= {key: ratio, f"{key}_seconds": ten}
-    from proto import count_passes  # here, since that script reads this one
-
-    once, anew = count_passes(5000)
-    print(f"encoder passes of a cycle, M = 5000: {once:,} once, {anew:,} anew{anew / once:8.2f}")
-    result |= {"encoder_passes": once, "encoder_passes_ratio": anew / once}
+    once, each_time = count_passes(5000)
+    print(
+        f"encoder passes of a cycle, M = 5000: {once:,} with every view encoded once, "
+        f"{each_time:,} for each head and repeat, ratio {each_time / once:.2f}"
+    )
+    result |= {"encoder_passes": once, "encoder_passes_ratio": each_time / once}
     rounded = {k: v if isinstance(v, int) else float(f"{v:.4g}") for k, v in result.items()}
     print(json.dumps(rounded))
 
@@ -94,7 +97,7 @@ def main() -> None:
 
 
 def m_step_of(width: int, num_heads: int, num_images: int = 1797) -> Callable[[], float]:
-    """Seconds of an M-step on cached features of a width, the number of images as in digits."""
+    """Return a timer of an M-step on cached features (seconds); as many images as the digits."""
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(num_images, width, generator=generator)
     label = torch.arange(NUM_CLUSTERS).repeat_interleave(num_images // NUM_CLUSTERS)
@@ -110,7 +113,7 @@ def m_step_of(width: int, num_heads: int, num_images: int = 1797) -> Callable[[]
 
 
 def products_of(width: int, num_images: int = 1797) -> Callable[[], float]:
-    """Seconds of the matrix products of an M-step of ten heads, forward and backward."""
+    """Return a timer of the matrix products of an M-step of ten heads, forward and backward."""
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(NUM_HEADS, HEAD_BATCH_SIZE, width, generator=generator)
     hidden = torch.randn(NUM_HEADS, width, width, generator=generator)
@@ -123,9 +126,9 @@ def products_of(width: int, num_images: int = 1797) -> Callable[[], float]:
         for _ in range(steps):
             units = features @ hidden.mT  # (H, B, E)
             _ = units @ output.mT  # (H, B, K)
-            _ = slope.mT @ units  # of the output's weight
+            _ = slope.mT @ units  # gradient of the output's weight
             back = slope @ output  # (H, B, E)
-            _ = back.mT @ features  # of the hidden weight
+            _ = back.mT @ features  # gradient of the hidden weight
         return time.perf_counter() - start
 
     return run
@@ -160,29 +163,14 @@ def in_turn(
 # 2. The whole cycle.
 
 
-def quiet() -> None:
-    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module="pytorch_lightning")
-
-
-def settings(*overrides: str) -> DictConfig:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("config", list(overrides))
-
-
-def noise(num_images: int, size: int) -> ImageSet:
-    pixels = np.random.default_rng(0).integers(0, 256, (num_images, 3, size, size), np.uint8)
-    return ImageSet("noise", pixels, [str(i) for i in range(num_images)], "noise")
-
-
 def whole_cycles(
     cfg: DictConfig, images: ImageSet, pairs: int, precision: str
 ) -> tuple[float, float, float]:
-    """`in_turn` of training epochs that hold one cycle each."""
+    """Compare training epochs of one cycle each, as `in_turn` does."""
 
     def epoch_of(num_heads: int) -> Callable[[], float]:
         def run() -> float:
-            backbone = instantiate(cfg.backbone)
+            backbone = build(cfg, cfg.backbone)
             with tempfile.TemporaryDirectory() as folder:
                 clock = Clock()
                 fit(cfg, images, backbone, num_heads, Path(folder), clock, precision)
@@ -204,55 +192,8 @@ class Clock(pl.Callback):
         self.start = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Read it."""
+        """Stop the watch."""
         self.seconds.append(time.perf_counter() - self.start)
-
-
-def fit(
-    cfg: DictConfig,
-    images: ImageSet,
-    backbone: nn.Module,
-    num_heads: int,
-    folder: Path,
-    watch: pl.Callback,
-    precision: Any = "32-true",
-    epochs: int = 3,
-) -> None:
-    """Train stage 2 as train.py does, on an encoder that was not trained."""
-    plain = instantiate(cfg.augment.plain, _convert_="all")
-    upstream = untrained_upstream(images, backbone, folder, plain)
-    module = instantiate(cfg.proto.module, backbone=backbone, num_heads=num_heads)
-    stream = instantiate(cfg.proto.streams.images, _convert_="all")
-    streams = module.prepare(images, upstream, {"images": stream})
-    module.to(memory_format=torch.channels_last)
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=1,
-        precision=precision,
-        max_epochs=epochs,
-        callbacks=[watch],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )
-    trainer.fit(module, ViewsDataModule(images, streams, plain, seed=0, stage="proto"))
-
-
-@torch.no_grad()
-def untrained_upstream(
-    images: ImageSet, backbone: nn.Module, path: Path, plain: Callable[[Tensor, Tensor], Tensor]
-) -> RunFolder:
-    """Artifacts of a stage 1 that did not train."""
-    upstream = RunFolder(path)
-    upstream.path.mkdir(parents=True, exist_ok=True)
-    upstream.write_weights("encoder.safetensors", backbone)
-    pixels = torch.split(torch.from_numpy(images.images), 256)
-    encode = backbone.eval()
-    features = torch.cat([encode(plain(part, torch.empty(len(part), 0))) for part in pixels])
-    np.save(upstream.path / "features.npy", features.numpy())
-    return upstream
 
 
 if __name__ == "__main__":

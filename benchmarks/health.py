@@ -1,7 +1,10 @@
-"""Does a long run stay healthy? Memory and open files over thousands of steps of every stage.
+"""Does memory or the number of open files grow over thousands of steps of a stage?
 
-`python benchmarks/health.py --steps 2000` trains a small network on the digits, notes memory in use
-and open files every 50 steps, and fits a line to the second half: what a step leaves behind.
+    python benchmarks/health.py [--steps 2000] [--stages moco,...]
+
+Trains a small network on the digits and notes the memory in use and the open files every 50 steps.
+A line fitted to the second half of the steps says how many bytes each step leaves behind. Prints a
+table and, as the last line, JSON.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ SEMI = (
     *("streams.labelled.batch_size=4", "streams.unlabelled.batch_size=16"),
     *("module.steps_per_epoch=100", "selector=variance"),
 )
-# What `stage=` asks for, in order: batches of an epoch with these sizes, settings of its own.
+# By `stage=`: the batches in an epoch of each stage that it runs, and settings for it.
 STAGES: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
     "all": ({"moco": 56, "proto": 50, "fixmatch": 100}, ()),
     "simclr": ({"simclr": 56}, ("streams.images.batch_size=32",)),
@@ -50,23 +53,24 @@ STAGES: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
 
 
 class Watch(StageProgress):
-    """Progress that also notes memory and open files."""
+    """Also notes memory and open files."""
 
     notes: dict[str, list[tuple[int, float, int]]] = {}  # noqa: RUF012 - shared on purpose
+    steps = 0
 
     def on_train_batch_end(self, trainer: Any, *more: Any) -> None:
-        """Note every 50th step."""
+        """Take a note every 50th step."""
         super().on_train_batch_end(trainer, *more)
-        if self.done % 50 == 0:
+        self.steps += 1
+        if self.steps % 50 == 0:
             pages = int(Path("/proc/self/statm").read_text().split()[1])
             memory = pages * resource.getpagesize() / 2**20
             files = len(os.listdir("/proc/self/fd"))
-            self.notes.setdefault(self.name, []).append((self.done, memory, files))
+            self.notes.setdefault(self.name, []).append((self.steps, memory, files))
 
 
 def main() -> None:
-    """Run the stages, print a table, then JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=[*STAGES])
     given = parser.parse_args()
@@ -81,7 +85,7 @@ def main() -> None:
             with initialize_config_dir(str(CONF), version_base="1.3"):
                 cfg = compose("config", overrides)
             run.run_stages(Job(cfg, tuple(overrides), "none", False))
-    print("\n| stage | steps | MB at half | MB at the end | bytes a step | open files |")
+    print("\n| stage | steps | MB at half | MB at the end | bytes per step | open files |")
     print("|:--|--:|--:|--:|--:|--:|")
     found = {}
     for name, notes in Watch.notes.items():

@@ -1,19 +1,19 @@
-"""How fast is a training step of stage 1, against a plain loop and against its bare arithmetic?
+"""How fast is a training step of stage 1, compared with a plain loop and with bare arithmetic?
 
     python benchmarks/moco.py [--backbone resnet10_narrow] [--pixels 32] [--compile]
 
-Three ways of the same step (MoCo, one thread, images per second of processor time), taken in turn
-so that a busy machine slows all of them alike:
+Measures the same step of MoCo in three ways, in images per second of processor time of one thread.
+The ways are timed in turn, so that a busy machine slows all of them alike:
 
 - ours: `MoCoModule` in Lightning's trainer, views made in batches, the trainer's precision and
   memory format;
-- plain: a float32 loop that makes the views of one image after another with torchvision on PIL
-  images, as the scripts of the field do, in PyTorch's standard memory format;
-- compute: forward and backward of the query branch and forward of the key branch on a batch that
-  lies in memory, in our precision and memory format; no views, no queue, no optimizer.
+- plain: a float32 loop that makes views image by image with torchvision on PIL images, as scripts
+  of the field do, in PyTorch's standard memory format;
+- compute: forward and backward of the query branch and forward of the key branch on a batch already
+  in memory, in our precision and memory format; no views, no queue, no optimizer.
 
-Then a table of precision, memory format and compilation for that bare arithmetic. The last line is
-JSON: over_plain, of_compute, data_wait_fraction, peak_memory_mb.
+Then it prints a table of precision, memory format and compilation for the bare arithmetic. The last
+line is JSON: over_plain and of_compute are ours divided by the other two.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ import yaml
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import v2
+from views import MEAN, STD, photographs
 
 from spice_pl.callbacks.stage_progress import StageProgress
 from spice_pl.data.augment import MoCoView, PlainView
@@ -45,13 +46,12 @@ from spice_pl.nn.resnet import ResNet
 from spice_pl.stages.moco import MoCoModule
 
 CONF = Path(__file__).parents[1] / "conf"
-MEAN, STD = (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)  # CIFAR-10
 WARM_UP = 3  # steps that are not counted
 QUEUE = 4096
 
 
 class Clock(pl.Callback):
-    """Processor time of every step, from the end of one to the end of the next."""
+    """Measures the processor time from the end of one step to the end of the next."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
@@ -62,12 +62,12 @@ class Clock(pl.Callback):
 
     @property
     def seconds(self) -> list[float]:
-        """Of the steps after the warm-up."""
+        """Processor seconds of the steps after the warm-up."""
         return [b - a for a, b in zip(self.ends[WARM_UP:], self.ends[WARM_UP + 1 :], strict=False)]
 
 
 def timed_trainer(stage: str, **length: int) -> tuple[pl.Trainer, Clock, StageProgress]:
-    """Return the trainer of a run, without files and validation, and what reads its times."""
+    """Return a trainer as a run has it, without files and validation, and its two clocks."""
     clock, progress = Clock(), StageProgress(stage)
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -85,22 +85,15 @@ def timed_trainer(stage: str, **length: int) -> tuple[pl.Trainer, Clock, StagePr
 
 
 def network(name: str) -> ResNet:
+    """Build the backbone of a file in conf/backbone."""
     settings = yaml.safe_load((CONF / "backbone" / f"{name}.yaml").read_text())
     return ResNet(**{key: value for key, value in settings.items() if key != "_target_"})
-
-
-def photographs(num_images: int, pixels: int) -> np.ndarray:
-    """Smooth colour noise, (N, 3, S, S) uint8."""
-    generator = torch.Generator().manual_seed(0)
-    coarse = torch.rand(num_images, 3, pixels // 4, pixels // 4, generator=generator)
-    fine = F.interpolate(coarse, size=pixels, mode="bicubic").clamp(0, 1)
-    return (fine * 255).to(torch.uint8).numpy()
 
 
 def ours(
     backbone: nn.Module, images: np.ndarray, batch_size: int, steps: int
 ) -> tuple[list[float], float]:
-    """Seconds of each step, and the share of them that waits for views."""
+    """Return the seconds of each step, and the share of them spent waiting for views."""
     module = MoCoModule(copy.deepcopy(backbone), queue_size=QUEUE)
     module.to(memory_format=torch.channels_last)
     view = MoCoView(MEAN, STD)
@@ -117,7 +110,7 @@ def ours(
 
 
 def plain(backbone: nn.Module, images: np.ndarray, batch_size: int, steps: int) -> list[float]:
-    """Seconds of each step of a loop over single images."""
+    """Return the seconds of each step of the plain loop."""
     pixels = images.shape[-1]
     recipe = v2.Compose(
         [
@@ -181,7 +174,7 @@ def compute(
     channels_last: bool,
     compiled: bool = False,
 ) -> list[float]:
-    """Seconds of the arithmetic of each step."""
+    """Return the seconds that the bare arithmetic of each step takes."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
     query = copy.deepcopy(backbone).to(memory_format=layout)
     key = copy.deepcopy(query).requires_grad_(False)
@@ -202,8 +195,18 @@ def compute(
 
 
 def rate(seconds: list[float], batch_size: int) -> float:
-    """Images per second, from the median step."""
+    """Return images per second, from the median step."""
     return batch_size / float(np.median(seconds))
+
+
+def figures(rates: dict[str, float], waits: list[float]) -> dict[str, Any]:
+    """Return what both benchmarks of a step report: ratios, waiting for views, memory."""
+    return {
+        "over_plain": round(rates["ours"] / rates["plain"], 2),
+        "of_compute": round(rates["ours"] / rates["compute"], 3),
+        "data_wait_fraction": round(float(np.mean(waits)), 4),
+        "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+    }
 
 
 def main() -> None:
@@ -211,14 +214,16 @@ def main() -> None:
     parser.add_argument("--backbone", default="resnet10_narrow", help="a file of conf/backbone")
     parser.add_argument("--pixels", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=12, help="timed steps of each way")
-    parser.add_argument("--rounds", type=int, default=2, help="turns of all ways")
-    parser.add_argument("--compile", action="store_true", help="also compile: half a minute each")
+    parser.add_argument("--steps", type=int, default=12, help="timed steps per way and round")
+    parser.add_argument("--rounds", type=int, default=2, help="how often each way is timed")
+    parser.add_argument(
+        "--compile", action="store_true", help="also time compiled networks; half a minute each"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     backbone = network(args.backbone)
-    images = photographs(max(QUEUE, 8 * args.batch_size), args.pixels)
+    images = photographs(max(QUEUE, 8 * args.batch_size), args.pixels).numpy()
     bf16 = auto_precision("cpu") == "bf16-mixed"
     size = (args.batch_size, args.steps)
 
@@ -234,7 +239,7 @@ def main() -> None:
     print(f"\n{args.backbone}, {args.pixels} pixels, batch {args.batch_size}, one thread, images/s")
     for name, value in rates.items():
         print(f"  {name:8} {value:8.1f}")
-    print("\nthe arithmetic alone, images/s")
+    print("\nbare arithmetic, images/s")
     table = {}
     for precision in (False, True):
         for last in (False, True):
@@ -250,7 +255,7 @@ def main() -> None:
                     backbone,
                     args.pixels,
                     args.batch_size,
-                    2 if precision and not bf16 else args.steps,  # emulated: seconds a step
+                    2 if precision and not bf16 else args.steps,  # emulated: seconds per step
                     bf16=precision,
                     channels_last=last,
                     compiled=compiled,
@@ -259,11 +264,8 @@ def main() -> None:
                 print(f"  {name:32} {table[name]:8.1f}", flush=True)
     print(
         json.dumps(
-            {
-                "over_plain": round(rates["ours"] / rates["plain"], 2),
-                "of_compute": round(rates["ours"] / rates["compute"], 3),
-                "data_wait_fraction": round(float(np.mean(waits)), 4),
-                "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+            figures(rates, waits)
+            | {
                 "images_per_second": {k: round(v, 1) for k, v in (rates | table).items()},
                 "backbone": args.backbone,
                 "bf16_in_hardware": bf16,

@@ -1,10 +1,11 @@
-"""How much of the network's own speed is left when it predicts a data set into a table?
+"""How much slower is `stage=predict` than the network alone?
 
     python benchmarks/predict.py [--images 1024] [--repeats 3]
 
 Pure: encoder and head on batches that are prepared already. Whole: `stage=predict`, from the image
-store to predictions.csv, with three nearest of 10,000 known images. Both on one thread; the best
-pair of repeats counts, measured in turns. The last line is JSON.
+store to predictions.csv, with the three nearest of 10,000 known images per image; opening the model
+is left out. Both run on one thread and are timed in turn; the fastest of the repeats counts for
+each. The last line is JSON.
 """
 
 import argparse
@@ -32,6 +33,7 @@ WIDTHS = [64, 128, 256, 512]  # ResNet18
 
 
 def write_model(path: Path) -> None:
+    """Write an untrained ResNet18 with random known images as a model.spice."""
     network = ClusterNetwork(
         PlainView(MEAN, STD),
         ResNet(widths=WIDTHS),

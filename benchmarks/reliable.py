@@ -1,14 +1,14 @@
-"""What do reliable labels cost beyond the features, in memory and against the matrix product?
+"""What does the choice of reliable labels cost in time and memory?
 
     python benchmarks/reliable.py [--images 6000] [--dim 512] [--clusters 10] [--neighbors 100]
 
-Random features in clusters, of 16 dimensions within a cluster. The floor is the one product that an
-exact Eq. 6 cannot do without, every embedding with every other, in the same chunks; beyond 60,000
-images it is measured on 2^32 of the pairs and scaled. Memory is what the process adds while it
-selects. Times are processor time, which other work on the machine hardly changes. One thread unless
-OMP_NUM_THREADS says otherwise. 60,000 images are CIFAR's: --images 60000. More than 200,000 are
-searched by faiss (pip install 'spice-pl[ann]'), with its recall on 1,000 exact queries. Prints a
-table and, as its last line, the same as JSON.
+Random features in clusters, with 16 dimensions within a cluster. Time is compared with the one
+matrix product that an exact Eq. 6 needs, every embedding with every other, in the same chunks;
+beyond 60,000 images it is measured on 2^32 of the pairs and scaled. Memory is what the process adds
+while it selects. Times are processor time, which other work on the machine hardly changes, of one
+thread unless OMP_NUM_THREADS is set. --images 60000 is the size of CIFAR. More than 200,000 images
+are searched by faiss (pip install 'spice-pl[ann]'), and its recall on 1,000 queries is reported.
+Prints a table and, as the last line, the same as JSON.
 """
 
 import argparse
@@ -61,10 +61,7 @@ def main() -> None:
         "added_mb": round(peak.added_mb),
         "reliable": int(mask.sum()),
     }
-    print(
-        "| Images | Time | Exact product alone | Times the product | Recall | Features "
-        "| Memory beyond |"
-    )
+    print("| Images | Time | Exact product alone | Ratio | Recall | Features | Memory added |")
     print("|--:|--:|--:|--:|--:|--:|--:|")
     print(
         f"| {args.images:,} × {args.dim} | {seconds:.1f} s | {floor:.1f} s | "
@@ -75,7 +72,7 @@ def main() -> None:
 
 
 def product_seconds(features: torch.Tensor) -> float:
-    """Time of every dot product, in the chunks that the search takes, results thrown away."""
+    """Return the time of all dot products, in the chunks of the search; discards the results."""
     embeddings = unit_rows(features)
     chunk = max(1, SIMILARITIES_PER_CHUNK // len(embeddings))
     queries = min(len(embeddings), 2**32 // len(embeddings))
@@ -86,7 +83,7 @@ def product_seconds(features: torch.Tensor) -> float:
 
 
 class Searches(logging.Handler):
-    """Reads the recall that an approximate search logs; an exact one finds all."""
+    """Reads the recall that an approximate search logs; 1 for an exact one."""
 
     recall = 1.0
 
@@ -97,14 +94,14 @@ class Searches(logging.Handler):
         logger.addHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Note it."""
+        """Keep the recall of a log line that has one."""
         print(record.getMessage())
         if isinstance(record.args, tuple) and len(record.args) > 3:
             self.recall = round(float(record.args[3]), 4)  # type: ignore[arg-type]
 
 
 class Peak:
-    """Largest resident memory while inside, beyond that at the start; looks every 5 ms."""
+    """Measures how far the resident memory rises while inside; looks every 5 ms."""
 
     def __enter__(self) -> "Peak":
         self.start = self.largest = _resident_mb()
@@ -119,7 +116,7 @@ class Peak:
 
     @property
     def added_mb(self) -> float:
-        """Memory beyond that at the start."""
+        """Largest memory minus that at the start."""
         return self.largest - self.start
 
     def _watch(self) -> None:

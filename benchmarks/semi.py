@@ -1,13 +1,14 @@
-"""Stage 3 and its family on the same features and labels: which method adds what?
+"""How do stage 3 and its relatives compare on the same features and labels?
 
     python benchmarks/semi.py [--seeds 5] [--stages fixmatch,clusmatch,...] [--before moco,proto]
                               [--runs-dir DIR] [KEY=VALUE ...]
     python benchmarks/semi.py --before simclr,proto experiment=cifar10_quick dataset=folder ...
 
-Makes the stages before once a seed, then runs every method on them in one multirun, and prints a
-Markdown table, mean ± standard deviation over the seeds: ACC, NMI, ARI, share and accuracy of the
-labels that were learnt (truth, for this table only), time on top of the stages before. Last line:
-the same as JSON. Runs that are finished in --runs-dir are reused.
+Trains the stages before once per seed, then runs every method on them, one multirun per method.
+Prints a Markdown table of means ± standard deviations over the seeds: ACC, NMI, ARI, the share of
+images with a label to learn and the accuracy of these labels (truth, for this table only), and the
+time beyond the stages before. The last line is the scores as JSON. Runs that are finished in
+--runs-dir are reused.
 """
 
 import argparse
@@ -26,8 +27,10 @@ STAGES = "fixmatch,clusmatch,freematch,flexmatch,softmatch,scan,selflabel,superv
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--before", default="moco,proto", help="made first; the last one is a row")
-    parser.add_argument("--stages", default=STAGES, help="of the family, with commas between")
+    parser.add_argument(
+        "--before", default="moco,proto", help="stages trained first; the last one gets a row too"
+    )
+    parser.add_argument("--stages", default=STAGES, help="methods to compare, with commas between")
     args, settings = parse(parser)
     before, stages, seeds = args.before.split(","), args.stages.split(","), range(args.seeds)
     with tempfile.TemporaryDirectory(prefix="spice-pl-") as temporary:
@@ -45,9 +48,9 @@ def main() -> None:
 
 
 def table(found: dict[str, list[dict[str, Any]]]) -> str:
-    """One line a method."""
+    """Return Markdown, one line per method."""
     lines = [
-        "| Method | ACC | NMI | ARI | Labelled | their ACC | Seeds | Time |",
+        "| Method | ACC | NMI | ARI | Labelled | ACC of labels | Seeds | Time |",
         "|:--|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for runs in found.values():

@@ -1,4 +1,4 @@
-"""What benchmarks over rows and seeds share: start train.py, find a trial again, average scores."""
+"""What benchmarks over several runs share: start train.py, find a trial's results, average."""
 
 import argparse
 import json
@@ -19,9 +19,9 @@ SCORES = ("acc", "nmi", "ari")
 
 
 def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, list[str]]:
-    """Add what all have, --seeds and --runs-dir; return the options and settings for train.py."""
+    """Add --seeds and --runs-dir; return the options and the settings for train.py."""
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds, from 0 on")
-    parser.add_argument("--runs-dir", type=Path, help="keep the runs here; else nothing is kept")
+    parser.add_argument("--runs-dir", type=Path, help="keep the runs here; default: delete them")
     args, settings = parser.parse_known_args()
     unknown = [text for text in settings if text.startswith("-") or not set("=~") & set(text)]
     if args.seeds < 1 or unknown:
@@ -38,20 +38,20 @@ def train(*arguments: str) -> None:
 
 
 def trial(stage: str, settings: Sequence[str]) -> dict[str, Any]:
-    """Metrics of a stage's finished run in a sweep, which the settings alone name."""
+    """Return metrics.json of a finished trial of a sweep; its settings name its folder."""
     parsed = OverridesParser.create().parse_overrides([*settings])
     as_swept = [f"{each.get_key_element()}={each.get_value_element_as_str()}" for each in parsed]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         job = Job(compose("config", as_swept), tuple(as_swept), "none", sweep=True)
     folder = job.folder(stage)
     if not folder.finished:
-        raise SystemExit(f"error: {folder.path} is no finished run")
+        raise SystemExit(f"error: {folder.path} is not a finished run")
     metrics: dict[str, Any] = json.loads((folder.path / "metrics.json").read_text())
     return metrics
 
 
 def averages(rows: Sequence[Mapping[str, Any]], prefix: str = "") -> dict[str, float | None]:
-    """Mean and deviation (n - 1) of every score over rows of the report, one a seed."""
+    """Return mean and standard deviation (n - 1) of every score over rows, one row per seed."""
     result: dict[str, float | None] = {}
     for score in SCORES:
         values = [row[score] for row in rows]

@@ -1,11 +1,10 @@
-"""How well do label-free measures track true ACC? Writes src/spice_pl/reports/trust_record.csv.
-
-For each finished run of stage 2 or 3 on a data set with labels: the measures of `stage=trust` and
-the ACC that its metrics.json holds.
+"""How well do the label-free measures of `stage=trust` follow true ACC?
 
     python benchmarks/trust.py runs/digits/*/* runs/mnist5k/*/*
 
-Lines of other runs stay in the record.
+Writes src/spice_pl/reports/trust_record.csv, one line per finished run of stage 2 or 3 on a data
+set with labels: the measures of `stage=trust` and the ACC in the run's metrics.json. Lines of runs
+that are not named stay in the file. Prints the rank correlation of each measure with ACC as JSON.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ KEPT = ("dataset=", "dataset.", "backbone", "experiment=", "proto.", "fixmatch."
 
 
 def measured(path: Path, more: list[str]) -> dict[str, str] | None:
-    """Run `stage=trust` on a run and return its line of the record."""
+    """Run `stage=trust` on a run; return its line of the record, None for a run without ACC."""
     folder = RunFolder(path)
     if not folder.finished or not (path / "probs.npy").is_file():
         return None
@@ -55,9 +54,11 @@ def measured(path: Path, more: list[str]) -> dict[str, str] | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("runs", nargs="+", type=Path)
-    parser.add_argument("--set", action="append", default=[], help="a setting of these runs")
+    parser.add_argument(
+        "--set", action="append", default=[], help="a setting KEY=VALUE that these runs had"
+    )
     chosen = parser.parse_args()
     with RECORD.open(newline="", encoding="utf-8") as file:
         lines = {tuple(line[key] for key in FIELDS[:3]): line for line in csv.DictReader(file)}

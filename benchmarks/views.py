@@ -1,10 +1,10 @@
-"""How fast are batched views on one thread, against torchvision's per-image pipeline on PIL images?
+"""How fast are batched views, compared with torchvision's image-by-image pipeline on PIL images?
 
     python benchmarks/views.py [--seconds 2]
 
-Prints a table of images per second of processor time and, as its last line, the same figures as
-JSON. Both sides make the same recipe at the same size (torchvision's RandAugment has a fixed
-magnitude and its own ranges); loading and decoding are left out of both.
+Prints a table of images per second of processor time of one thread and, as the last line, the same
+as JSON. Both sides apply the same recipe at the same size (but torchvision's RandAugment has a
+fixed magnitude and its own ranges). Loading and decoding are left out on both sides.
 """
 
 import argparse
@@ -25,7 +25,7 @@ NUM_PIL_IMAGES = 64
 
 
 def pipelines(size: int) -> dict[str, tuple[View, v2.Transform]]:
-    """Name to (batched view, the same recipe in torchvision)."""
+    """Return, by name, our batched view and the same recipe in torchvision."""
     finish = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
     flip = v2.RandomHorizontalFlip()
     blur = v2.GaussianBlur(min(13, 2 * size - 1), (0.1, 2.0))
@@ -50,7 +50,7 @@ def pipelines(size: int) -> dict[str, tuple[View, v2.Transform]]:
 
 
 def photographs(num_images: int, size: int) -> Tensor:
-    """Smooth colour noise: as many edges as a small photograph, and no download."""
+    """Return smooth colour noise (N, 3, S, S) uint8: as many edges as a small photograph."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(num_images, 3, size // 4, size // 4, generator=generator)
     fine = torch.nn.functional.interpolate(coarse, size=size, mode="bicubic").clamp(0, 1)
@@ -58,7 +58,7 @@ def photographs(num_images: int, size: int) -> Tensor:
 
 
 def images_per_second(batch: Callable[[], object], num_images: int, seconds: float) -> float:
-    """Best of the calls of batch that fit in the time; other programs only ever add to it."""
+    """Return the rate of the fastest call: other programs can only slow a call down."""
     batch()
     durations: list[float] = []
     end = time.perf_counter() + seconds
@@ -70,7 +70,7 @@ def images_per_second(batch: Callable[[], object], num_images: int, seconds: flo
 
 
 def compare(size: int, seconds: float) -> dict[str, tuple[float, float]]:
-    """Name to images per second of (the batched view, torchvision)."""
+    """Return, by name, images per second of our batched view and of torchvision."""
     images = photographs(BATCH_SIZES[size], size)
     index = torch.arange(len(images))
     pil = [v2.functional.to_pil_image(image) for image in images[:NUM_PIL_IMAGES]]
@@ -92,7 +92,7 @@ def compare(size: int, seconds: float) -> dict[str, tuple[float, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=2.0, help="time for each measurement")
+    parser.add_argument("--seconds", type=float, default=2.0, help="seconds per measurement")
     seconds = parser.parse_args().seconds
     torch.set_num_threads(1)
     torch.manual_seed(0)

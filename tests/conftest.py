@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from PIL import Image
 from safetensors.torch import load_file
 
+from spice_pl.job.errors import clear_errors
 from spice_pl.job.job import Job
 from spice_pl.job.run import run_stages
 from spice_pl.runs.folder import RunFolder
@@ -26,6 +27,7 @@ NUM_IMAGES, NUM_CLASSES, PIXELS = 90, 3, 8
 
 # Every stage in less than a second; the numbers are for speed, not for scores.
 TINY = (
+    "recipe=scratch",
     "backbone=resnet_small",
     "backbone.blocks=[1]",
     "backbone.widths=[8]",
@@ -62,6 +64,12 @@ def compose(*overrides: str) -> DictConfig:
 def make_job(*overrides: str, sweep: bool = False) -> Job:
     """Make the job of a command line."""
     return Job(compose(*overrides), overrides, "none", sweep)
+
+
+def run_as_a_person_does(job: Job) -> None:
+    """Run a job as the command does: errors become messages and exit codes."""
+    with clear_errors(job):
+        run_stages(job)
 
 
 def photographs(seed: int = 0) -> NDArray[np.uint8]:

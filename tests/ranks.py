@@ -1,4 +1,4 @@
-"""Stages that write down what each rank holds, for test_ddp; named by `_target_`."""
+"""Stages for test_ddp, named by `_target_`: they save each rank's state, stop or fail."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class DumpingMoCo(MoCoModule):
 
 
 class DumpingSimCLR(SimCLRModule):
-    """Stage 1 without BatchNorm, whose statistics belong to a rank."""
+    """Stage 1 without BatchNorm, whose statistics differ between ranks."""
 
     def __init__(self, backbone: nn.Module, **settings: Any) -> None:
         super().__init__(backbone, **settings)
@@ -69,15 +69,15 @@ class DumpingFixMatch(ReliableFixMatchModule):
 
 
 class DumpingSemi(SemiSupervisedModule):
-    """ClusMatch and its family."""
+    """ClusMatch."""
 
     def on_train_end(self) -> None:
         super().on_train_end()
-        dump(self, self.name, reliable=self.reliable_index, pseudo_labels=self.pseudo_labels)
+        dump(self, "clusmatch", reliable=self.reliable_index, pseudo_labels=self.pseudo_labels)
 
 
 class Flat(nn.Module):
-    """A backbone without BatchNorm, whose statistics ranks do not share."""
+    """A backbone without BatchNorm, whose statistics differ between ranks."""
 
     def __init__(self, num_pixels: int, num_features: int) -> None:
         super().__init__()
@@ -90,13 +90,13 @@ class Flat(nn.Module):
 
 
 class StoppingMoCo(MoCoModule):
-    """Stage 1 whose job is asked to stop in its first batch, once."""
+    """Stage 1 that has its job told to stop in its first batch, the first time it runs."""
 
     def training_step(self, batch: Views, batch_idx: int) -> Any:
         marker = Path(os.environ["RANK_DUMPS"], "stopped")
         if self.trainer.global_rank == 0 and not marker.exists():
             marker.touch()
-            os.kill(int(os.environ[PARENT]), signal.SIGTERM)  # which tells its ranks
+            os.kill(int(os.environ[PARENT]), signal.SIGTERM)  # which passes it on to its ranks
             callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
             interrupts = next(c for c in callbacks if isinstance(c, Checkpoints)).interrupts
             for _ in range(600):
@@ -107,7 +107,7 @@ class StoppingMoCo(MoCoModule):
 
 
 class BrokenMoCo(MoCoModule):
-    """Stage 1 on a machine whose second device breaks."""
+    """Stage 1 that fails on the second rank, in its second batch."""
 
     def training_step(self, batch: Views, batch_idx: int) -> Any:
         if self.trainer.global_rank == 1 and batch_idx == 1:

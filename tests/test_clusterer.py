@@ -1,4 +1,4 @@
-"""SpiceClusterer: scikit-learn's own checks, and what they ask, asked with pictures."""
+"""SpiceClusterer: scikit-learn's own checks, and what they check, on pictures."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from tests.conftest import NUM_CLASSES, NUM_IMAGES, TINY, photographs, write_fol
 from spice_pl import SpiceClusterer
 
 SETTINGS = [text for text in TINY if not text.startswith("dataset.")]
-TABLE = "fits tables of two to ten numbers a row, which are no pictures"
-# The behaviour that each of them asks for is tested below with pictures, where it has a meaning.
+TABLE = "fits tables of two to ten numbers per row, which are not pictures"
+# Where the behaviour that they check has a meaning for pictures, it is tested below.
 NOT_FOR_PICTURES = dict.fromkeys(
     (
         "check_fit_score_takes_y",
@@ -128,14 +128,14 @@ def test_flattened_grey_images_of_any_numbers() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (np.zeros((5, 7)), "7 numbers are no square image; give images as"),
-        (np.zeros((5, 4, 4, 2)), r"X \(5, 4, 4, 2\) are no images"),
-        (np.zeros((5, 2, 4, 4, 3)), "are no images"),
+        (np.zeros((5, 7)), "7 numbers are not a square image; give images as"),
+        (np.zeros((5, 4, 4, 2)), r"X \(5, 4, 4, 2\) are not images"),
+        (np.zeros((5, 2, 4, 4, 3)), "are not images"),
         (np.zeros((1, 4, 4)), "minimum of 2 is required"),
         ("/not/there", r"dataset\.root=/not/there does not exist"),
     ],
 )
-def test_what_is_no_set_of_images_is_refused(given: Any, message: str) -> None:
+def test_what_is_not_a_set_of_images_is_refused(given: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SpiceClusterer(3).fit(given)
 

@@ -13,12 +13,13 @@ from tests.conftest import NUM_IMAGES, make_job, photographs
 from spice_pl.data.datamodule import ViewsDataModule
 from spice_pl.data.images import ImageSet
 from spice_pl.job import run
+from spice_pl.job.parts import open_images
 
 
 def test_stages_draw_extra_images_where_they_ask_for_them(
     tiny: Sequence[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made, drawn = run._images, dict[tuple[str, str], set[int]]()
+    made, drawn = open_images, dict[tuple[str, str], set[int]]()
     original = ViewsDataModule._views
 
     def images(*args: Any, **more: Any) -> ImageSet:
@@ -29,7 +30,7 @@ def test_stages_draw_extra_images_where_they_ask_for_them(
         drawn.setdefault((self.stage, stream), set()).update(pixels.index.tolist())
         return original(self, stream, pixels, *more)
 
-    monkeypatch.setattr(run, "_images", images)
+    monkeypatch.setattr(run, "open_images", images)
     monkeypatch.setattr(ViewsDataModule, "_views", views)
     job = make_job(*tiny, "fixmatch.streams.unlabelled.batch_size=60")
     run.run_stages(job)

@@ -1,4 +1,4 @@
-"""One command, three stages: what is made, reused, refused, resumed and reported."""
+"""All stages of a job: what they write, and what is reused, refused, resumed and reported."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def checkpoint(folder: RunFolder) -> dict[str, Any]:
 
 
 def saved_position(folder: RunFolder) -> tuple[int, int]:
-    """Epoch, and batches of it that were done when the checkpoint was written."""
+    """Return the epoch of the checkpoint, and the number of its batches that were done."""
     saved = checkpoint(folder)
     return saved["epoch"], saved["ViewsDataModule"]["batches_done"]
 
 
 def assert_same(left: Any, right: Any, where: str = "") -> None:
-    """Nested containers of tensors and numbers are equal bit for bit."""
+    """Check that nested containers of tensors and numbers are equal bit for bit."""
     assert type(left) is type(right), where
     if isinstance(left, Tensor):
         assert torch.equal(left, right), where
@@ -93,7 +93,7 @@ def patch_step(
     stage: type[Stage],
     change: Callable[[Stage, Any, int], Any],
 ) -> None:
-    """Let `change(module, result, batch_idx)` see what a training step returns."""
+    """Replace the result of a training step by `change(module, result, batch_idx)`."""
     original = stage.training_step
 
     def training_step(self: Stage, batch: Any, batch_idx: int) -> Any:
@@ -102,10 +102,10 @@ def patch_step(
     monkeypatch.setattr(stage, "training_step", training_step)
 
 
-# What a run leaves
+# What a run writes
 
 
-def test_all_stages_leave_their_artifacts(straight: Finished) -> None:
+def test_all_stages_write_their_artifacts(straight: Finished) -> None:
     common = {
         *("dataset.json", "encoder.safetensors", "features.npy", "last.ckpt"),
         *("metrics.csv", "metrics.json", ".hydra/config.yaml", ".hydra/overrides.yaml"),
@@ -132,7 +132,7 @@ def test_images_without_labels_have_clusters_and_no_truth(straight: Finished) ->
         assert "truth" not in (folder.path / "metrics.csv").read_text().splitlines()[0]
 
 
-def test_metrics_say_how_the_numbers_came_about(straight: Finished) -> None:
+def test_metrics_say_how_results_were_obtained(straight: Finished) -> None:
     metrics = straight.folder("fixmatch").metrics
     assert (metrics["protocol"], metrics["seed"], metrics["devices"]) == ("whole", 0, 1)
     assert metrics["num_images"] == NUM_IMAGES
@@ -176,7 +176,7 @@ def test_only_what_is_missing_runs(finished: Finished, straight: Finished) -> No
     run_stages(finished.job())
     assert contents(finished.folder("proto").path) == before
     names = ("encoder.safetensors", "head.safetensors", "probs.npy", "clusters.csv")
-    for name in names:  # and a repeated run gives the same bits
+    for name in names:  # a repeated run gives the same bits
         again, first = (each.folder("fixmatch").path / name for each in (finished, straight))
         assert again.read_bytes() == first.read_bytes(), name
 
@@ -191,7 +191,7 @@ def test_single_finished_stage_is_refused(
     assert shown == finished.folder("proto").metrics["objective"]
 
 
-def test_overwrite_makes_anew(finished: Finished, straight: Finished) -> None:
+def test_overwrite_runs_a_stage_again(finished: Finished, straight: Finished) -> None:
     moco = finished.folder("moco")
     moco.write_json("metrics.json", {"stale": True})
     run_stages(finished.job("stage=moco", "overwrite=true"))
@@ -222,14 +222,14 @@ def test_changed_setting_is_refused_by_its_full_key(
         run_stages(straight.job(*override.split()))
 
 
-def test_settings_of_where_and_how_do_not_count_as_changed(
+def test_settings_that_do_not_change_results_may_differ(
     finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forbid_training(monkeypatch)
     run_stages(finished.job(f"cache_dir={tmp_path / 'elsewhere'}", "on_bad_image=raise"))
 
 
-def test_stages_made_from_an_upstream_that_was_replaced_are_not_passed_off(
+def test_stages_made_from_an_upstream_that_was_replaced_are_refused(
     finished: Finished,
 ) -> None:
     run_stages(finished.job("stage=moco", "overwrite=true", "moco.module.lr=0.001"))
@@ -247,7 +247,7 @@ def test_unfinished_run_is_refused_without_resume(finished: Finished) -> None:
 
 
 @pytest.mark.parametrize(("stage", "before"), [("proto", "moco"), ("fixmatch", "proto")])
-def test_missing_upstream_prints_the_command_that_makes_it(
+def test_missing_upstream_prints_the_command_that_runs_it(
     straight: Finished, tmp_path: Path, stage: str, before: str
 ) -> None:
     runs = tmp_path / "no runs"
@@ -257,7 +257,7 @@ def test_missing_upstream_prints_the_command_that_makes_it(
     command = next(
         line.strip() for line in str(error.value).splitlines() if "python train.py" in line
     )
-    # A shell must read it back as it was: the path of the images has a space.
+    # A shell must parse it back to the same arguments: the path of the images has a space.
     assert shlex.split(command) == [
         *("python", "train.py", f"stage={before}"),
         *straight.overrides,
@@ -306,7 +306,7 @@ def test_encoder_of_another_architecture_is_reported_key_by_key(finished: Finish
 
 @dataclass(frozen=True)
 class Resumed:
-    """A stage that was cut off inside its second epoch, and then resumed."""
+    """A stage that was stopped in its second epoch and then resumed."""
 
     stage: str
     finished: Finished
@@ -344,7 +344,7 @@ def power_cut(module: Stage, result: Any, batch_idx: int) -> Any:
     return result
 
 
-def test_stopped_and_resumed_is_bit_for_bit_one_straight_run(
+def test_a_resumed_run_equals_a_straight_run_bit_for_bit(
     straight: Finished, resumed: Resumed
 ) -> None:
     ended, expected = (
@@ -379,7 +379,7 @@ def test_resumed_run_keeps_the_log_of_the_epochs_before(
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_run_cut_off_after_its_training_is_completed_by_resume(
+def test_a_run_stopped_after_training_is_completed_by_resume(
     straight: Finished, finished: Finished, stage: str
 ) -> None:
     folder, expected = finished.folder(stage), straight.folder(stage)
@@ -402,7 +402,7 @@ def test_run_cut_off_after_its_training_is_completed_by_resume(
     assert loss_curve(folder) == loss_curve(expected)
 
 
-def test_checkpoints_do_not_depend_on_how_often_scores_are_watched(
+def test_checkpoints_do_not_depend_on_watch_epochs(
     finished: Finished, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     proto = finished.folder("proto")
@@ -413,7 +413,7 @@ def test_checkpoints_do_not_depend_on_how_often_scores_are_watched(
     assert saved_position(proto) == (1, 0)
 
 
-# A loss that is no number
+# A loss that is not a number
 
 
 def all_finite(state: Any) -> bool:
@@ -435,7 +435,7 @@ def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(
     def spoil(module: Stage, loss: Any, batch_idx: int) -> Any:
         if module.current_epoch != 1 or loss is None:
             return loss
-        if isinstance(module, ProtoHeadModule):  # it steps inside training_step
+        if isinstance(module, ProtoHeadModule):  # its optimizer steps inside training_step
             torch.nn.init.constant_(module.heads.hidden_weight, torch.nan)
         return loss * torch.nan
 
@@ -448,10 +448,10 @@ def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(
     assert all_finite(checkpoint(folder)["state_dict"])
 
 
-def test_weights_that_break_in_the_last_batch_of_an_epoch_reach_no_checkpoint(
+def test_weights_that_become_nan_in_the_last_batch_are_not_saved(
     finished: Finished, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The loss of that batch is still finite: it is its gradient that is not.
+    # The loss of that batch is still finite, but its gradient is NaN.
     folder = finished.folder("moco")
     shutil.rmtree(folder.path)
 
@@ -468,7 +468,7 @@ def test_weights_that_break_in_the_last_batch_of_an_epoch_reach_no_checkpoint(
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_absurd_learning_rate_is_reported(finished: Finished, stage: str) -> None:
+def test_a_learning_rate_that_is_far_too_large_is_reported(finished: Finished, stage: str) -> None:
     shutil.rmtree(finished.folder(stage).path)
     with pytest.raises(UsageError, match=rf"{stage}: the loss is not a number at epoch \d, batch"):
         run_stages(finished.job(f"stage={stage}", f"{stage}.module.lr=1e30"))
@@ -490,10 +490,14 @@ def test_absurd_learning_rate_is_reported(finished: Finished, stage: str) -> Non
         (["dataset.root=/nowhere/at/all"], "dataset.root=/nowhere/at/all does not exist"),
         (["moco.module.temperature=0"], "temperature 0 is not positive"),
         (["augment.moco.flip=2"], "flip 2 does not fit"),
-        # Of later stages: the first one does not start either.
+        # Settings of later stages are checked before the first stage starts.
         (["proto.module.buffer_size=5"], r"a buffer of 5 images gives 1 .* to at least 6"),
         (["proto.module.head_batch_size=40"], r"head_batch_size 40 exceeds the 39 labelled slots"),
         (["fixmatch.module.init=both"], "fixmatch.module.init 'both' is none of"),
+        (
+            ["stages=[moco,proto,clusmatch]", "clusmatch.module.init=both"],
+            "clusmatch.module.init 'both' is none of joint, encoder, scratch",
+        ),
         (["fixmatch.module._target_=os.system"], "_target_ os.system lies outside spice_pl"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -535,7 +539,7 @@ def test_target_reached_through_an_allowed_package_is_refused(
 
 
 class OwnBackbone(nn.Module):
-    """A backbone from outside the package: mean colours."""
+    """A backbone from outside the package that returns mean colours."""
 
     num_features = 3
 
@@ -559,7 +563,7 @@ def test_images_that_cannot_be_used_are_counted_in_the_results(
     straight: Finished, tmp_path: Path
 ) -> None:
     root = write_folder(tmp_path / "my photos", classes=False)
-    (root / "text.jpg").write_text("no image")
+    (root / "text.jpg").write_text("not an image")
     Image.new("RGB", (8, 8)).save(root / "last.png")
     (root / "empty.png").write_bytes(b"")
     job = Finished(straight.overrides, tmp_path / "runs").job(

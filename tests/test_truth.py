@@ -18,7 +18,8 @@ from torch import Tensor
 from spice_pl.data.datamodule import ViewsDataModule
 from spice_pl.data.images import ImageSet
 from spice_pl.errors import UsageError
-from spice_pl.job import run
+from spice_pl.job import run, stage
+from spice_pl.job.parts import open_images
 from spice_pl.job.trainer import make_trainer
 from spice_pl.runs.results import objective
 
@@ -35,7 +36,7 @@ def run_with(
     *overrides: str,
 ) -> Finished:
     """Run all stages, or those that are asked for, on `straight`'s images with our labels."""
-    made = run._images
+    made = open_images
 
     def images(*args: Any, **more: Any) -> ImageSet:
         found: ImageSet = made(*args, **more)
@@ -43,7 +44,7 @@ def run_with(
 
     finished = Finished(straight.overrides, runs)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "_images", images)
+        patch.setattr(run, "open_images", images)
         run.run_stages(finished.job(f"dataset.num_clusters={num_clusters}", *overrides))
     return finished
 
@@ -272,7 +273,7 @@ def test_no_callback_of_a_run_watches_truth(
         seen.append(made)
         raise UsageError("seen")
 
-    monkeypatch.setattr(run, "make_trainer", trainer)
+    monkeypatch.setattr(stage, "make_trainer", trainer)
     with pytest.raises(UsageError, match="seen"):
         run.run_stages(finished.job("stage=moco", "overwrite=true"))
     assert len(seen) > 4

@@ -8,15 +8,16 @@ import hydra
 from omegaconf import DictConfig
 
 from spice_pl.system import command
+from spice_pl.system.command import quoted
 from spice_pl.usage import conf_folder, usage
 
 
 @hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")
 def run_job(cfg: DictConfig) -> float | None:
-    """Run the job; what is heavy is imported here, so that --help answers at once."""
-    # How long OpenMP's idle threads spin. At its default one busy core makes a training step 13
-    # times slower on two cores, at this 5 times; no spinning at all halves the speed of an idle
-    # machine, and this does not.
+    """Run the job. The slow imports are inside, so that --help answers at once."""
+    # How long idle threads of OpenMP spin. With the default, another program on one of two cores
+    # makes a training step 13 times slower, with this value 5 times. Without spinning a step takes
+    # twice as long on an idle machine; with this value it does not.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
     from spice_pl.job import run
@@ -24,10 +25,32 @@ def run_job(cfg: DictConfig) -> float | None:
     return run.main(cfg)
 
 
+def with_folder(arguments: list[str]) -> list[str]:
+    """Return the command line with a folder of images, given as its first word, as settings.
+
+    >>> with_folder(["/", "seed=1"])
+    ['dataset=folder', "dataset.root='/'", 'seed=1']
+    """
+    first = arguments[0] if arguments else "-"
+    if first.startswith("-") or not Path(first).is_dir():
+        return arguments
+    return ["dataset=folder", f"dataset.root={quoted(first)}", *arguments[1:]]
+
+
 def main() -> None:
-    """Answer --help, or run the job that the command line describes."""
+    """Print the help text for --help; otherwise run the job of the command line."""
     os.environ[command.NAME] = "spice" if Path(sys.argv[0]).stem == "spice" else "python train.py"
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(usage(conf_folder()))
-    else:
+        return
+    if any(word.startswith("--e") for word in sys.argv[1:]):  # argparse takes any beginning of it
+        print(
+            "error: --experimental-rerun reads a pickle, which can hold code; give the settings",
+            file=sys.stderr,
+        )
+        raise SystemExit(2)
+    sys.argv[1:] = with_folder(sys.argv[1:])
+    from spice_pl.job.guard import checked_hydra
+
+    with checked_hydra():
         run_job()

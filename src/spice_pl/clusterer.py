@@ -1,4 +1,4 @@
-"""The whole job as a scikit-learn estimator.
+"""A scikit-learn estimator that runs all stages.
 
 Shapes: N images, S pixels a side, P numbers of a flattened image.
 """
@@ -25,29 +25,30 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from spice_pl.job.job import Job
 from spice_pl.job.run import run_stages
 from spice_pl.models.portable import load
+from spice_pl.system.command import quoted
 from spice_pl.usage import conf_folder
 
 
 class SpiceClusterer(ClusterMixin, BaseEstimator):  # type: ignore[misc]
     """Cluster images as `python train.py` does, with fit and predict.
 
-    Images are a folder, searched with its subfolders; or an array: (N, H, W), (N, H, W, 3),
-    (N, 3, H, W), or (N, P) flattened square grey images. uint8 is taken as it is; other numbers
-    are brought to 0 to 255 by the smallest and the largest of those given to `fit`.
+    Images are a folder, searched with its subfolders, or an array: (N, H, W), (N, H, W, 3),
+    (N, 3, H, W), or (N, P) flattened square grey images. uint8 is used as it is. Other numbers are
+    scaled to 0 to 255, so that the smallest and the largest number given to `fit` become 0 and 255.
 
     Args:
         n_clusters: K.
-        image_size: S; None is the shorter side of an array's images, or 96 for a folder.
+        image_size: S; None means the shorter side of an array's images, or 96 for a folder.
         settings: as on the command line, for example ["moco.epochs=50", "backbone=resnet_small"].
-        random_state: seed, or what draws one.
-        runs_dir: where the runs stay, with reports and all; None keeps none.
-        verbose: print what the command prints.
+        random_state: seed, or a generator that draws one.
+        runs_dir: folder in which the runs and their reports are kept; None keeps no run.
+        verbose: whether to print what the command prints.
 
     Attributes:
         labels_: (N,) clusters of the images given to `fit`.
         model_: the trained model, see `spice_pl.load`; `model_.save(path)` writes it.
-        keys_: (N,) which image each label is of: path below the folder, or position. Files that
-            cannot be decoded have none.
+        keys_: (N,) the image of each label: its path below the folder, or its position. Files that
+            cannot be decoded have no label and no key.
         n_features_in_: P, after `fit` on flattened images.
 
     Examples:
@@ -91,12 +92,13 @@ class SpiceClusterer(ClusterMixin, BaseEstimator):  # type: ignore[misc]
                 seed = int(check_random_state(seed).randint(2**31))
             overrides = [
                 "dataset=folder",
-                f"dataset.root={_quoted(root)}",
+                "recipe=scratch",
+                f"dataset.root={quoted(root)}",
                 f"dataset.num_clusters={self.n_clusters}",
                 *([] if size is None else [f"dataset.image_size={size}"]),
                 f"seed={seed}",
-                f"runs_dir={_quoted(self.runs_dir or Path(temporary, 'runs'))}",
-                f"cache_dir={_quoted(Path(temporary, 'cache'))}",
+                f"runs_dir={quoted(self.runs_dir or Path(temporary, 'runs'))}",
+                f"cache_dir={quoted(Path(temporary, 'cache'))}",
                 *self.settings,
             ]
             with initialize_config_dir(str(conf_folder()), version_base="1.3"):
@@ -106,16 +108,16 @@ class SpiceClusterer(ClusterMixin, BaseEstimator):  # type: ignore[misc]
                     stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
                 run_stages(job)
             self.model_ = load(job.folder(job.stages[-1]).path)
-            # By the model that predicts new images too, so that fit_predict and predict agree.
+            # The same model predicts new images, so that fit_predict and predict agree.
             found = self.model_.predict(images)
         self.labels_, self.keys_ = found.clusters, list(found.keys)
         return self
 
     def predict(self, X: Any) -> NDArray[np.int64]:  # noqa: N803
-        """Return the cluster (N,) of each image; see `model_.predict` for confidence and more.
+        """Return the cluster (N,) of each image; `model_.predict` gives the confidence too.
 
         Args:
-            X: as for `fit`; or anything that `model_.predict` takes.
+            X: as for `fit`, or anything that `model_.predict` takes.
         """
         check_is_fitted(self, "model_")
         is_array = hasattr(X, "__array__") or not (_is_folder(X) or _are_files(X))
@@ -140,7 +142,7 @@ class SpiceClusterer(ClusterMixin, BaseEstimator):  # type: ignore[misc]
             side = math.isqrt(given.shape[1])
             if side**2 != given.shape[1]:
                 raise ValueError(
-                    f"X {given.shape} is a table: {given.shape[1]} numbers are no square image; "
+                    f"X {given.shape} is a table: {given.shape[1]} numbers are not a square image; "
                     "give images as (N, H, W) or (N, H, W, 3), or flattened square ones"
                 )
             given = given.reshape(-1, side, side)
@@ -150,7 +152,7 @@ class SpiceClusterer(ClusterMixin, BaseEstimator):  # type: ignore[misc]
             given = np.repeat(given[..., None], 3, axis=3)  # (N, H, W, 3)
         if given.ndim != 4 or given.shape[3] != 3:
             raise ValueError(
-                f"X {given.shape} are no images; give (N, H, W), (N, H, W, 3) or (N, 3, H, W)"
+                f"X {given.shape} are not images; give (N, H, W), (N, H, W, 3) or (N, 3, H, W)"
             )
         if given.dtype == np.uint8:
             return given
@@ -164,7 +166,7 @@ class SpiceClusterer(ClusterMixin, BaseEstimator):  # type: ignore[misc]
 
 
 def write_images(images: NDArray[np.uint8], root: Path) -> None:
-    """Write (N, H, W, 3) as PNG files whose names keep the order."""
+    """Write images (N, H, W, 3) as PNG files whose names keep their order."""
     root.mkdir()
     for i, image in enumerate(images):
         Image.fromarray(image).save(root / f"{i:09}.png", compress_level=1)
@@ -177,9 +179,3 @@ def _is_folder(given: Any) -> bool:
 def _are_files(given: Any) -> bool:
     first = next(iter(given), None) if isinstance(given, Sequence) else None
     return isinstance(first, str | os.PathLike | Image.Image)
-
-
-def _quoted(path: Any) -> str:
-    """Quote a path for Hydra's grammar."""
-    text = str(path).replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{text}'"

@@ -1,8 +1,9 @@
-"""The one exception that means: a person can mend this."""
+"""The exception for mistakes that the user can correct."""
 
 
 class UsageError(ValueError):
-    """A mistake in what was asked for; the message names it, its value, the rule and the way out.
+    """A mistake that the user can correct.
 
-    The command line prints the message alone, without a traceback.
+    The message names what is wrong, its value, the rule and the way out. The command line prints
+    the message alone, without a traceback.
     """

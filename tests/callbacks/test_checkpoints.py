@@ -1,4 +1,4 @@
-"""Checkpoints, signals, damaged files, full disks: what a run keeps and what it says."""
+"""Checkpoints, signals, damaged files and full disks: what is kept and what is reported."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.conftest import Finished
+from tests.conftest import Finished, run_as_a_person_does
 from torch import nn
 
 from spice_pl.callbacks.checkpoints import CheckpointFile, read_checkpoint
 from spice_pl.callbacks.metrics_csv import CurveLogger
 from spice_pl.errors import UsageError
-from spice_pl.job import run
+from spice_pl.job.errors import clear_errors
 from spice_pl.job.run import run_stages
 from spice_pl.runs.folder import RunFolder
 from spice_pl.stages.proto import ProtoHeadModule
@@ -51,7 +51,7 @@ def stopped(finished: Finished) -> Finished:
     with pytest.MonkeyPatch.context() as patch:
         stop_at(patch, ProtoHeadModule, 0, 0)
         with pytest.raises(SystemExit) as code:
-            run._with_clear_errors(finished.job("stage=proto", "overwrite=true"))
+            run_as_a_person_does(finished.job("stage=proto", "overwrite=true"))
     assert code.value.code == RESUME_CODE == 75
     return finished
 
@@ -72,17 +72,13 @@ def test_run_that_was_stopped_inside_an_epoch_ends_as_a_straight_one(
         assert made.read_bytes() == wanted.read_bytes(), name
 
 
-def test_the_line_that_goes_on(
-    finished: Finished, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_the_command_that_continues_is_printed(
+    finished: Finished, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def stop(job: Any) -> None:
+    with pytest.raises(Stopped), clear_errors(finished.job("stage=proto", "overwrite=true")):
         raise Stopped
-
-    monkeypatch.setattr(run, "run_stages", stop)
-    with pytest.raises(Stopped):
-        run._with_clear_errors(finished.job("stage=proto", "overwrite=true"))
     lines = capsys.readouterr().err.strip().splitlines()
-    assert lines[0] == "stopped; what was made is kept. Go on with"
+    assert lines[0] == "stopped; what was made is kept. Continue with"
     assert lines[1].startswith("  python train.py dataset=folder ")
     assert lines[1].endswith("stage=proto resume=true")
 
@@ -122,7 +118,7 @@ def test_a_signal_that_other_code_made_an_error_of_is_still_a_stop() -> None:
     with pytest.raises(Stopped), Interrupts():
         careless()
     while_saving = Interrupts()
-    while_saving.deferred = True  # what fails then is an error of its own
+    while_saving.deferred = True  # a failure then is reported as itself
     with pytest.raises(AttributeError), while_saving:
         careless()
 
@@ -144,9 +140,9 @@ def test_checkpoint_with_a_flipped_bit_is_refused(tmp_path: Path) -> None:
         try:
             found = read_checkpoint(path)
         except UsageError as error:
-            assert "is damaged and cannot be gone on from" in str(error)  # noqa: PT017 - some pass
+            assert "is damaged and cannot be resumed" in str(error)  # noqa: PT017 - some pass
             refused += 1
-        else:  # a bit that says nothing: a date, padding
+        else:  # a bit without meaning: a date, padding
             assert torch.equal(found["state_dict"]["weight"], weight)
             assert found["epoch"] == 3
     assert refused > 150
@@ -199,7 +195,7 @@ def test_full_disk_is_one_clear_message(
 
     monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(SystemExit) as stopped:
-        run._with_clear_errors(finished.job("stage=moco", "overwrite=true"))
+        run_as_a_person_does(finished.job("stage=moco", "overwrite=true"))
     assert stopped.value.code == 2
     assert "error: no space left to write" in capsys.readouterr().err
     names = {path.name for path in finished.folder("moco").path.iterdir()}

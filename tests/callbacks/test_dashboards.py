@@ -16,7 +16,8 @@ from tests.wandb_file import read_run
 
 from spice_pl.callbacks.dashboards import assignments, cluster_pictures, confusion, run_id
 from spice_pl.data.images import ImageSet
-from spice_pl.runs.folder import ClusterTable, RunFolder
+from spice_pl.runs.clusters import ClusterTable
+from spice_pl.runs.folder import RunFolder
 
 STAGE_KEYS = {
     "moco": {"train/loss", "train/embedding_std"},
@@ -69,7 +70,7 @@ def test_tensorboard_and_offline_wandb_tell_the_whole_run(
         if stage != "moco":
             check_pictures_and_tables(folder)
         before = folder
-    # A run that is gone on with is the same run.
+    # A resumed run is the same run.
     folder = folders["moco"]
     (folder.path / "metrics.json").unlink()
     again = train("stage=moco", "resume=true", "logger=wandb", *tiny, timeout=400)
@@ -94,10 +95,10 @@ def check_run(folder: RunFolder, stage: str, before: RunFolder | None) -> None:
     expected = STAGE_KEYS[stage] | {"truth/final_acc"}
     events = tensorboard(folder)
     assert expected <= set(events.Tags()["scalars"])
-    (record,) = wandb_records(folder)  # one run a stage
+    (record,) = wandb_records(folder)  # one run per stage
     run = read_run(record)
     assert all(run.values(key) for key in expected)
-    # Both tell the same curve, and its end is what metrics.json says.
+    # Both hold the same curve, and its last value is in metrics.json.
     curve = [event.value for event in events.Scalars("train/loss")]
     assert run.values("train/loss") == pytest.approx(curve)
     (final,) = run.values("truth/final_acc")
@@ -129,7 +130,7 @@ def check_pictures_and_tables(folder: RunFolder) -> None:
     assert sum(sum(row[1:]) for row in rows) == NUM_IMAGES
 
 
-def test_a_run_made_anew_has_another_id(tmp_path: Path) -> None:
+def test_a_run_that_is_overwritten_has_another_id(tmp_path: Path) -> None:
     first = run_id(tmp_path, keep=True)
     assert run_id(tmp_path, keep=True) == first
     assert run_id(tmp_path, keep=False) != first

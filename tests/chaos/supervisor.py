@@ -1,9 +1,9 @@
-"""Kill a pipeline again and again until it is done, then compare it with one that ran straight.
+"""Kill a pipeline and resume it until it is finished; compare it with an undisturbed run.
 
-`python -m tests.chaos.supervisor FOLDER SEED KILLS` prints one JSON object. It forks a child for
-every part of a run, so that the heavy imports are paid once; a child is ended by real signals, at
-a counted step (in the middle of a write, between two files, in a training step) or at any moment.
-Run in a process of its own: torch's autograd must not have run before a fork.
+`python -m tests.chaos.supervisor FOLDER SEED KILLS` prints one JSON object. Every part of a run is
+a forked child, so that the slow imports happen once. A child is ended by a real signal or a full
+disk, at a counted step (in the middle of a write, between two files, in a training step) or at any
+moment. The supervisor needs its own process: torch's autograd must not have run before a fork.
 """
 
 from __future__ import annotations
@@ -23,10 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tests.conftest import TINY, make_job, write_folder
+from tests.conftest import TINY, make_job, run_as_a_person_does, write_folder
 
 from spice_pl.data.datamodule import ViewsDataModule
-from spice_pl.job import run
 from spice_pl.runs.folder import RunFolder
 from spice_pl.stages import fixmatch, moco, proto
 from spice_pl.system.interrupts import RESUME_CODE
@@ -57,7 +56,7 @@ VOLATILE = (
 
 
 class Trap:
-    """Counts what a run does and ends it at the n-th step, in the middle of it where it writes."""
+    """Counts the steps of a run and acts at the n-th, in the middle of a write."""
 
     def __init__(self, at: int, act: Callable[[], None]) -> None:
         self.count, self.at, self.act = 0, at, act
@@ -69,7 +68,7 @@ class Trap:
             self.act()
 
     def install(self) -> None:
-        """Put the trap where a run writes and trains; for a child that ends afterwards."""
+        """Count writes and training steps; only for a child process, as it patches modules."""
         for owner, name in (
             (os, "replace"),
             (os, "fsync"),
@@ -91,13 +90,13 @@ class Trap:
         Path.write_bytes = write_bytes  # type: ignore[method-assign, assignment]
 
     def install_in_training(self) -> None:
-        """Put the trap before every training step."""
+        """Count training steps."""
         for stage in STAGES.values():
             step = self.before(stage.training_step)  # type: ignore[attr-defined]
             stage.training_step = step  # type: ignore[attr-defined]
 
     def before(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a function that counts first."""
+        """Return `function` with a step counted before each call."""
 
         def counted(*args: Any, **kwargs: Any) -> Any:
             self.step()
@@ -113,7 +112,7 @@ def fork(
     after_s: float | None,
     how: int,
 ) -> tuple[int, float]:
-    """Run the command line in a child; signal it after some seconds; return its exit code."""
+    """Run a job in a child, signal it after some seconds; return its exit code and duration."""
     started = time.monotonic()
     child = os.fork()
     if child == 0:
@@ -123,7 +122,7 @@ def fork(
                 os.dup2(file.fileno(), 1)
                 os.dup2(file.fileno(), 2)
                 prepare()
-                run._with_clear_errors(make_job(*overrides))
+                run_as_a_person_does(make_job(*overrides))
                 code = 0
         except SystemExit as end:
             code = int(end.code or 0)
@@ -143,7 +142,7 @@ def fork(
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """Everything of two finished runs that should be equal and is not."""
+    """Return what should be equal in two finished runs and is not."""
     found = []
     for stage in STAGES:
         folders = [RunFolder(path / "photos" / stage / "seed0") for path in (one, other)]
@@ -185,7 +184,7 @@ def same(left: Any, right: Any) -> bool:
 
 
 def _stopped_inside_an_epoch(runs: Path) -> bool:
-    """Whether the stage that was stopped goes on inside an epoch."""
+    """Whether the unfinished stage will be resumed inside an epoch."""
     for path in runs.glob("photos/*/seed0"):
         folder = RunFolder(path)
         if not folder.finished and folder.checkpoint.is_file():
@@ -200,7 +199,7 @@ def disk_full() -> None:
 
 
 def chaos(root: Path, seed: int, kills: int) -> dict[str, Any]:
-    """Kill runs until `kills` have hit; every run is finished and compared."""
+    """Kill runs until there were `kills` kills; finish and compare each run."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     draw = random.Random(seed)  # noqa: S311 - which step to end at
     base = [
@@ -231,7 +230,7 @@ def chaos(root: Path, seed: int, kills: int) -> dict[str, Any]:
     while hits.total() < kills:
         runs, log = root / f"killed{compared}", root / f"killed{compared}.log"
         for part in range(100):
-            # Later parts have fewer steps left: the trap may stay unsprung, and the run is done.
+            # Later parts have fewer steps left, so a run may finish before the trap acts.
             at = draw.randint(1, steps // 2)
             how = draw.choice(["SIGKILL", "SIGKILL", "SIGTERM", "SIGINT", "full disk"])
             number = 0 if how == "full disk" else int(signal.Signals[how])
@@ -240,7 +239,7 @@ def chaos(root: Path, seed: int, kills: int) -> dict[str, Any]:
             act = disk_full if how == "full disk" else partial(signal.raise_signal, number)
             save_each_batch = draw.random() < 0.5
             trap = Trap(-1 if anywhere else at, act)
-            if training and not anywhere:  # of the steps of all kinds few are inside an epoch
+            if training and not anywhere:  # few steps of all kinds are inside an epoch
                 trap.at = draw.randint(2, 12)
             code, _ = fork(
                 [
@@ -260,13 +259,13 @@ def chaos(root: Path, seed: int, kills: int) -> dict[str, Any]:
             print(f"run {compared} part {part}: {how}, code {code}", file=sys.stderr)
             inside += _stopped_inside_an_epoch(runs)
             expected = [{"SIGKILL": -signal.SIGKILL, "full disk": 2}.get(how, RESUME_CODE)]
-            if anywhere:  # before the run listens, a signal does what signals do
+            if anywhere:  # before handlers are installed, a signal has its default effect
                 expected += [-number, 1 if how == "SIGINT" else -number]
             if code not in expected:
                 wrong.append(f"run {compared} part {part}: {how} ended with {code}: {log}")
                 break
         else:
-            wrong.append(f"run {compared} made no headway: {log}")
+            wrong.append(f"run {compared} did not finish in 100 parts: {log}")
         if wrong:
             break
         wrong += [f"run {compared}: {each}" for each in differences(straight, runs)]
@@ -283,7 +282,7 @@ def chaos(root: Path, seed: int, kills: int) -> dict[str, Any]:
 
 
 def controls(root: Path, base: Sequence[str], straight: Path) -> dict[str, list[str]]:
-    """Differences that the comparison must find: resumed at a wrong batch, another seed's bits."""
+    """Return the differences found in two broken runs: a wrong batch, a flipped bit."""
 
     def forget_position() -> None:
         ViewsDataModule.load_state_dict = lambda *_: None  # type: ignore[method-assign]

@@ -1,4 +1,4 @@
-"""A pipeline that is killed again and again ends with the bits of one that ran straight."""
+"""A pipeline that is killed many times ends with the same bits as one that is not."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found
 
 
-def test_killed_pipelines_end_with_the_bits_of_a_straight_one(outcome: dict[str, Any]) -> None:
+def test_killed_pipelines_end_with_the_bits_of_an_undisturbed_one(outcome: dict[str, Any]) -> None:
     assert outcome["wrong"] == []
     assert outcome["runs_compared"] >= 3
 

@@ -61,7 +61,7 @@ def test_the_best_matching_is_not_the_greedy_one() -> None:
     assert scores_from_counts(table)["acc"] == 18 / 28
 
 
-def test_clusters_without_a_class_and_classes_without_a_cluster() -> None:
+def test_more_clusters_than_classes_and_fewer() -> None:
     assert match_clusters(torch.tensor([[1, 0], [0, 5], [4, 0]])).tolist() == [-1, 1, 0]
     assert match_clusters(torch.tensor([[0, 0, 2]])).tolist() == [2]
 
@@ -88,12 +88,12 @@ def test_one_cluster_and_one_class_agree(num_samples: int) -> None:
     assert clustering_scores(zeros, zeros) == {"acc": 1.0, "nmi": 1.0, "ari": 1.0, "purity": 1.0}
 
 
-def test_one_cluster_of_many_classes_is_worth_nothing() -> None:
+def test_one_cluster_for_many_classes_scores_zero_nmi_and_ari() -> None:
     scores = scores_from_counts(torch.tensor([[1, 1, 1, 3, 7]]))
     assert scores == {"acc": 7 / 13, "nmi": 0.0, "ari": 0.0, "purity": 7 / 13}
 
 
-def test_one_cluster_a_sample() -> None:
+def test_one_cluster_per_sample() -> None:
     labels = random_ids(12, 3, seed=0)
     scores = clustering_scores(torch.arange(12), labels)
     assert scores["ari"] == 0
@@ -109,20 +109,20 @@ def test_a_million_samples_do_not_overflow() -> None:
     scores = clustering_scores(clusters, labels)
     assert scores["acc"] == 0.999
     assert scores["ari"] == pytest.approx(adjusted_rand_score(labels, clusters), abs=1e-12)
-    # Products of pairs pass 2^63 long before this.
+    # Products of numbers of pairs exceed 2^63 long before this.
     huge = scores_from_counts(torch.tensor([[10**9, 10**6], [10**6, 10**9]]))
     small = scores_from_counts(torch.tensor([[10**5, 10**2], [10**2, 10**5]]))
     assert huge["ari"] == pytest.approx(small["ari"], abs=1e-4)
     assert huge["nmi"] == pytest.approx(small["nmi"], abs=1e-12)
 
 
-def test_one_stray_sample_in_a_million_keeps_its_digits() -> None:
+def test_a_cluster_of_one_in_a_million_samples_is_scored_without_rounding() -> None:
     table = torch.tensor([[999_999, 0], [0, 1]])
     ones = dict.fromkeys(("acc", "nmi", "ari", "purity"), 1.0)
     assert scores_from_counts(table) == pytest.approx(ones)
 
 
-def test_purity_counts_clusters_that_the_match_leaves_over() -> None:
+def test_purity_counts_clusters_that_have_no_class() -> None:
     table = torch.tensor([[5, 0], [4, 1], [0, 3], [1, 6]])  # 4 clusters, 2 classes, 20 samples
     scores = scores_from_counts(table)
     assert scores["acc"] == (5 + 6) / 20
@@ -163,7 +163,7 @@ def test_refuses_ids_out_of_range_and_lengths_that_differ() -> None:
 
 
 @pytest.mark.parametrize("labels", [[], [-1, -1]])
-def test_refuses_to_score_nothing(labels: list[int]) -> None:
+def test_refuses_to_score_without_labels(labels: list[int]) -> None:
     clusters = torch.zeros(len(labels), dtype=torch.long)
     with pytest.raises(ValueError, match=r"0 samples have a cluster and a label; .* at least 1"):
         clustering_scores(clusters, torch.tensor(labels, dtype=torch.long))

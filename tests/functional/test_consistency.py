@@ -10,18 +10,20 @@ from spice_pl.functional.consistency import (
     self_adaptive_fairness,
     weighted_cross_entropy,
 )
-from spice_pl.functional.losses import consistency_cross_entropy
+from spice_pl.nn.thresholds import FixedThreshold
 
 
-def test_weights_of_zero_and_one_are_fixmatch() -> None:
-    logits, weak = torch.randn(9, 4), (3 * torch.randn(9, 4)).softmax(dim=1)
-    expected, mask = consistency_cross_entropy(logits, weak, threshold=0.7)
-    assert 0 < int(mask.sum()) < 9
-    found = weighted_cross_entropy(logits, weak.argmax(dim=1), mask.float())
-    assert torch.equal(found, expected)
+def test_weights_of_zero_and_one_are_fixmatch_by_hand() -> None:
+    """SPICE, Eqs. 8-9: sure weak views teach the strong one, a mean over all images."""
+    weak = torch.tensor([[0.95, 0.05], [0.04, 0.96], [0.94, 0.06]], dtype=torch.float64)
+    logits = torch.tensor([[0.0, math.log(3)], [0.0, 0.0], [9.0, -9.0]], dtype=torch.float64)
+    weight = FixedThreshold(0.95)(weak)
+    assert weight.tolist() == [1, 1, 0]  # the threshold itself is sure enough
+    loss = weighted_cross_entropy(logits, weak.argmax(dim=1), weight)
+    assert loss.item() == pytest.approx((math.log(4) + math.log(2)) / 3)
 
 
-def test_no_weight_gives_no_loss_and_no_gradient() -> None:
+def test_weights_of_zero_give_no_loss_and_no_gradient() -> None:
     logits = torch.randn(5, 3, requires_grad=True)
     loss = weighted_cross_entropy(logits, torch.full((5,), -1), torch.zeros(5))
     loss.backward()  # type: ignore[no-untyped-call]
@@ -67,7 +69,7 @@ def test_fairness_by_hand() -> None:
 
 
 @pytest.mark.parametrize("mask", [torch.zeros(4).bool(), torch.tensor([True, False, False, False])])
-def test_fairness_is_finite_without_a_mask_or_a_cluster(mask: torch.Tensor) -> None:
+def test_fairness_is_finite_with_an_empty_mask_or_cluster(mask: torch.Tensor) -> None:
     logits = torch.randn(4, 3, requires_grad=True)
     histogram = torch.tensor([1.0, 0.0, 0.0])
     loss = self_adaptive_fairness(logits.softmax(dim=1), mask, torch.ones(3) / 3, histogram)

@@ -24,13 +24,13 @@ def test_agrees_with_the_formula_written_out() -> None:
     assert loss.item() == pytest.approx(total / 5, abs=1e-12)
 
 
-def test_equal_similarities_cost_the_logarithm_of_their_number() -> None:
+def test_equal_similarities_give_the_logarithm_of_their_number() -> None:
     row = embeddings(1, 0)
     queue = row.T.expand(-1, 7)
     assert info_nce(row, row, queue, 0.2).item() == pytest.approx(math.log(8))
 
 
-def test_an_empty_queue_costs_nothing() -> None:
+def test_an_empty_queue_gives_no_loss() -> None:
     query, key = embeddings(3, 0), embeddings(3, 1)
     assert info_nce(query, key, query.new_zeros(8, 0), 0.2).item() == 0
 
@@ -42,7 +42,7 @@ def test_order_of_the_queue_does_not_matter() -> None:
     )
 
 
-def test_only_the_query_learns() -> None:
+def test_only_the_query_gets_a_gradient() -> None:
     query, key, queue = (embeddings(4, seed).requires_grad_() for seed in range(3))
     info_nce(query, key, queue.T, 0.2).backward()  # type: ignore[no-untyped-call]
     assert query.grad is not None

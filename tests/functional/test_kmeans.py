@@ -18,7 +18,7 @@ def blobs(num_clusters: int = 4, each: int = 30) -> tuple[Tensor, Tensor]:
     return (centres[label] + noise) * lengths, label
 
 
-def test_finds_directions_whatever_the_lengths() -> None:
+def test_finds_directions_for_any_lengths() -> None:
     features, label = blobs()
     clusters, centres = cosine_kmeans(features, 4, generator=torch.Generator().manual_seed(1))
     assert clustering_scores(clusters, label)["acc"] == 1
@@ -37,7 +37,7 @@ def test_fits_no_worse_than_scikit_learn_on_unit_rows() -> None:
     assert float((unit * centres[clusters]).sum()) >= fit * 0.99
 
 
-def test_same_generator_same_clusters() -> None:
+def test_the_same_generator_gives_the_same_clusters() -> None:
     features, _ = blobs()
     runs = [
         cosine_kmeans(features, 5, generator=torch.Generator().manual_seed(3))[0] for _ in range(2)
@@ -49,12 +49,12 @@ def test_as_many_clusters_as_samples_and_equal_samples() -> None:
     features = torch.eye(4)
     clusters, _ = cosine_kmeans(features, 4)
     assert sorted(clusters.tolist()) == [0, 1, 2, 3]
-    clusters, centres = cosine_kmeans(torch.ones(6, 3), 3)  # one distinct sample only
+    clusters, centres = cosine_kmeans(torch.ones(6, 3), 3)  # all samples are equal
     assert clusters.shape == (6,)
     assert centres.isfinite().all()
 
 
-def test_refuses_what_cannot_be_clustered() -> None:
+def test_refuses_too_many_clusters_and_nan() -> None:
     with pytest.raises(ValueError, match="num_clusters 3 is not between 1 and the 2 samples"):
         cosine_kmeans(torch.eye(2), 3)
     with pytest.raises(ValueError, match="a feature is NaN"):

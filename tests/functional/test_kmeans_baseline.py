@@ -26,7 +26,7 @@ def accuracy(clusters: NDArray[np.int64], labels: NDArray[np.int64]) -> float:
     return float(scores["acc"])
 
 
-def test_far_blobs_are_found() -> None:
+def test_distant_blobs_are_found() -> None:
     data, labels = blobs(200)
     clusters = kmeans_clusters(data, 4, seed=0)
     assert clusters.dtype == np.int64
@@ -55,7 +55,7 @@ def test_the_seed_decides() -> None:
 
 
 @pytest.mark.parametrize("num", [50, 51, 101])
-def test_more_samples_than_are_fitted_are_all_assigned(
+def test_samples_beyond_those_of_the_fit_are_assigned_too(
     num: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kmeans, "FIT_AT_MOST", 50)

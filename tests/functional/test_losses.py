@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spice_pl.functional.losses import (
-    consistency_cross_entropy,
     double_softmax_cross_entropy,
     double_softmax_cross_entropy_per_head,
     double_softmax_floor,
@@ -141,36 +140,9 @@ def test_mutual_information_is_high_for_even_and_sure_clusters() -> None:
         assert mutual_information(nothing).item() == pytest.approx(0, abs=1e-6)
 
 
-def test_consistency_by_hand() -> None:
-    weak = torch.tensor([[0.95, 0.05], [0.04, 0.96], [0.94, 0.06]], dtype=torch.float64)
-    strong = torch.tensor([[0.0, math.log(3)], [0.0, 0.0], [9.0, -9.0]], dtype=torch.float64)
-    loss, mask = consistency_cross_entropy(strong, weak, threshold=0.95)
-    assert mask.tolist() == [True, True, False]  # the threshold itself is sure enough
-    assert loss.item() == pytest.approx((math.log(4) + math.log(2)) / 3)
-
-
-def test_consistency_with_no_sure_sample_is_zero_with_zero_gradient() -> None:
-    strong = random_logits(4, 3).requires_grad_()
-    loss, mask = consistency_cross_entropy(strong, torch.full((4, 3), 1 / 3), threshold=0.95)
-    assert not mask.any()
-    assert loss.item() == 0
-    assert gradient(loss, strong).abs().sum() == 0
-
-
-def test_consistency_teaches_the_strong_view_only() -> None:
-    weak_logits = (10 * torch.eye(3)).requires_grad_()
-    strong = torch.zeros(3, 3, requires_grad=True)
-    loss, _ = consistency_cross_entropy(strong, weak_logits.softmax(-1), threshold=0.5)
-    slope, weak_slope = torch.autograd.grad(loss, [strong, weak_logits], allow_unused=True)
-    assert slope.abs().sum() > 0
-    assert weak_slope is None
-
-
 def test_refuses_shapes_that_disagree() -> None:
     with pytest.raises(ValueError, match=r"label \(3,\) does not broadcast to \(2, 4\)"):
         double_softmax_cross_entropy(torch.rand(2, 4, 5), torch.zeros(3, dtype=torch.long))
-    with pytest.raises(ValueError, match=r"\(4, 3\) and probs_weak \(U, K\) = \(5, 3\) differ"):
-        consistency_cross_entropy(torch.rand(4, 3), torch.rand(5, 3), threshold=0.95)
 
 
 def test_refuses_a_temperature_that_is_not_positive() -> None:

@@ -21,7 +21,7 @@ def test_every_parameter_moves_by_the_formula() -> None:
         torch.testing.assert_close(now, 0.9 * old + 0.1 * new, rtol=0, atol=1e-15)
 
 
-def test_buffers_are_copied_the_integer_one_too() -> None:
+def test_buffers_are_copied_integers_too() -> None:
     target, source = network(0), network(1)
     for _ in range(3):
         source(torch.randn(8, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
@@ -34,7 +34,7 @@ def test_buffers_are_copied_the_integer_one_too() -> None:
 
 
 @pytest.mark.parametrize(("momentum", "like"), [(1.0, 0), (0.0, 1)])
-def test_the_ends_of_the_range_leave_or_copy(momentum: float, like: int) -> None:
+def test_momentum_1_changes_nothing_and_0_copies(momentum: float, like: int) -> None:
     target, source = network(0), network(1)
     ema_update_(target, source, momentum)
     for now, expected in zip(target.parameters(), network(like).parameters(), strict=True):
@@ -52,7 +52,7 @@ def test_parameters_keep_their_identity_and_get_no_gradient() -> None:
         assert not now.requires_grad
 
 
-def test_a_network_that_requires_grad_can_follow() -> None:
+def test_a_target_that_requires_grad_can_be_updated() -> None:
     source = network(0)
     target = copy.deepcopy(source)
     ema_update_(target, source, momentum=0.5)

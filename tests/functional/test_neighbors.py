@@ -30,7 +30,7 @@ def test_the_nearest_key_of_a_key_is_itself() -> None:
     torch.testing.assert_close(similarity, torch.ones_like(similarity))
 
 
-def test_all_keys_can_be_asked_for_and_no_query_gives_no_row() -> None:
+def test_k_can_be_all_keys_and_no_queries_give_no_rows() -> None:
     _, index = nearest_neighbors(gaussian(2, 3), gaussian(4, 3, seed=1), 4)
     assert index.sort().values.tolist() == [[0, 1, 2, 3]] * 2
     similarity, index = nearest_neighbors(gaussian(0, 3), gaussian(4, 3), 2)
@@ -89,7 +89,7 @@ def crowd(num_samples: int = 6000) -> torch.Tensor:
     return (centres[torch.arange(num_samples) % 20] + gaussian(num_samples, 16, seed=1)).float()
 
 
-def test_very_many_keys_are_searched_by_faiss_with_the_recall_that_it_says(
+def test_faiss_searches_many_keys_with_the_recall_in_the_log(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     pytest.importorskip("faiss")
@@ -119,7 +119,7 @@ def test_cells_with_too_few_keys_are_filled_up_exactly(monkeypatch: pytest.Monke
     assert all(len(set(row)) == 200 for row in index.tolist())
 
 
-def test_without_faiss_the_search_stays_exact_and_says_what_would_help(
+def test_without_faiss_the_search_is_exact_and_the_log_names_the_extra(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     keys = crowd(1200)

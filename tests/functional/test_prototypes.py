@@ -98,7 +98,7 @@ def test_memory_is_bounded_by_chunks_that_change_nothing(
     monkeypatch.setattr(prototypes, "similarities", watched)
     found, _ = prototype_pseudo_labels(embeddings, probs, overlap=overlap)
     assert torch.equal(found, expected)
-    assert largest <= max(chunk, 3 * 47)  # one cluster of three heads is the least
+    assert largest <= max(chunk, 3 * 47)  # one cluster of three heads is the smallest chunk
 
 
 @pytest.mark.parametrize("overlap", [True, False])
@@ -108,8 +108,12 @@ def test_unequal_clusters_agree_with_plain_loops(
 ) -> None:
     monkeypatch.setattr(prototypes, "SIMILARITIES_PER_CHUNK", chunk)
     embeddings, probs = random_case()
-    shares = torch.tensor([[5.0, 2, 1, 1], [0, 0, 0, 1], [1, 1, 1, 1]])  # a row a head
-    budgets = [[22, 10, 6, 6], [2, 2, 2, 38], [11, 11, 11, 11]]  # 2 each and 36 by shares, by hand
+    shares = torch.tensor([[5.0, 2, 1, 1], [0, 0, 0, 1], [1, 1, 1, 1]])  # one row per head
+    budgets = [
+        [22, 10, 6, 6],
+        [2, 2, 2, 38],
+        [11, 11, 11, 11],
+    ]  # 2 and 36 by shares, by hand
     index, label = prototype_pseudo_labels(embeddings, probs, overlap=overlap, shares=shares)
     assert index.shape == label.shape == (3, 44)
     for head, labels in enumerate(budgets):
@@ -134,13 +138,13 @@ def test_equal_shares_change_no_bit(overlap: bool) -> None:
     assert torch.equal(names, label.expand(3, -1))
 
 
-def test_shares_are_what_lies_nearest_to_each_prototype() -> None:
-    """Three groups of 30, 10 and 5, of which the head knows the middles only."""
+def test_shares_are_those_of_the_images_nearest_to_each_prototype() -> None:
+    """Three groups of 30, 10 and 5 images, which the head tells apart."""
     generator = torch.Generator().manual_seed(0)
     group = torch.arange(3).repeat_interleave(torch.tensor([30, 10, 5]))
     embeddings = torch.eye(6)[group] + 0.05 * torch.randn(45, 6, generator=generator)
     probs = (torch.eye(3)[group] + 0.1).expand(2, -1, -1)
-    shares = torch.full((3,), 1 / 3)  # too much for the last one, whose prototype is mixed at first
+    shares = torch.full((3,), 1 / 3)  # too much for the last, whose prototype is mixed at first
     for _ in range(3):
         shares = prototype_shares(embeddings, probs[0], shares=shares)
     assert shares.tolist() == pytest.approx([30 / 45, 10 / 45, 5 / 45])
@@ -157,14 +161,14 @@ def test_refuses_shares_that_ask_for_more_images_than_there_are() -> None:
 
 
 def test_toy_on_a_circle_by_hand() -> None:
-    """As in SPICE, Fig. 4: what the head believes and where the images lie differ."""
+    """As in SPICE, Fig. 4: the head and the embeddings disagree on two images."""
     degrees = torch.tensor([0.0, 10, 20, 90, 100, 110])
     embeddings = torch.stack([degrees.deg2rad().cos(), degrees.deg2rad().sin()], dim=-1)
     first = torch.tensor([0.9, 0.8, 0.3, 0.6, 0.2, 0.1])
     probs = torch.stack([first, 1 - first], dim=-1)
     assert select_confident(probs, 2).tolist() == [[0, 1], [5, 4]]
-    # Prototypes at 5 and 105 degrees: image 2 is labelled 0 and image 3 is labelled 1, both
-    # against the head's argmax.
+    # Prototypes at 5 and 105 degrees: image 2 gets label 0 and image 3 gets label 1, both against
+    # the argmax of the head.
     index, label = prototype_pseudo_labels(embeddings, probs, confident_ratio=0.7)
     assert label.tolist() == [0, 0, 0, 1, 1, 1]
     assert index[:3].sort().values.tolist() == [0, 1, 2]
@@ -181,7 +185,7 @@ def test_an_image_can_carry_two_labels_or_none() -> None:
     assert [sorted(index[:3].tolist()), sorted(index[3:].tolist())] == [[0, 1, 2], [3, 4, 5]]
 
 
-def test_confidence_counts_even_against_the_argmax() -> None:
+def test_an_image_can_be_confident_for_a_cluster_that_is_not_its_argmax() -> None:
     probs = torch.tensor([[0.6, 0.4], [0.9, 0.1], [0.7, 0.3]])
     assert select_confident(probs, 1).tolist() == [[1], [0]]
 
@@ -214,7 +218,7 @@ def test_shuffling_images_shuffles_the_index(overlap: bool) -> None:
     assert torch.equal(order[shuffled], index)
 
 
-def test_raw_features_are_taken_by_direction() -> None:
+def test_lengths_of_features_do_not_matter() -> None:
     embeddings, probs = random_case()
     lengths = torch.linspace(1, 50, 47, dtype=torch.float64).unsqueeze(-1)
     assert torch.equal(
@@ -302,5 +306,5 @@ def test_refuses_shapes_that_disagree() -> None:
     embeddings, probs = random_case()
     with pytest.raises(ValueError, match=r"\(46, 6\) and probs .* \(3, 47, 4\) do not fit"):
         prototype_pseudo_labels(embeddings[:46], probs)
-    with pytest.raises(ValueError, match=r"\(47,\) do not fit; M is the same images"):
+    with pytest.raises(ValueError, match=r"\(47,\) do not fit; both need the same M images"):
         prototype_pseudo_labels(embeddings, probs[0, :, 0])

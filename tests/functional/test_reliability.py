@@ -12,7 +12,7 @@ from spice_pl.functional.reliability import (
 
 
 def random_case(num_samples: int = 80, num_clusters: int = 4) -> tuple[Tensor, Tensor]:
-    """Embeddings around one centre per cluster, and a head that mostly sees it."""
+    """Return embeddings around one centre per cluster, and probabilities that are mostly right."""
     generator = torch.Generator().manual_seed(0)
     centre = torch.randn(num_clusters, 6, generator=generator, dtype=torch.float64)
     truth = torch.randint(num_clusters, (num_samples,), generator=generator)
@@ -46,11 +46,11 @@ def test_consistency_by_hand() -> None:
     degrees = torch.tensor([0.0, 10, 21, 90, 100])
     embeddings = torch.stack([degrees.deg2rad().cos(), degrees.deg2rad().sin()], dim=-1)
     agreement = local_consistency(embeddings, torch.tensor([0, 0, 1, 1, 1]), num_neighbors=3)
-    # Image 2 lies with images 0 and 1; the third neighbour of 3 and 4 is image 2.
+    # Image 2 is near images 0 and 1; the third neighbour of 3 and 4 is image 2.
     torch.testing.assert_close(agreement, torch.tensor([2, 2, 1, 3, 3]) / 3)
 
 
-def test_a_lone_neighbour_is_the_sample_itself() -> None:
+def test_the_first_neighbour_is_the_sample_itself() -> None:
     embeddings, probs = random_case()
     assert local_consistency(embeddings, probs.argmax(-1), num_neighbors=1).eq(1).all()
 
@@ -64,7 +64,7 @@ def test_renaming_clusters_and_shuffling_samples_change_nothing() -> None:
     assert torch.equal(local_consistency(embeddings[order], clusters[order], 9), agreement[order])
 
 
-def test_any_percentage_of_a_hundred_neighbours_meets_its_own_threshold() -> None:
+def test_an_agreement_equal_to_the_threshold_is_reliable() -> None:
     agreements = torch.arange(101).float() / 100
     ones, zeros = torch.ones(101), torch.zeros(101, dtype=torch.long)
     for percent in range(101):
@@ -103,7 +103,7 @@ def test_balance_counts_by_hand_with_one_cluster_empty(balance: Balance, kept: l
     assert clusters[mask].bincount(minlength=5).tolist() == kept
 
 
-def test_the_draw_follows_the_generator_and_not_the_numbering() -> None:
+def test_the_draw_depends_on_the_generator_and_not_on_the_numbering() -> None:
     clusters = torch.tensor([0] * 50 + [1] * 5)
     masks = [
         select_reliable(
@@ -116,7 +116,7 @@ def test_the_draw_follows_the_generator_and_not_the_numbering() -> None:
     assert torch.equal(masks[0], masks[3])
 
 
-def test_the_draw_without_a_generator_follows_the_seed_of_the_run() -> None:
+def test_the_draw_without_a_generator_depends_on_the_seed_of_torch() -> None:
     clusters = torch.tensor([0] * 50 + [1] * 5)
     masks = []
     with torch.random.fork_rng():

@@ -26,7 +26,7 @@ def test_loss_equals_its_plain_form() -> None:
     assert float(scan_loss(anchors, neighbors, 2.0)[0]) == pytest.approx(float(plain), abs=1e-5)
 
 
-def test_opposite_certain_neighbours_and_one_cluster_stay_finite() -> None:
+def test_contradicting_confident_neighbours_give_a_finite_loss() -> None:
     anchors = torch.tensor([[300.0, 0.0], [300.0, 0.0]], requires_grad=True)
     loss, _, _ = scan_loss(anchors, anchors.detach().flip(1))
     loss.backward()  # type: ignore[no-untyped-call]
@@ -37,17 +37,17 @@ def test_opposite_certain_neighbours_and_one_cluster_stay_finite() -> None:
         scan_loss(torch.zeros(2, 3), torch.zeros(3, 3))
 
 
-def test_self_label_weighs_clusters_alike() -> None:
+def test_self_label_gives_clusters_the_same_weight() -> None:
     logits = torch.randn(5, 3)
     probs = torch.eye(3)[[0, 0, 0, 1, 2]]
-    probs[4] = 1 / 3  # not sure
+    probs[4] = 1 / 3  # not confident
     loss, mask = self_label_loss(logits, probs)
     assert mask.tolist() == [True] * 4 + [False]
     each = F.cross_entropy(logits, probs.argmax(dim=1), reduction="none")
     assert float(loss) == pytest.approx(float(each[:3].mean() + each[3]) / 2, abs=1e-6)
 
 
-def test_nobody_sure_is_no_error() -> None:
+def test_no_confident_sample_gives_no_loss_and_no_gradient() -> None:
     logits = torch.randn(4, 3, requires_grad=True)
     loss, mask = self_label_loss(logits, torch.full((4, 3), 1 / 3))
     loss.backward()  # type: ignore[no-untyped-call]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tests.conftest import make_job
+from tests.conftest import make_job, run_as_a_person_does
 from tests.process import train
 
 from spice_pl.errors import UsageError
@@ -21,7 +21,7 @@ from spice_pl.usage import conf_folder, usage
 def test_help_answers_without_the_heavy_imports() -> None:
     done = train("--help", options=("-X", "importtime"))
     assert done.returncode == 0
-    assert "python train.py dataset=folder dataset.root=DIR" in done.stdout
+    assert "python train.py DIR\n" in done.stdout
     assert "dataset=    array | cifar10 | " in done.stdout
     packages = set(re.findall(r"\|\s+(\w+)", done.stderr))
     assert "hydra" in packages
@@ -33,7 +33,7 @@ def test_commands_in_messages_begin_with_what_was_typed(monkeypatch: pytest.Monk
     assert job.command() == "python train.py seed=1"
     monkeypatch.setenv("SPICE_PL_COMMAND", "spice")
     assert job.command() == "spice seed=1"
-    assert "  spice dataset=folder dataset.root=DIR" in usage(conf_folder())
+    assert "  spice DIR\n" in usage(conf_folder())
 
 
 @pytest.mark.parametrize("key", ["moco.module.learning_rate", "dataset.colours", "epochs"])
@@ -52,7 +52,7 @@ def test_mistakes_end_with_one_message_and_code_2(
         f"runs_dir={tmp_path}",
     )
     with pytest.raises(SystemExit) as stopped:
-        run._with_clear_errors(job)
+        run_as_a_person_does(job)
     assert stopped.value.code == 2
     message = capsys.readouterr().err.strip()
     expected = (

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from hydra.utils import get_object, instantiate
+from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from tests.conftest import CONF, compose
 
-from spice_pl.job.settings import ALLOWED_NAMES, ALLOWED_TARGETS
+from spice_pl.job.settings import ALLOWED_NAMES, ALLOWED_TARGETS, build
 from spice_pl.stages.base import Stage
 
 STAGES = ("moco", "proto", "fixmatch")
@@ -135,7 +135,7 @@ def test_every_backbone_is_built_and_maps_images_to_features(backbone: str) -> N
     if backbone.startswith(("timm", "efficientnet")):
         pytest.importorskip("timm")
     cfg = compose(f"backbone={backbone}", *NEEDED.get(backbone, ()), "dataset=cifar10")
-    network = instantiate(cfg.backbone, _convert_="all").eval()
+    network = build(cfg, cfg.backbone).eval()
     with torch.no_grad():
         assert network(torch.zeros(1, 3, 32, 32)).shape == (1, network.num_features)
 
@@ -146,7 +146,7 @@ def test_every_view_is_built_and_keeps_the_size(augment: str) -> None:
     images = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
     assert {"plain", "moco", "weak", "strong", "strong_joint"} <= set(cfg.augment)
     for name in cfg.augment:
-        view = instantiate(cfg.augment[name], _convert_="all")
+        view = build(cfg, cfg.augment[name])
         made = view(images, torch.rand(2, view.num_uniforms))
         assert made.shape == (2, 3, 16, 16), name
 
@@ -155,11 +155,11 @@ def test_every_view_is_built_and_keeps_the_size(augment: str) -> None:
 @pytest.mark.parametrize("stage", [*STAGES, *FAMILY])
 def test_every_stage_is_built_with_its_streams(dataset: str, stage: str) -> None:
     cfg = compose(f"dataset={dataset}")
-    module = instantiate(cfg[stage].module, _convert_="all")
+    module = build(cfg, cfg[stage].module)
     assert isinstance(module, Stage)
-    assert module.feature_dim == instantiate(cfg.backbone, _convert_="all").num_features
+    assert module.feature_dim == build(cfg, cfg.backbone).num_features
     for stream in cfg[stage].streams.values():
-        assert instantiate(stream, _convert_="all").batch_size == stream.batch_size
+        assert build(cfg, stream).batch_size == stream.batch_size
 
 
 def test_every_plain_setting_is_read_somewhere() -> None:
@@ -172,7 +172,7 @@ def test_every_plain_setting_is_read_somewhere() -> None:
         used = (f"cfg.{key}", f'"{key}"', "${" + key + "}")
         assert any(text in sources for text in used), key
     for key in {str(key) for stage in STAGES for key in cfg[stage]}:
-        assert any(text in sources for text in (f"].{key}", f'"{key}"')), key
+        assert any(text in sources for text in (f"].{key}", f'"{key}"', f"..{key}}}")), key
 
 
 ABLATIONS: dict[
@@ -214,8 +214,9 @@ def test_shared_settings_reach_the_stage_that_reads_them() -> None:
         "proto.module.hidden_dim=33",
     )
     module = cfg.fixmatch.module
-    assert (module.agreement, module.confidence, module.balance) == (0.5, 0.6, "cap")
-    assert (module.num_neighbors, module.seed, module.num_clusters) == (9, 4, 6)
+    reliable = module.selector
+    assert (reliable.agreement, reliable.confidence, reliable.balance) == (0.5, 0.6, "cap")
+    assert (reliable.num_neighbors, module.seed, module.num_clusters) == (9, 4, 6)
     assert module.hidden_dim == 33
     assert (cfg.proto.module.seed, cfg.proto.module.num_clusters) == (4, 6)
     assert cfg.run == "seed4"
@@ -240,7 +241,7 @@ def test_numbers_of_the_paper(name: str) -> None:
         cfg.moco.epochs,
         cfg.proto.module.buffer_size,
         cfg.proto.epochs,
-        cfg.fixmatch.module.agreement,
+        cfg.fixmatch.module.selector.agreement,
         cfg.augment.strong.max_cutout,
         (joint.depth, joint.widen_factor) if "depth" in joint else None,
     )
@@ -274,6 +275,18 @@ def test_selector_of_the_family_is_one_word() -> None:
     assert cfg.freematch.title == "FreeMatch on oracle labels"  # marked wherever it is shown
     assert cfg.supervised.title == "Supervised on oracle_all labels"
     assert cfg.softmatch.module.selector == cfg.selectors.reliable
+
+
+def test_fixmatch_is_one_setting_of_the_family() -> None:
+    """It differs from FlexMatch by class and threshold alone, and so do its numbers."""
+    cfg = OmegaConf.to_container(compose(), resolve=True)
+    assert isinstance(cfg, dict)
+    ours, other = (dict(flat(cfg[name])) for name in ("fixmatch", "flexmatch"))
+    differ = {key for key in ours.keys() | other.keys() if ours.get(key) != other.get(key)}
+    assert {key for key in differ if not key.startswith("module.threshold.")} == {
+        "title",
+        "module._target_",
+    }
 
 
 def test_the_family_shares_one_budget() -> None:

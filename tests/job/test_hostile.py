@@ -14,8 +14,9 @@ from tests.conftest import make_job
 
 from spice_pl.callbacks.checkpoints import read_checkpoint
 from spice_pl.errors import UsageError
-from spice_pl.job.job import stamp
-from spice_pl.job.settings import build
+from spice_pl.job.checks import stamp
+from spice_pl.job.plan import plan
+from spice_pl.job.settings import build, masked, masked_override
 from spice_pl.runs.folder import RunFolder
 
 PLAIN = OmegaConf.create({"allow_targets": []})
@@ -92,7 +93,8 @@ NAMES = list(attacks(Path("/nowhere")))
 def test_targets_that_could_run_code_are_refused(name: str, tmp_path: Path) -> None:
     trace = tmp_path / "trace"
     (tmp_path / "hubconf.py").write_text(f"open({str(trace)!r}, 'w')\ndef evil(): pass\n")
-    with pytest.raises(UsageError, match=r"_target_ .* lies outside .*add allow_targets="):
+    message = r"_target_ .* lies outside .*add allow_targets=|_recursive_ is not a key"
+    with pytest.raises(UsageError, match=message):
         build(PLAIN, attacks(trace)[name])
     assert not trace.exists()
 
@@ -128,7 +130,7 @@ def test_names_that_leave_the_folder_are_refused(key: str, name: str, tmp_path: 
         job.cfg.run = name
     else:
         job.cfg.dataset.name = name
-    with pytest.raises(UsageError, match=f"{key}=.* is no name for a folder"):
+    with pytest.raises(UsageError, match=f"{key}=.* is not a valid folder name"):
         job.folder("moco")
 
 
@@ -144,15 +146,67 @@ def test_secrets_are_written_nowhere(tmp_path: Path) -> None:
     job = make_job(
         *("+logger.wandb.api_key=abc123secret", "+dataset.access_token=abc123secret"),
         *("+moco.module.password=abc123secret", f"runs_dir={tmp_path}"),
+        "+note={api-key: abc123secret, pwd: 4815162342, n: 1}",
+        "+source=https://me:abc123secret@host",
     )
-    stamp(job, job.folder("moco"), keep=False)
+    stamp(plan(job)[0], keep=False)
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(written) == 2
     for path in written:
         assert "abc123secret" not in path.read_text()
+        assert "4815162342" not in path.read_text()
         assert "***" in path.read_text()
     assert "abc123secret" not in job.command()
     assert job.cfg.logger.wandb.api_key == "abc123secret"  # what uses it still has it
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("token", "authtoken", "access_token", "hf.token", "tokens", "secret", "client_secret"),
+        *("password", "passwd", "db_pwd", "pwd", "passphrase", "smtp_pass", "credentials"),
+        *("api_key", "api-key", "apikey", "apiKey", "WANDB_API_KEY", "secret_key", "private_key"),
+        *("aws_secret_access_key", "auth_key", "basic_auth", "storage.password"),
+    ],
+)
+def test_values_of_secrets_are_masked(name: str) -> None:
+    given = {name: "s3cr3t", "n": 1, "deep": [{name: {"user": "s3cr3t", "pin": 4815}}]}
+    hidden = {"user": "***", "pin": "***"}
+    assert masked("", given) == {name: "***", "n": 1, "deep": [{name: hidden}]}
+    assert masked("", {name: 48151623}) == {name: "***"}
+    assert masked("", {name: None}) == {name: None}
+    for value in ("48151623", "'a b'", "[a,b]", "choice(a,b)", "a=b"):
+        assert masked_override(f"+note.{name}={value}") == f"+note.{name}=***"
+    for value in (
+        f"{{{name}: 4815, n: 1}}",
+        f"{{a: [{{'{name}': x}}]}}",
+        f'{{"{name}":x}},{{n:2}}',
+    ):
+        assert masked_override(f"+note={value}") == "+note=***"
+
+
+def test_no_setting_of_ours_is_masked() -> None:
+    settings = OmegaConf.to_container(make_job("logger=wandb").cfg, resolve=True)
+    assert masked("", settings) == settings
+    for text in ("moco.module.lr=0.1", "~trainer", "run=key", "a='x:y'", "b=http://h:80/a@2x.png"):
+        assert masked_override(text) == text
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("https://me:s3cr3t@host/x", "https://me:***@host/x"),
+        ("postgresql+psycopg://me:12345@host:5432/db", "postgresql+psycopg://me:***@host:5432/db"),
+        ("redis://:p@ss/w@host", "redis://:***@host"),
+        ("see https://me:s3cr3t@host", "see https://me:***@host"),
+        ("https://host:8080/a@b", "https://host:8080/a@b"),
+        ("https://me@host", "https://me@host"),
+        ("C:/photos/a@b", "C:/photos/a@b"),
+    ],
+)
+def test_passwords_in_urls_are_masked(url: str, shown: str) -> None:
+    assert masked("url", [url]) == [shown]
+    assert masked_override(f"dataset.url='{url}'") == f"dataset.url='{shown}'"
 
 
 # Files

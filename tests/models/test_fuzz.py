@@ -1,7 +1,11 @@
-"""2,720 damaged files and settings: a documented error or a result, no hang, no write elsewhere."""
+"""3,120 damaged files and settings give a documented error or a result, and do no harm.
+
+No case may hang, write outside its folder or start a program.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -19,6 +23,8 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tests.conftest import Finished
 from torch import nn
 
@@ -26,14 +32,15 @@ from spice_pl.callbacks.checkpoints import CheckpointFile, read_checkpoint
 from spice_pl.callbacks.metrics_csv import CurveLogger
 from spice_pl.data.sources.folder import folder as image_folder
 from spice_pl.errors import UsageError
-from spice_pl.job.job import check_folders
+from spice_pl.job.checks import check_folders
+from spice_pl.job.plan import plan
 from spice_pl.job.settings import build
 from spice_pl.models import portable
 from spice_pl.runs.folder import RunFolder
 from spice_pl.runs.results import last_logged
 
 DOCUMENTED = (UsageError, HydraException, OmegaConfBaseException)
-# No large numbers that fit: a huge width would only fill the memory, as it was asked to.
+# Without large valid numbers: a huge width would be accepted and fill the memory.
 JUNK: list[Any] = [
     *(None, True, False, 0, -1, 1, 3, 2**63, 10**30, -(2**63), 0.0, -0.5, 1e308),
     *(float("nan"), float("inf"), "", " ", "x" * 5000, "../../x", "/etc/passwd", "\0", "\n", "ü日"),
@@ -57,19 +64,19 @@ def _watch(event: str, arguments: tuple[Any, ...]) -> None:
         writes.append(f"{event} {arguments[0]}")
 
 
-sys.addaudithook(_watch)  # for good: a hook cannot be taken back
+sys.addaudithook(_watch)  # a hook cannot be removed again
 
 
 @contextmanager
 def watched(own: Path) -> Iterator[None]:
-    """Fail on a case that hangs, or that writes outside a folder, or that starts a program."""
+    """Fail if a case hangs, writes outside a folder or starts a program."""
     global watching
 
     def hang(*_: Any) -> None:
         raise TimeoutError("a case hangs")
 
     before = signal.signal(signal.SIGVTALRM, hang)
-    signal.setitimer(signal.ITIMER_VIRTUAL, 120)  # seconds of this process's own time
+    signal.setitimer(signal.ITIMER_VIRTUAL, 120)  # seconds of CPU time of this process
     writes.clear()
     watching = True
     try:
@@ -82,7 +89,7 @@ def watched(own: Path) -> Iterator[None]:
 
 
 def damaged(whole: bytes, draw: random.Random) -> bytes:
-    """Change some of a file: bits, bytes, numbers, its end, its order."""
+    """Change the content of a file: bits, bytes, numbers, its end or its order."""
     content = bytearray(whole)
     how = draw.choice(["bits", "bytes", "cut", "double", "move", "text", "zeros", "head"])
     at = draw.randrange(len(content))
@@ -112,7 +119,7 @@ def damaged(whole: bytes, draw: random.Random) -> bytes:
 def fuzz(
     file: Path, load: Callable[[], Any], cases: int, own: Path, seed: int = 0
 ) -> tuple[int, int]:
-    """Load damaged copies of a file; count those that were refused and those that passed."""
+    """Load damaged copies of a file; count those that are refused and those that are loaded."""
     draw = random.Random(seed)  # noqa: S311 - which byte to change
     whole = file.read_bytes()
     refused = 0
@@ -146,7 +153,7 @@ def test_weights(tmp_path: Path) -> None:
     file = tmp_path / "head.safetensors"
     refused, passed = fuzz(file, lambda: folder.load_weights(file.name, module), 300, tmp_path)
     assert refused > 100
-    assert passed > 10  # changed numbers, which only the digest finds
+    assert passed > 10  # changed numbers, which only the digest detects
 
 
 def test_arrays(tmp_path: Path) -> None:
@@ -162,6 +169,57 @@ def test_portable_models(straight: Finished, tmp_path: Path) -> None:
     shutil.copy(straight.folder("proto").path / "model.spice", file)
     refused, _ = fuzz(file, lambda: portable.load(file), 150, tmp_path)
     assert refused > 20
+
+
+def places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Every dictionary or list in nested data, with each of its keys or positions."""
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, item in list(items):
+        yield value, key
+        if isinstance(item, dict | list):
+            yield from places(item)
+
+
+def test_headers_of_portable_models(straight: Finished, tmp_path: Path) -> None:
+    """Fields, settings and tensors replaced by junk, left out or doubled; then a prediction."""
+    draw = random.Random(0)  # noqa: S311 - which field to change
+    whole, file = straight.folder("proto").path / "model.spice", tmp_path / "model.spice"
+    with safe_open(whole, "pt") as opened:
+        text = opened.metadata()["spice_pl"]
+    pixels = np.random.default_rng(0).integers(0, 255, (2, 8, 8, 3)).astype(np.uint8)
+    refused = 0
+    for case in range(400):
+        header, tensors = json.loads(text), load_file(whole)
+        for _ in range(draw.randint(1, 2)):
+            names = header.get("known")  # 90, of which two are as good as all
+            found = [
+                (each, key) for each, key in places(header) if each is not names or key in (0, 1)
+            ]
+            holder, key = draw.choice([*found, *places(tensors)])
+            how = draw.choice(["junk", "junk", "junk", "out", "double"])
+            if holder is tensors:
+                kinds = [torch.float64, torch.int32, torch.complex64, torch.bool]
+                holder[key] = holder[key].to(draw.choice(kinds)) * draw.choice([1, 2])
+            elif how == "junk":
+                holder[key] = draw.choice(JUNK)
+            elif how == "out":
+                del holder[key]
+            else:
+                holder[key] = [holder[key]] * 2
+        save_file(tensors, file, {"spice_pl": json.dumps(header)})
+        with watched(tmp_path):
+            try:
+                model = portable.load(file, device="cpu")
+            except UsageError as error:
+                refused += 1
+                message = str(error)
+            except Exception as error:
+                raise AssertionError(f"case {case}: {error!r}") from error
+            else:
+                message = f"{file} is loaded"
+                assert np.isfinite(model.predict(pixels).confidence).all(), case
+        assert message.startswith(str(file)), case
+    assert 250 < refused < 390
 
 
 @pytest.mark.parametrize("name", ["metrics.json", "dataset.json", "clusters.csv", "metrics.csv"])
@@ -196,7 +254,7 @@ def test_names_of_clusters(tmp_path: Path) -> None:
 def test_saved_settings(finished: Finished) -> None:
     file = finished.folder("moco").path / ".hydra/config.yaml"
     job = finished.job("stage=moco", "resume=true")
-    refused, _ = fuzz(file, lambda: check_folders(job), 60, finished.runs)
+    refused, _ = fuzz(file, lambda: check_folders(job, plan(job)), 60, finished.runs)
     assert refused > 10
 
 
@@ -224,7 +282,7 @@ def leaves(value: Any, prefix: str = "") -> Iterator[str]:
 
 
 def test_settings(straight: Finished, tmp_path: Path) -> None:
-    """One or two settings of the stages' parts replaced by junk; the parts are then built."""
+    """Replace one or two settings by junk and build the parts of the stages from them."""
     draw = random.Random(0)  # noqa: S311 - which setting to change
     cfg = straight.job().cfg
     parts = ("backbone", "augment", "moco", "proto", "fixmatch")

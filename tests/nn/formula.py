@@ -1,4 +1,4 @@
-"""Weights and images that anyone can write down again, for golden outputs."""
+"""Weights and images given by formulas, for golden outputs that do not need stored files."""
 
 import torch
 from torch import Tensor, nn

@@ -1,4 +1,4 @@
-"""A network that no longer changes gives the same features, faster."""
+"""The fast copy of a frozen network gives the same features."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from spice_pl.nn.wide_resnet import WideResNet
 
 
 def trained(network: nn.Module) -> nn.Module:
-    """In train mode, with statistics and scales that are neither 0 nor 1."""
+    """Return the network in train mode, with statistics and scales other than 0 and 1."""
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             for values in (module.running_mean, module.bias.data):
@@ -51,7 +51,7 @@ def compare(network: nn.Module, images: Tensor) -> Frozen:
 @pytest.mark.parametrize("stem", ["conv3", "whitened"])
 def test_a_resnet_has_no_batchnorm_left_and_the_same_features(stem: str) -> None:
     frozen = compare(trained(ResNet((1, 1), (8, 16), stem=stem)), formula_images(3, 32))  # type: ignore[arg-type]
-    assert norms(frozen.network) == (stem == "whitened")  # behind no convolution layer
+    assert norms(frozen.network) == (stem == "whitened")  # its stem is not an nn.Conv2d
 
 
 def test_batchnorm_before_an_activation_and_a_convolution_stays() -> None:
@@ -61,13 +61,13 @@ def test_batchnorm_before_an_activation_and_a_convolution_stays() -> None:
 
 
 @needs_weights
-def test_timms_own_layers_are_folded() -> None:
+def test_layers_of_timm_are_folded() -> None:
     frozen = compare(efficientnet_lite(0).train(), formula_images(2, 64))
     assert norms(frozen.network) == 0
 
 
 class Twice(nn.Module):
-    """One convolution for two BatchNorms, and one read by a BatchNorm and by a sum."""
+    """Use one convolution for two BatchNorms, and the output of one for a BatchNorm and a sum."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class Twice(nn.Module):
 
 
 class Standardised(nn.Conv2d):
-    """A layer that reads its weights in its own way: with a mean of 0."""
+    """Convolution that subtracts the mean of its weights."""
 
     def forward(self, images: Tensor) -> Tensor:
         maps: Tensor = nn.functional.conv2d(images, self.weight - self.weight.mean(), self.bias)
@@ -90,7 +90,7 @@ class Standardised(nn.Conv2d):
 
 
 class Named(nn.Sequential):
-    """Layers that are called by the name of their argument."""
+    """Call layers with a keyword argument."""
 
     def forward(self, images: Tensor) -> Tensor:
         for layer in self:
@@ -99,7 +99,7 @@ class Named(nn.Sequential):
 
 
 class Branching(nn.Module):
-    """What goes on depends on values, so that nobody sees it beforehand."""
+    """Network whose control flow depends on its input, so that it cannot be traced."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -122,15 +122,15 @@ class Branching(nn.Module):
         (nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten()), 0),
     ],
 )
-def test_what_is_no_pair_of_plain_layers_is_left_alone(network: nn.Module, left: int) -> None:
+def test_only_plain_convolutions_and_batchnorms_are_folded(network: nn.Module, left: int) -> None:
     assert norms(compare(trained(network), formula_images(2, 8)).network) == left
 
 
-def test_a_batch_of_parts_is_the_batch() -> None:
+def test_the_parts_of_a_batch_are_the_batch() -> None:
     images = torch.arange(5).view(5, 1, 1, 1).expand(5, 3, 256, 256)
     sizes = [len(part) for part in in_parts(images)]
     assert sizes == [4, 1]
     assert sizes[0] * 256 * 256 <= PART
     assert torch.equal(torch.cat(list(in_parts(images))), images)
     assert [len(part) for part in in_parts(torch.zeros(2, 3, 1024, 1024))] == [1, 1]
-    assert len(in_parts(images.to("meta"))) == 1  # another device takes all at once
+    assert len(in_parts(images.to("meta"))) == 1  # one part on other devices

@@ -55,7 +55,7 @@ def test_no_images_give_no_probabilities(shape: tuple[int, ...]) -> None:
     assert ParallelHeads(D, E, K, H)(torch.zeros(shape)).shape == (H, 0, K)
 
 
-def test_one_cluster_is_certain() -> None:
+def test_one_cluster_has_probability_1() -> None:
     assert ParallelHeads(D, E, 1, H)(torch.randn(B, D)).eq(1).all()
 
 

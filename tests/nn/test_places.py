@@ -14,7 +14,7 @@ from spice_pl.nn.wide_resnet import WideResNet
 
 
 class Windows(nn.Module):
-    """The mean colour of windows of 8 x 8 pixels, pooled: a network whose map is known."""
+    """Mean colours of windows of 8 x 8 pixels, pooled: a network with a known feature map."""
 
     num_features = 3
 
@@ -27,14 +27,14 @@ class Windows(nn.Module):
         return maps.flatten(1) if self.flatten else maps.mean(dim=(2, 3))
 
 
-def test_shifts_give_the_places_in_between() -> None:
+def test_shifts_refine_the_feature_map() -> None:
     ramp = torch.arange(16.0).expand(1, 3, 16, 16)  # each pixel is its column
     coarse, fine = feature_map(Windows(), ramp), fine_feature_map(Windows(), ramp)
     assert coarse is not None
     assert fine is not None
     torch.testing.assert_close(coarse[0, 0], torch.tensor([[3.5, 11.5]] * 2))
     assert fine.shape == (1, 3, 8, 8)
-    # Windows with centres at columns 1, 3, ..., 15; the outer ones repeat the border.
+    # The centres of the windows are columns 1, 3, ..., 15; the outer windows repeat the border.
     inside = torch.tensor([4.5, 6.5, 8.5, 10.5])
     torch.testing.assert_close(fine[0, 0, :, 2:6], inside.expand(8, 4))
     assert (fine.diff(dim=3) > 0).all()
@@ -51,7 +51,7 @@ BACKBONES: dict[str, Callable[[], nn.Module]] = {
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-def test_the_map_is_what_is_pooled(name: str) -> None:
+def test_the_mean_of_the_feature_map_is_the_features(name: str) -> None:
     if name == "timm":
         pytest.importorskip("timm")
     backbone = BACKBONES[name]().eval()
@@ -64,7 +64,7 @@ def test_the_map_is_what_is_pooled(name: str) -> None:
     assert not any(module._forward_hooks for module in backbone.modules())
 
 
-def test_tokens_and_flattened_maps_are_no_map() -> None:
+def test_tokens_and_flattened_maps_give_none() -> None:
     transformer = VisionTransformer(
         image_size=32, patch_size=8, num_layers=1, num_heads=2, hidden_dim=16, mlp_dim=16
     ).eval()

@@ -11,11 +11,11 @@ from spice_pl.nn.pretrained import efficientnet_lite, torchvision_backbone
 
 
 @pytest.mark.parametrize(("name", "width"), [("shufflenet_v2_x0_5", 1024), ("squeezenet1_0", None)])
-def test_torchvisions_classifiers_hand_on_what_their_last_layer_reads(
+def test_a_torchvision_classifier_gives_the_input_of_its_last_layer(
     name: str, width: int | None
 ) -> None:
     if width is None:
-        with pytest.raises(UsageError, match="no linear layer to take off"):
+        with pytest.raises(UsageError, match="no linear layer to remove"):
             torchvision_backbone(name)
         return
     backbone = torchvision_backbone(name).eval()
@@ -24,7 +24,7 @@ def test_torchvisions_classifiers_hand_on_what_their_last_layer_reads(
         assert backbone(torch.zeros(2, 3, 64, 64)).shape == (2, width)
 
 
-def test_an_unknown_name_is_said() -> None:
+def test_an_unknown_name_is_refused() -> None:
     with pytest.raises(UsageError, match=r"backbone\.name=resnet19"):
         torchvision_backbone("resnet19")
 
@@ -42,7 +42,7 @@ needs_weights = pytest.mark.skipif(
 
 
 @needs_weights
-def test_efficientnet_lite_has_the_packages_weights_in_their_places() -> None:
+def test_efficientnet_lite_gives_the_features_of_the_package() -> None:
     backbone = efficientnet_lite(0).eval()
     with torch.no_grad():
         features = backbone(formula_images(2, 64))

@@ -9,7 +9,7 @@ def numbered(*numbers: float) -> torch.Tensor:
     return torch.tensor(numbers)[:, None].expand(-1, 2)
 
 
-def test_starts_with_the_seeds_random_unit_vectors() -> None:
+def test_starts_with_random_unit_vectors() -> None:
     torch.manual_seed(0)
     queue = Queue(feature_dim=16, size=32)
     torch.manual_seed(0)
@@ -39,7 +39,7 @@ def test_holds_the_latest_keys(batch_size: int) -> None:
     assert torch.equal(oldest_first[7 - len(latest) :], latest)
 
 
-def test_a_loss_may_go_backward_after_its_keys_entered() -> None:
+def test_backward_still_works_after_new_keys_were_added() -> None:
     queue = Queue(feature_dim=4, size=8)
     query = F.normalize(torch.randn(2, 4), dim=1).requires_grad_()
     negatives = queue.keys.clone()
@@ -66,7 +66,7 @@ def test_resumes_from_its_state() -> None:
     assert torch.equal(queue.pointer, resumed.pointer)
 
 
-def test_rejects_more_keys_than_places() -> None:
+def test_rejects_more_keys_than_its_size() -> None:
     with pytest.raises(
         ValueError, match=r"6 keys do not fit into a queue of size 5; raise .* 6 or"
     ):

@@ -27,7 +27,7 @@ def test_reproduces_the_authors_encoders(
     config: dict[str, Any], size: int, expected: list[float]
 ) -> None:
     backbone, projection = ResNet(**config).eval(), ClusterHead(512, 512, 128)
-    fill_by_formula(backbone, projection, first=2)  # their queue and its pointer come before
+    fill_by_formula(backbone, projection, first=2)  # the authors' queue and pointer are 0 and 1
     with torch.no_grad():
         output = projection.logits(backbone(formula_images(2, size)))
     torch.testing.assert_close(output[0, :5], torch.tensor(expected), rtol=1e-4, atol=1e-3)
@@ -55,7 +55,7 @@ def test_imagenet_stem_is_torchvisions_resnet34() -> None:
         ("conv7", 224, 7),
     ],
 )
-def test_last_map_has_the_size_of_its_stem(stem: Any, size: int, side: int) -> None:
+def test_the_stem_decides_the_size_of_the_last_map(stem: Any, size: int, side: int) -> None:
     backbone = ResNet(blocks=(1, 1, 1, 1), widths=(2, 2, 2, 2), stem=stem)
     sides = []
     last = backbone.get_submodule("layer4")
@@ -89,7 +89,7 @@ def test_initialised_like_torchvision() -> None:
         ),
     ],
 )
-def test_rejects_what_it_cannot_build(config: dict[str, Any], message: str) -> None:
+def test_rejects_invalid_settings(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ResNet(**config)
 
@@ -107,7 +107,7 @@ def test_whitened_patches_are_uncorrelated_with_unit_variance() -> None:
     torch.testing.assert_close(covariance, torch.eye(27), rtol=0, atol=1e-3)
 
 
-def test_whitened_stem_is_fitted_and_not_learnt() -> None:
+def test_whitened_stem_is_fitted_and_not_trained() -> None:
     torch.manual_seed(0)
     backbone = ResNet(blocks=(1,), widths=(4,), stem="whitened")
     before = backbone.get_buffer("conv1.weight").clone()

@@ -71,7 +71,7 @@ def test_absent_cluster_holds_or_decays() -> None:
         ClusMatchThreshold(3, empty_rows="drop")  # type: ignore[arg-type]
 
 
-def test_negatives_never_hold_the_guess_or_the_kmeans_label() -> None:
+def test_the_label_and_the_kmeans_label_are_never_ruled_out() -> None:
     threshold, (index, probs) = ClusMatchThreshold(K), batch()
     threshold.update(index, probs)
     kept = torch.randint(-1, K, (U,), generator=torch.Generator().manual_seed(0))
@@ -99,13 +99,13 @@ def test_freematch_by_hand() -> None:
     assert threshold(probs).tolist() == expected
 
 
-def test_flexmatch_counts_the_last_sure_label_of_each_image() -> None:
+def test_flexmatch_counts_the_last_confident_label_of_each_image() -> None:
     threshold = FlexMatchThreshold(2, confidence=0.9)
     threshold.begin(4)
     sure = torch.tensor([[0.95, 0.05], [0.05, 0.95]])
-    assert threshold.levels().tolist() == [0.0, 0.0]  # none sure yet: every guess is learnt
+    assert threshold.levels().tolist() == [0.0, 0.0]  # no confident image yet: all labels are used
     threshold.update(torch.tensor([0, 1]), sure[[0, 0]])
-    threshold.update(torch.tensor([0, 2]), sure[[1, 1]])  # image 0 changed its mind
+    threshold.update(torch.tensor([0, 2]), sure[[1, 1]])  # image 0 changed its label
     assert threshold.last_label.tolist() == [1, 0, 1, -1]
     torch.testing.assert_close(threshold.levels(), torch.tensor([0.9 / 3, 0.9]))
     unsure = torch.tensor([[0.6, 0.4]])
@@ -134,7 +134,7 @@ def test_softmatch_alignment_weighs_rare_clusters_higher() -> None:
 
 
 @pytest.mark.parametrize("threshold", every(), ids=lambda each: type(each).__name__)
-def test_weights_stay_finite_in_the_corners(threshold: Threshold) -> None:
+def test_weights_are_valid_for_one_hot_and_uniform_predictions(threshold: Threshold) -> None:
     one_hot = torch.eye(K)[torch.zeros(U, dtype=torch.long)]  # one cluster, the others empty
     uniform = torch.full((U, K), 1 / K)
     for probs in (one_hot, uniform, one_hot):
@@ -145,7 +145,7 @@ def test_weights_stay_finite_in_the_corners(threshold: Threshold) -> None:
 
 
 @pytest.mark.parametrize("place", range(6))
-def test_the_global_batch_decides_in_whatever_order_ranks_join(place: int) -> None:
+def test_the_order_in_which_batches_of_ranks_are_joined_does_not_matter(place: int) -> None:
     one, two = every()[place], every()[place]
     for seed in range(3):
         index, probs = batch(seed)

@@ -24,7 +24,7 @@ def test_reproduces_the_authors_wrn_28_2() -> None:
         (37, 2, (2, 2, 2, 2), 96, 256, 37),
     ],
 )
-def test_the_papers_networks(
+def test_networks_of_the_paper(
     depth: int,
     widen_factor: int,
     strides: tuple[int, ...],
@@ -45,7 +45,7 @@ def test_the_papers_networks(
     assert momenta == {0.001}
 
 
-def test_every_parameter_learns() -> None:
+def test_every_parameter_gets_a_gradient() -> None:
     backbone = WideResNet(depth=10, widen_factor=1)
     backbone(torch.randn(4, 3, 16, 16)).square().sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in backbone.parameters())

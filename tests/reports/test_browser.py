@@ -1,4 +1,4 @@
-"""The page in a real browser: no console error, search, filter, map, keyboard, phone, edits."""
+"""The page in a browser: console errors, search, filter, map, keyboard, phone, edits."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def browser() -> Iterator[Any]:
 
 
 def hostile(num_images: int = 60, num_clusters: int = 4) -> ReportData:
-    places = np.random.default_rng(0).random((num_images, 2))
+    points = np.random.default_rng(0).random((num_images, 2))
     return report(
         num_images,
         num_clusters,
@@ -45,7 +45,7 @@ def hostile(num_images: int = 60, num_clusters: int = 4) -> ReportData:
         keys=[f"{EVIL}/{i}.png" for i in range(num_images)],
         class_names=[EVIL] * num_clusters,
         names={0: EVIL},
-        map=Map(np.arange(num_images), places, "a plane"),
+        map=Map(np.arange(num_images), points, "a plane"),
         logs={"moco": {"train/loss": [(0, 2.0), (10, 1.0)]}},
         review={"command": "train edits={edits} K={num_clusters}", "reviewed": "proto/seed0",
                 "fingerprint": "f", "digest": "d"},
@@ -53,19 +53,19 @@ def hostile(num_images: int = 60, num_clusters: int = 4) -> ReportData:
 
 
 class Opened:
-    """A page of a report and everything its console said."""
+    """A page of a report, and everything that its console logged."""
 
     def __init__(self, browser: Any, data: ReportData, folder: Path, **settings: Any) -> None:
         self.said: list[str] = []
         context = browser.new_context(**{"reduced_motion": "reduce", **settings})
-        context.set_default_timeout(120_000)  # ms; a machine that tests may be busy
+        context.set_default_timeout(120_000)  # ms; the machine may be busy
         self.page = context.new_page()
         self.page.on("console", lambda message: self.said.append(message.text))
         self.page.on("pageerror", lambda error: self.said.append(str(error)))
         self.page.goto(write_report(data, folder / "report.html").as_uri())
 
     def shown(self) -> list[str]:
-        """Ids of the clusters that can be seen."""
+        """Return the ids of the visible clusters."""
         return [
             each.get_attribute("id")
             for each in self.page.query_selector_all(".cluster")

@@ -11,20 +11,20 @@ def groups() -> tuple[np.ndarray, np.ndarray]:
     return np.eye(5)[group] + 0.05 * generator.normal(size=(90, 5)), group
 
 
-def test_plane_keeps_groups_apart_and_lies_in_the_unit_square() -> None:
+def test_groups_stay_apart_in_the_unit_square() -> None:
     features, group = groups()
     drawn = feature_map(features)
-    centres = np.stack([drawn.places[group == k].mean(axis=0) for k in range(3)])
-    nearest = ((drawn.places[:, None] - centres) ** 2).sum(-1).argmin(axis=1)
+    centres = np.stack([drawn.points[group == k].mean(axis=0) for k in range(3)])
+    nearest = ((drawn.points[:, None] - centres) ** 2).sum(-1).argmin(axis=1)
     np.testing.assert_array_equal(nearest, group)
-    assert drawn.places.min() >= 0
-    assert drawn.places.max() <= 1
+    assert drawn.points.min() >= 0
+    assert drawn.points.max() <= 1
 
 
 def test_plane_does_not_depend_on_the_scale_of_a_feature_vector() -> None:
     features, _ = groups()
     lengths = np.random.default_rng(1).uniform(0.1, 10, (90, 1))
-    np.testing.assert_allclose(feature_map(features * lengths).places, feature_map(features).places)
+    np.testing.assert_allclose(feature_map(features * lengths).points, feature_map(features).points)
 
 
 def test_a_sample_is_drawn_of_many_images_and_it_is_the_same_each_time() -> None:
@@ -35,14 +35,14 @@ def test_a_sample_is_drawn_of_many_images_and_it_is_the_same_each_time() -> None
 
 
 @pytest.mark.parametrize("num_images", [0, 1, 2])
-def test_few_images_have_a_place_too(num_images: int) -> None:
+def test_few_images_have_points_too(num_images: int) -> None:
     drawn = feature_map(np.ones((num_images, 4)))
-    assert drawn.places.shape == (num_images, 2)
-    assert np.isfinite(drawn.places).all()
+    assert drawn.points.shape == (num_images, 2)
+    assert np.isfinite(drawn.points).all()
 
 
 def test_unknown_method_is_named() -> None:
-    with pytest.raises(ValueError, match="map 'umap' is none of"):
+    with pytest.raises(ValueError, match="map 'umap' must be one of"):
         feature_map(np.ones((3, 2)), "umap")
 
 
@@ -50,6 +50,6 @@ def test_unknown_method_is_named() -> None:
 def test_neighbours_stay_together_under_tsne() -> None:
     pytest.importorskip("openTSNE", reason="needs the extra plots")
     features, group = groups()
-    places = feature_map(features, "tsne").places
-    distance = ((places[:, None] - places[None]) ** 2).sum(-1) + 9 * np.eye(90)
+    points = feature_map(features, "tsne").points
+    distance = ((points[:, None] - points[None]) ** 2).sum(-1) + 9 * np.eye(90)
     assert (group[distance.argmin(axis=1)] == group).mean() > 0.95

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from spice_pl.reports import page
+from spice_pl.reports import pictures, script_data, sections
 from spice_pl.reports.charts import charts
 from spice_pl.reports.html import content_hash
 from spice_pl.reports.map import Map
@@ -108,9 +108,9 @@ def test_page_can_be_read_without_seeing_it() -> None:
     assert parsed.attributes("html") == [{"lang": "en"}]
     assert {"header", "nav", "main", "footer"} <= {tag for tag, _ in parsed.tags}
     assert all("scope" in attributes for attributes in parsed.attributes("th"))
-    pictures = [a for _, a in parsed.tags if a.get("role") == "img"]
-    assert len(pictures) > 50
-    assert all(a.get("title") or a.get("aria-label") for a in pictures)
+    shown = [a for _, a in parsed.tags if a.get("role") == "img"]
+    assert len(shown) > 50
+    assert all(a.get("title") or a.get("aria-label") for a in shown)
     named = {a["id"] for _, a in parsed.tags if "id" in a}
     assert {a["aria-labelledby"] for _, a in parsed.tags if "aria-labelledby" in a} <= named
 
@@ -178,7 +178,7 @@ def test_script_reads_what_the_arrays_hold() -> None:
 
 
 def test_list_of_files_ends_where_it_would_be_too_heavy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page, "LISTED_BYTES", 1_000)
+    monkeypatch.setattr(script_data, "LISTED_BYTES", 1_000)
     drawn = np.arange(0, 3_000, 100)
     read = payload(render_report(report(3_000, map=Map(drawn, np.zeros((30, 2)), "a plane"))))
     listed = np.frombuffer(base64.b64decode(read["listed"]), "<u4")
@@ -200,7 +200,7 @@ def test_reliable_images_stand_beside_all() -> None:
     clusters, labels = np.array([0, 0, 1, 1]), np.array([1, 1, 0, 1])
     reliable = np.array([True, True, True, False])
     data = report(4, 2, clusters=clusters, labels=labels, reliable=reliable)
-    accuracies = {subset.name: (subset.size, subset.acc) for subset in page._subsets(data)}
+    accuracies = {subset.name: (subset.size, subset.acc) for subset in sections.subsets(data)}
     assert accuracies == {
         "all": (4, "0.750"),
         "reliable": (3, "1.000"),
@@ -254,7 +254,21 @@ def test_every_cluster_has_a_section_and_an_empty_one_says_so() -> None:
     sections = text.split("<article")
     assert "This cluster holds no image." not in "".join(sections[:4])
     assert "This cluster holds no image." in sections[4]
-    assert "Without an image: 1 of 4 clusters (3)." in text
+    assert "Clusters without an image: 1 of 4 (3)." in text
+
+
+def test_a_run_that_used_labels_does_not_claim_the_opposite() -> None:
+    row = ResultRow("supervised", 0.9, 0.8, 0.7, "whole", 7, 61.0, oracle=True)
+    text = render_report(report(rows=[row]))
+    assert "found without labels" not in text
+    assert "(oracle)" in text
+    assert "found without labels" in render_report(report())
+
+
+def test_terms_are_explained_and_scores_only_where_they_are_shown() -> None:
+    assert all(f"<dt>{term}</dt>" in render_report(unlabelled()) for term in sections.TERMS)
+    assert "<dt>ACC</dt>" in render_report(report())
+    assert "<dt>ACC</dt>" not in render_report(unlabelled())
 
 
 def test_a_collapse_is_named() -> None:
@@ -267,7 +281,7 @@ def test_labels_are_shown_as_truth() -> None:
     labels[0] = 1  # one of the 20 images of cluster 0
     labels[3] = -1  # and one of unknown class
     text = render_report(report(labels=labels, class_names=["cat", "dog", "owl"]))
-    assert '<span class="truth">truth: cat (95%)</span>' in text  # 18 of 19
+    assert '<span class="truth">truth: mostly cat (95%)</span>' in text  # 18 of 19
     row = text.split('class="confusion"')[1].split("<tr>")[2]
     assert [int(n) for n in re.findall(r">(\d+)</td>", row)] == [18, 1, 0]
     assert "0.900" in text
@@ -297,22 +311,22 @@ def test_curves_leave_out_what_is_not_finite_and_keep_their_ends() -> None:
     assert len(lines[0].split()) <= 302
     assert lines[0].startswith("0.0,0.0 ")
     assert lines[0].endswith("300.0,100.0")
-    assert "1 values were not finite" in text
+    assert "Left out: 1 value that was not finite." in text
     assert "nan" not in lines[0]
 
 
 def test_adaptive_thresholds_are_drawn_over_time_with_their_mean() -> None:
     levels = {f"train/threshold_{k}": [(0, 0.1), (1, 0.1 * (k + 1))] for k in range(5)}
-    drawn = next(c for c in charts({"freematch": levels}) if c.title == "confidence asked for")
+    drawn = next(c for c in charts({"freematch": levels}) if c.title == "confidence threshold")
     assert [line.name for line in drawn.lines] == [*(f"cluster {k}" for k in range(5)), "mean"]
     mean = drawn.lines[-1]
     assert (mean.last, mean.kept) == ("0.3", True)
     assert mean.points == "0.0,100.0 300.0,50.0"  # from 0.1, the lowest, to the middle of 0.1-0.5
     assert drawn.words.endswith("between 0.1 and 0.5: mean 0.3 at the end")
     text = " ".join(render_report(report(logs={"freematch": levels})).split())
-    assert "freematch: confidence asked for" in text
-    assert "<li><i></i>mean over clusters; each cluster in grey</li>" in text
-    assert "confidence asked for" not in render_report(
+    assert "freematch: confidence threshold" in text
+    assert "<li><i></i>mean over clusters (single clusters in grey)</li>" in text
+    assert "confidence threshold" not in render_report(
         report(logs={"moco": {"train/loss": [(0, 1)]}})
     )
 
@@ -330,11 +344,11 @@ def test_long_lists_are_counted_not_listed() -> None:
 @pytest.mark.parametrize(
     ("num_images", "num_clusters", "side"), [(60_000, 10, 32), (100_000, 200, 8)]
 )
-def test_sixty_and_a_hundred_thousand_images_fit_into_a_mail(
+def test_pages_of_many_images_fit_into_a_mail(
     num_images: int, num_clusters: int, side: int, tmp_path: Path
 ) -> None:
-    places = Map(np.arange(5_000), np.random.default_rng(0).random((5_000, 2)), "a plane")
-    data = report(num_images, num_clusters, images=lambda index: noise(index, side), map=places)
+    plane = Map(np.arange(5_000), np.random.default_rng(0).random((5_000, 2)), "a plane")
+    data = report(num_images, num_clusters, images=lambda index: noise(index, side), map=plane)
     path = write_report(data, tmp_path / "report.html")
     assert path.stat().st_size < 15_000_000
 
@@ -345,7 +359,7 @@ def test_pictures_shrink_until_they_fit(monkeypatch: pytest.MonkeyPatch) -> None
         return sum(map(len, re.findall(r"url\((data:[^)]*)\)", text)))
 
     whole = sheet_bytes()
-    monkeypatch.setattr(page, "SHEETS_BYTES", whole // 2)
+    monkeypatch.setattr(pictures, "SHEETS_BYTES", whole // 2)
     assert sheet_bytes() <= whole // 2
 
 

@@ -11,7 +11,7 @@ from spice_pl.reports.shading import TILE_PIXELS, Attention, shade, where
 
 
 def looked(num_images: int = 60, num_clusters: int = 4) -> Attention:
-    """Maps of the prototypes of `report`: each looks at its upper right."""
+    """Attention maps of the prototypes of `report`: each looks at the upper right."""
     data = report(num_images, num_clusters)
     wall = shown_wall(data.confidence, data.agreement, data.clusters, num_clusters)
     index = np.concatenate([chosen.prototypes for chosen in wall.clusters]).astype(np.int64)
@@ -33,13 +33,13 @@ def test_shade_is_clear_where_it_looks_and_dark_elsewhere() -> None:
 
 
 @pytest.mark.parametrize(
-    ("place", "words"),
+    ("cell", "words"),
     [((0, 0), "the upper left"), ((4, 2), "the lower part"), ((2, 4), "the right part"),
      ((2, 2), "the centre")],
 )  # fmt: skip
-def test_a_place_in_words(place: tuple[int, int], words: str) -> None:
+def test_a_map_in_words(cell: tuple[int, int], words: str) -> None:
     attention = np.zeros((5, 5), np.uint8)
-    attention[place] = 255
+    attention[cell] = 255
     assert where(attention) == words
 
 
@@ -51,16 +51,16 @@ def test_prototypes_can_be_looked_at_and_nothing_else() -> None:
     assert all("looks at the upper right" in (a["title"] or "") for a in tiles)
     switches = [a for _, a in Page(text).tags if a.get("id") == "look"]
     assert [(a["type"], a["aria-describedby"]) for a in switches] == [("checkbox", "look-hint")]
-    assert len(text) - len(render_report(report())) < 60 * 400  # bytes a map
+    assert len(text) - len(render_report(report())) < 60 * 400  # bytes per map
 
 
-def test_a_backbone_without_a_map_is_said() -> None:
+def test_the_page_says_that_a_backbone_has_no_map() -> None:
     none = Attention(np.zeros(0, np.int64), np.zeros((0, 1, 1), np.uint8))
     text = render_report(report(attention=none))
-    assert "this backbone keeps no map of places" in text
+    assert "this backbone has no feature map" in text
     assert 'id="look"' not in text
     assert "data-look=" not in text
-    assert 'id="look-hint"' not in render_report(report())  # nobody looked
+    assert 'id="look-hint"' not in render_report(report())  # not computed
 
 
 def test_maps_that_do_not_fit_are_refused() -> None:

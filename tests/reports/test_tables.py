@@ -41,7 +41,7 @@ def test_markdown_by_hand() -> None:
     )
 
 
-def test_without_labels_scores_are_dashes_and_the_reason_is_said() -> None:
+def test_without_labels_scores_are_dashes_with_the_reason_below() -> None:
     text = results_markdown([UNSCORED])
     assert "| proto | – | – | – | own folder | 0 | 4.3 s |" in text
     assert text.endswith(f"\n{NO_LABELS}\n")
@@ -67,7 +67,7 @@ def test_rich_shows_the_same_and_takes_no_markup_from_names() -> None:
         assert expected in text
 
 
-def test_purity_stands_below_rows_of_more_clusters_than_classes() -> None:
+def test_purity_is_noted_below_rows_with_more_clusters_than_classes() -> None:
     over = ResultRow("proto", 0.4, 0.5, 0.3, "whole", 0, 1.0, purity=0.912)
     assert "purity" not in results_markdown([SCORED])
     assert "proto: more clusters than classes." in results_markdown([SCORED, over])

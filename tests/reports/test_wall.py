@@ -15,7 +15,7 @@ def test_choice_by_hand() -> None:
     wall = choose_wall(confidence, agreement, np.array([0] * 9 + [2]), 3, per_row=2)
     first, empty, single = wall.clusters
     assert first.size == 9
-    assert first.prototypes.tolist() == [1, 3]  # .7 .6; 7 and 8 are surer but their neighbours not
+    assert first.prototypes.tolist() == [1, 3]  # .7 .6; 7 and 8 are more confident but not sure
     assert first.typical.tolist() == [4, 6]  # .5 and the median, .4
     assert first.borderline.tolist() == [0, 5]  # .1 .2
     assert first.not_sure.tolist() == [8, 7]  # by agreement, then confidence; .5 is sure enough
@@ -30,11 +30,11 @@ def test_no_picture_twice_and_small_clusters_shown_whole(size: int) -> None:
     values = np.linspace(0.3, 1, size)  # the first 28 % are not sure
     wall = choose_wall(values, values, np.zeros(size, int), 1, per_row=3)
     shown = wall.clusters[0].shown.tolist()
-    doubted = int((values < 0.5).sum())
-    assert len(shown) == len(set(shown)) == min(size - doubted, 9) + min(doubted, 3)
+    not_sure = int((values < 0.5).sum())
+    assert len(shown) == len(set(shown)) == min(size - not_sure, 9) + min(not_sure, 3)
 
 
-def test_ties_go_by_agreement_then_by_the_same_lot() -> None:
+def test_ties_go_by_agreement_then_by_a_fixed_random_key() -> None:
     confidence, agreement = np.ones(600), np.repeat([1.0, 0.9], [400, 200])
     first, again = (
         choose_wall(confidence, agreement, np.zeros(600, int), 1, per_row=12).clusters[0].prototypes
@@ -68,7 +68,7 @@ def decoded(uri: str) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
 
 
-def test_small_pictures_are_kept_to_the_pixel_side_by_side() -> None:
+def test_small_pictures_keep_their_pixels_side_by_side() -> None:
     images = np.random.default_rng(0).integers(0, 256, (5, 3, 8, 8), dtype=np.uint8)
     uri = sprite(images)
     assert uri.startswith("data:image/png;base64,")

@@ -1,4 +1,4 @@
-"""Runs in one table: grouped by settings, spread over seeds, published results beside."""
+"""Runs in one table: grouped by settings, spread over seeds, with published results."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def run(seed: int, acc: float | None, lr: str = "0.1", **more: Any) -> dict[str,
     } | more
 
 
-def test_seeds_are_one_row_and_settings_are_apart() -> None:
+def test_seeds_share_a_row_and_settings_do_not() -> None:
     lines = compare([run(1, 0.9), run(0, 0.8), run(0, 0.7, lr="0.2")])
     assert [line.seeds for line in lines] == [(0, 1), (0,)]
     assert [dict(line.settings) for line in lines] == [
@@ -53,12 +53,12 @@ def test_rows_do_not_depend_on_scores() -> None:
     assert [line.settings for line in one] == [line.settings for line in other]
 
 
-def test_other_images_of_one_name_are_another_row() -> None:
+def test_other_images_of_the_same_name_have_their_own_row() -> None:
     lines = compare([run(0, 0.8), run(1, 0.8, fingerprint="b0b")])
     assert [dict(line.settings) for line in lines] == [{"images": "b0b"}, {"images": "f00"}]
 
 
-def test_published_results_stand_beside() -> None:
+def test_published_results_are_added() -> None:
     lines = compare([run(0, None, dataset="cifar10")])
     published = [line for line in lines if not line.seeds]
     assert len(published) > 5
@@ -115,7 +115,7 @@ def test_it_reads_the_folders_of_runs(
 def test_folders_without_runs_are_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no finished run in or below"):
         finished_runs([tmp_path])
-    with pytest.raises(UsageError, match="is no folder; give folders of runs"):
+    with pytest.raises(UsageError, match="is not a folder; give folders of runs"):
         finished_runs([tmp_path / "not there"])
     with pytest.raises(SystemExit) as stopped:
         main([str(tmp_path)])
@@ -137,7 +137,7 @@ def test_a_sweep_ends_in_a_table(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
-    monkeypatch.setenv(TRIALS, "")  # so that it is put back
+    monkeypatch.setenv(TRIALS, "")  # so that pytest restores it
     callback = CompareTrials()
     callback.on_multirun_start(config)
     import os

@@ -1,4 +1,4 @@
-"""What a person changes: what the file may say, and what follows for probabilities and runs."""
+"""Edits: what the file may hold, and the probabilities and runs that result."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def edits(**changes: Any) -> Edits:
     return Edits("proto/seed0", "f", "d", 4, **changes)
 
 
-def test_no_edit_changes_nothing() -> None:
+def test_without_edits_probabilities_stay() -> None:
     probs, moved = edited_probs(edits(), PROBS, FEATURES, KEYS)
     assert torch.equal(probs, PROBS)
     assert not moved.any()
@@ -84,10 +84,10 @@ def test_file_is_read_as_it_was_written(tmp_path: Path) -> None:
     [
         ({"format": "spice-pl edits 2"}, "is not what the report saves"),
         ({"merge": [[0, 9]]}, "cluster 9, and there are 0 to 3"),
-        ({"merge": [[0, 1], [1, 2]]}, "stands in one group"),
+        ({"merge": [[0, 1], [1, 2]]}, "each cluster is in one group"),
         ({"merge": [[0]]}, "two clusters or more"),
-        ({"split": {"1": 99}}, "into 99; 2 to 20 can be"),
-        ({"merge": [[0, 1]], "split": {"1": 2}}, "becomes part of another"),
+        ({"split": {"1": 99}}, "into 99 parts; give 2 to 20"),
+        ({"merge": [[0, 1]], "split": {"1": 2}}, "is merged into another"),
         ({"move": {"a": "0"}}, "is incomplete or of another type"),
         ({"move": {"a": True}}, "is incomplete or of another type"),
         ({"names": {"0": "  "}}, "empty name"),
@@ -95,14 +95,14 @@ def test_file_is_read_as_it_was_written(tmp_path: Path) -> None:
         ({"num_clusters": None}, "is incomplete or of another type"),
     ],
 )
-def test_file_that_makes_no_sense_is_refused(change: dict[str, Any], message: str) -> None:
+def test_edits_that_contradict_themselves_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         parse_edits({**edits().as_json(), **change}, "edits=x.json")
 
 
 @pytest.mark.parametrize("reviewed", ["proto", "../../etc", "proto/..", "/etc", "a/b/c", "a/b\\c"])
 def test_file_cannot_point_outside_the_runs(reviewed: str, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="is no <stage>/<run>"):
+    with pytest.raises(UsageError, match="is not <stage>/<run>"):
         reviewed_run(Edits(reviewed, "f", "d", 4), tmp_path)
 
 
@@ -131,12 +131,12 @@ def test_edited_run_holds_edited_probs_rows_and_names(straight: Finished, tmp_pa
     with pytest.raises(UsageError, match=r"leave 2 clusters .* give dataset.num_clusters=2"):
         write_edited(change, proto, target, 3)
     stale = Edits(change.reviewed, change.fingerprint, "0", 3)
-    with pytest.raises(UsageError, match="was made anew since"):
+    with pytest.raises(UsageError, match="was run again since"):
         write_edited(stale, proto, target, 3)
 
 
 @pytest.mark.slow
-def test_stage_3_trains_on_from_edits(straight: Finished, tmp_path: Path) -> None:
+def test_stage_3_trains_on_edits(straight: Finished, tmp_path: Path) -> None:
     runs = straight.copy(tmp_path)
     file = tmp_path / "edits.json"
     change = of_run(
@@ -156,7 +156,7 @@ def test_stage_3_trains_on_from_edits(straight: Finished, tmp_path: Path) -> Non
 def test_numbers_follow_an_earlier_run(straight: Finished, tmp_path: Path) -> None:
     proto = straight.copy(tmp_path).folder("proto")
     clusters = torch.from_numpy(proto.read_clusters().clusters)
-    swapped = torch.tensor([2, 0, 1])[clusters]  # 0 is called 2, 1 is called 0, 2 is called 1
+    swapped = torch.tensor([2, 0, 1])[clusters]  # 0 becomes 2, 1 becomes 0, 2 becomes 1
     keys = proto.read_clusters().keys
     order = order_like(proto, swapped, keys, 3)
     back = torch.empty(3, dtype=torch.long)
@@ -184,12 +184,12 @@ def test_renumbered_head_gives_the_renumbered_probabilities(
     np.testing.assert_allclose(probs.numpy(), proto.probs, atol=1e-5)
 
 
-def test_moved_image_is_labelled_whatever_its_neighbours_say(tmp_path: Path) -> None:
+def test_moved_image_is_labelled_even_if_it_is_not_reliable(tmp_path: Path) -> None:
     from tests.stages.test_fixmatch import fixmatch
     from tests.stages.test_fixmatch import upstream as write_proto
 
     folder = write_proto(tmp_path)
-    assert fixmatch(folder)[0].pseudo_labels[70] == -1  # of probability .4: not reliable
+    assert fixmatch(folder)[0].pseudo_labels[70] == -1  # its confidence is 0.4: not reliable
     moved = np.zeros(90, dtype=np.bool_)
     moved[70] = True
     np.save(folder.path / "moved.npy", moved)

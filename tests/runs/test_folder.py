@@ -1,3 +1,5 @@
+"""RunFolder: files that are complete or absent, and checks of what a run was made from."""
+
 from __future__ import annotations
 
 import csv
@@ -11,11 +13,12 @@ from torch import nn
 
 from spice_pl.errors import UsageError
 from spice_pl.nn.weights import load_strictly
+from spice_pl.runs.clusters import ClusterTable
 from spice_pl.runs.folder import RunFolder, as_tensor
 from spice_pl.system.files import atomic
 
 
-def test_a_file_appears_only_when_whole(tmp_path: Path) -> None:
+def test_a_file_gets_its_name_once_it_is_complete(tmp_path: Path) -> None:
     path = tmp_path / "new" / "file.txt"
     with atomic(path) as temporary:
         temporary.write_text("whole")
@@ -40,7 +43,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_finished_when_the_metrics_are_there(tmp_path: Path) -> None:
+def test_a_folder_with_metrics_is_finished(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     assert not folder.finished
     folder.create("features.npy", (2, 3))
@@ -131,16 +134,17 @@ def test_artifacts_of_a_replaced_upstream_are_refused(tmp_path: Path) -> None:
         folder.check_upstream(upstream)
 
 
-def test_clusters_have_one_line_an_image(tmp_path: Path) -> None:
-    # Commas, quotes, line ends and bytes that are no UTF-8 are all allowed in a file's name.
+def test_clusters_have_one_line_per_image(tmp_path: Path) -> None:
+    # A file name may have commas, quotes, line ends and bytes that are not UTF-8.
     names = ["a,b.png", 'say "x".png', "two\nlines.png", "ü 日.png", os.fsdecode(b"\xff.png")]
-    RunFolder(tmp_path).write_clusters(
+    table = ClusterTable(
         names,
         np.array([2, 0, 1, 0, 2]),
         np.array([0.99999, 0.5, 0.25, 1.0, 0.123456], np.float32),
         np.array([1.0, 0.0, 0.5, 0.25, 0.75], np.float32),
         np.array([True, False, False, True, False]),
     )
+    RunFolder(tmp_path).write_clusters(table)
     file = tmp_path / "clusters.csv"
     with file.open(newline="", encoding="utf-8", errors="surrogateescape") as opened:
         rows = list(csv.DictReader(opened))
@@ -152,8 +156,10 @@ def test_clusters_have_one_line_an_image(tmp_path: Path) -> None:
     assert [row["reliable"] for row in rows] == ["1", "0", "0", "1", "0"]
 
 
-def test_columns_of_different_lengths_are_no_table(tmp_path: Path) -> None:
+def test_columns_of_different_lengths_are_refused(tmp_path: Path) -> None:
     one = np.ones(1, np.float32)
     with pytest.raises(ValueError, match="argument"):
-        RunFolder(tmp_path).write_clusters(["a", "b"], np.array([0, 1]), one, one, np.array([True]))
+        RunFolder(tmp_path).write_clusters(
+            ClusterTable(["a", "b"], np.array([0, 1]), one, one, np.array([True]))
+        )
     assert list(tmp_path.iterdir()) == []

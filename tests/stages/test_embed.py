@@ -36,7 +36,7 @@ def test_an_imported_stage_2_gives_the_clusters_it_was_made_from(
     # The portable file holds the checkpoint's network, not the one in the settings.
     answer = spice_pl.load(imported.path / "model.spice").predict(photographs()[:5])
     np.testing.assert_array_equal(answer.clusters, imported.probs[:5].argmax(axis=1))
-    # Stage 3 goes on from it, with the network read off the checkpoint.
+    # Stage 3 continues from it, with the network that the checkpoint describes.
     network = ("backbone=checkpoint", f"backbone.path={tmp_path / 'self.pth'}")
     overrides = [text for text in finished.overrides if not text.startswith("backbone")]
     job = make_job(
@@ -92,7 +92,7 @@ def test_photographs_are_clustered_on_pretrained_features_alone(
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("embed.module.weights=nowhere.pth", r"embed\.module\.weights=nowhere\.pth is no file"),
+        ("embed.module.weights=nowhere.pth", r"embed\.module\.weights=nowhere\.pth is not a file"),
         ("backbone.widths=[9]", "does not fit ResNet whole"),
     ],
 )

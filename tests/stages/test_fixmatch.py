@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,9 @@ from tests.stages.small import (
 from torch import Tensor
 
 from spice_pl.errors import UsageError
+from spice_pl.functional.selectors import reliable_labels
 from spice_pl.nn.heads import ClusterHead, LinearHead
+from spice_pl.nn.thresholds import FixedThreshold
 from spice_pl.runs.folder import RunFolder
 from spice_pl.stages.fixmatch import ReliableFixMatchModule
 
@@ -49,9 +52,30 @@ def upstream(path: Path, probs: NDArray[np.float32] | None = None) -> RunFolder:
     return write_upstream(path, backbone(0), probs=certain() if probs is None else probs, head=head)
 
 
-def fixmatch(folder: RunFolder, **settings: Any) -> tuple[ReliableFixMatchModule, Any]:
-    plain: dict[str, Any] = {"agreement": 0.0, "balance": "none", "num_neighbors": 5}
-    module = ReliableFixMatchModule(backbone(1), K, steps_per_epoch=STEPS, **plain | settings)
+def fixmatch(
+    folder: RunFolder,
+    *,
+    threshold: float = 0.95,
+    agreement: float = 0.0,
+    confidence: float = 0.99,
+    balance: str = "none",
+    **settings: Any,
+) -> tuple[ReliableFixMatchModule, Any]:
+    selector = partial(
+        reliable_labels,
+        num_neighbors=5,
+        agreement=agreement,
+        confidence=confidence,
+        balance=balance,  # type: ignore[arg-type]
+    )
+    module = ReliableFixMatchModule(
+        backbone(1),
+        K,
+        selector=selector,
+        threshold=FixedThreshold(threshold),
+        steps_per_epoch=STEPS,
+        **settings,
+    )
     return module, module.prepare(image_set(), folder, STREAMS)
 
 
@@ -167,7 +191,7 @@ def test_loss_equals_equation_9_by_a_plain_loop(tmp_path: Path) -> None:
     expected = sum(supervised) / 6 + weight * sum(consistent) / 14
 
     watch = Watch()
-    module, streams = fixmatch(folder, consistency_threshold=threshold, unlabeled_weight=weight)
+    module, streams = fixmatch(folder, threshold=threshold, unlabeled_weight=weight)
     fit(module, streams, watch, **first_step)
     assert watch.losses[0] == pytest.approx(expected, abs=1e-5)
 
@@ -225,7 +249,7 @@ def test_cluster_without_reliable_images_takes_nothing_from_the_others(
     module, streams = fixmatch(upstream(tmp_path, certain(num_clusters=2)), balance="min")
     counts = torch.bincount(module.pseudo_labels[module.reliable_index], minlength=K)
     assert counts.tolist() == [30, 30, 0]
-    assert "[2] have no reliable image" in caplog.text
+    assert "[2] have no labelled image" in caplog.text
     trainer = fit(module, streams, epochs=1)
     assert math.isfinite(float(trainer.callback_metrics["train/loss"]))
 
@@ -236,13 +260,29 @@ def test_no_reliable_image_says_what_was_found_and_what_to_change(tmp_path: Path
         fixmatch(folder, confidence=0.999)
     message = str(error.value)
     assert message.startswith(
-        "0 reliable images of 90 (agreement ≥ 0.0: 90, confidence > 0.999: 0, both: 0; "
-        "per cluster [0, 0, 0])"
+        "0 of 90 images are labelled (agreement of 5 neighbours ≥ 0.0: 90, "
+        "confidence > 0.999: 0, both: 0; per cluster [0, 0, 0])"
     )
-    for way_out in ("fixmatch.module.agreement", "fixmatch.module.confidence", "proto.epochs"):
+    for way_out in ("reliable.agreement", "reliable.confidence", "proto.epochs"):
         assert way_out in message
 
 
-def test_unknown_start_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"fixmatch\.module\.init 'both' is none of"):
-        ReliableFixMatchModule(backbone(), K, init="both")
+def test_log_says_how_many_images_pass_each_rule(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    probs = certain()
+    probs[60:] = 0.3
+    probs[np.arange(60, N), np.arange(60, N) % K] = 0.4
+    probs[:3] = np.roll(probs[:3], 1, axis=1)  # sure of another cluster than their neighbours
+    # The 5 nearest images of each image are of its colour, and one of 30 has the wrong cluster.
+    fixmatch(upstream(tmp_path, probs), agreement=0.8)
+    assert (
+        "57 of 90 images are labelled (agreement of 5 neighbours ≥ 0.8: 87, "
+        "confidence > 0.99: 60, both: 57; per cluster [19, 19, 19])" in caplog.text
+    )
+
+
+def test_unknown_start_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"fixmatch\.module\.init 'both' is none of joint, enc"):
+        fixmatch(upstream(tmp_path), init="both")

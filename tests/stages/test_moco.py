@@ -168,7 +168,7 @@ def test_collapse_is_said(caplog: pytest.LogCaptureFixture) -> None:
         torch.nn.init.ones_(last.bias)
     with caplog.at_level("WARNING"):
         fit(module, STREAMS, epochs=1)
-    assert "the embeddings have collapsed, their deviation is 0.0000" in caplog.text
+    assert "have collapsed: their standard deviation is 0.0000" in caplog.text
 
 
 def test_groups_that_do_not_fit_the_batch_are_refused() -> None:

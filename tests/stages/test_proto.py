@@ -255,12 +255,15 @@ def test_truth_shows_the_chosen_head_beside_the_best_one(
     monitor = TruthMonitor(np.arange(N) % K, K)
     logged: dict[str, float] = {}
     monkeypatch.setattr(module, "log", lambda name, value, **_: logged.update({name: value}))
-    module.epoch_head = 1
+    module.chosen_head = 1
     trainer = pl.Trainer(logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    module.trainer = trainer
+    module.on_validation_epoch_start()
     monitor.on_validation_epoch_start(trainer, module)
     with torch.no_grad():
         for part in torch.split(torch.arange(N), 40):
-            monitor.on_validation_batch_end(trainer, module, module.predict(Views(part, {})))
+            seen = module.validation_step(Views(part, {}), 0)
+            monitor.on_validation_batch_end(trainer, module, seen)
         monitor.on_validation_epoch_end(trainer, module)
         found = [plain_head(module, h)(module.features).argmax(dim=1) for h in range(H)]
     accuracies = [
@@ -301,8 +304,13 @@ def test_equal_shares_train_as_the_paper_does(tmp_path: Path) -> None:
 
 def test_labels_of_every_head_follow_the_given_shares(tmp_path: Path) -> None:
     module, streams = proto(tmp_path, prior=[9, 3, 0])
-    seen, chosen = [], module.pseudo_labels
-    module.pseudo_labels = lambda *args, **more: seen.append(chosen(*args, **more)) or seen[-1]  # type: ignore[assignment,func-returns-value]
+    seen, original = [], module.prototype_pseudo_labels
+
+    def watched(*args: Any, **more: Any) -> tuple[Tensor, Tensor]:
+        seen.append(original(*args, **more))
+        return seen[-1]
+
+    module.prototype_pseudo_labels = watched
     trainer = fit(module, streams, epochs=1)
     _, label = seen[0]  # (H, 39): 2 each and 33 by shares
     assert [row.bincount().tolist() for row in label] == [[27, 10, 2]] * H
@@ -360,14 +368,14 @@ def test_features_that_are_no_number_are_refused(tmp_path: Path) -> None:
     encoder = backbone()
     nn.init.constant_(encoder.conv1.weight, math.nan)
     upstream = write_upstream(tmp_path, encoder)
-    with pytest.raises(UsageError, match=r"features\.npy holds NaN"):
+    with pytest.raises(UsageError, match=r"features\.npy: 90 rows hold NaN"):
         ProtoHeadModule(backbone(), K).prepare(image_set(), upstream, STREAMS)
 
 
 def test_features_that_are_all_the_same_are_refused(tmp_path: Path) -> None:
     encoder = backbone()
     nn.init.zeros_(encoder.conv1.weight)
-    with pytest.raises(UsageError, match="the same feature for every image, so nothing tells"):
+    with pytest.raises(UsageError, match="the same feature for every image, so they cannot be"):
         ProtoHeadModule(backbone(), K).prepare(
             image_set(), write_upstream(tmp_path, encoder), STREAMS
         )
@@ -397,7 +405,7 @@ def test_heads_that_collapse_are_counted_and_lose_to_a_head_that_did_not(
     assert float(trainer.callback_metrics["val/empty_clusters"]) == K - 1
     warnings = [each.getMessage() for each in caplog.records if "empty" in each.getMessage()]
     assert warnings == [
-        f"epoch 0 leaves {K - 1} of {K} clusters empty; if later ones do not fill them, {way}"
+        f"epoch 0 leaves {K - 1} of {K} clusters empty; if later epochs do not fill them, {way}"
     ]
     assert math.isfinite(float(trainer.callback_metrics["train/loss"]))
 

@@ -64,7 +64,7 @@ def test_every_image_comes_with_one_of_its_neighbours(tmp_path: Path) -> None:
         assert len(anchors) == 30
         assert all(int(j) in nearest[i].tolist() for i, j in zip(anchors, company, strict=True))
         partners += company.tolist()
-        for i in (anchors == company).nonzero()[:, 0]:  # in its own company: another view
+        for i in (anchors == company).nonzero()[:, 0]:  # accompanied by another view of itself
             assert not torch.equal(views[i], views[30 + i])
     assert sorted(torch.cat([index[:30] for index in drawn.index[:3]]).tolist()) == list(range(N))
     assert len(set(partners)) > 10

@@ -102,5 +102,5 @@ def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], message
 
 
 def test_one_image_batches_are_refused() -> None:
-    with pytest.raises(UsageError, match="batch_size 1 leaves an image no other"):
+    with pytest.raises(UsageError, match="batch_size 1 leaves no negatives"):
         simclr().prepare(image_set(), None, {"images": stream(1, query=WEAK, key=WEAK)})

@@ -1,4 +1,4 @@
-"""How far a job is, on a terminal and in a log."""
+"""Progress bars on a terminal and in a log."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The process that starts the ranks: what ends, who is told, what every rank is given.
+"""The process that starts the ranks: failures, signals, and what every rank is given.
 
-The ranks here are small scripts in the place of Python; test_ddp has real ones.
+Small scripts in place of Python play the ranks; test_ddp has real ones.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Ranks = Callable[[str], Path]
 
 @pytest.fixture
 def ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ranks:
-    """Let every rank run a shell script; its arguments are -m spice_pl.job.run FILE."""
+    """Have every rank run a shell script with the arguments -m spice_pl.job.rank FILE."""
 
     def make(script: str) -> Path:
         program = tmp_path / "rank.sh"
@@ -50,7 +50,7 @@ def alive(process: int) -> bool:
 
 
 def processes(folder: Path, count: int) -> list[int]:
-    """Wait until the ranks have written their numbers."""
+    """Wait until all ranks have written their process numbers; return them."""
     for _ in range(100):
         found = [path.read_text().strip() for path in folder.glob("pid*")]
         if len(found) == count and all(found):
@@ -59,7 +59,7 @@ def processes(folder: Path, count: int) -> list[int]:
     raise AssertionError("the ranks did not start")
 
 
-def test_a_rank_that_dies_ends_the_others_which_hang(ranks: Ranks) -> None:
+def test_when_a_rank_fails_the_hanging_others_are_ended(ranks: Ranks) -> None:
     folder = ranks('trap "" TERM; echo $$ > ${0%/*}/pid$RANK; [ $RANK = 1 ] && exit 3; sleep 600')
     started = time.monotonic()
     with pytest.raises(RuntimeError, match="rank 1 ended with code 3; see its error above"):
@@ -74,7 +74,7 @@ def test_a_rank_that_is_killed_ends_the_job(ranks: Ranks) -> None:
         launch.launch_ranks(2, "", grace_s=0.5)
 
 
-def test_a_mistake_is_told_by_the_rank_that_made_it(ranks: Ranks) -> None:
+def test_a_mistake_is_reported_with_the_message_of_its_rank(ranks: Ranks) -> None:
     ranks('echo -n "lr is too large" > $3.error$RANK; exit 2')
     with pytest.raises(UsageError, match=r"^lr is too large$"):
         launch.launch_ranks(2, "")
@@ -129,7 +129,7 @@ def test_ranks_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
         if not [each for each in numbers if alive(each)]:
             return
         time.sleep(0.1)
-    raise AssertionError("the ranks live on")
+    raise AssertionError("the ranks are still running")
 
 
 def test_all_ranks_of_a_trial_read_its_settings(
@@ -152,9 +152,9 @@ def test_all_ranks_of_a_trial_read_its_settings(
     ("environment", "is_rank"),
     [
         ({}, False),
-        ({"LOCAL_RANK": "0"}, True),  # torchrun's
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, True),  # one of srun's
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, False),  # a job of a single task
+        ({"LOCAL_RANK": "0"}, True),  # torchrun
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, True),  # srun, one task of several
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, False),  # srun with a single task
         ({"SLURM_PROCID": "0"}, False),
     ],
 )
@@ -192,7 +192,7 @@ def test_a_rank_of_torchrun_checks_folders_itself(
 
 
 def test_a_folder_stays_locked_while_a_rank_lives(ranks: Ranks, tmp_path: Path) -> None:
-    # The system opens a lock when the last process that has its file open ends.
+    # The system releases a lock when the last process that has its file open ends.
     handle = os.open(tmp_path, os.O_RDONLY)
     seen = tmp_path / "seen"
     ranks(f"[ -e /proc/self/fd/{handle} ] && touch {seen}$RANK; exit 0")

@@ -1,4 +1,4 @@
-"""Classical baselines through the job: one table, on pixels and on features."""
+"""stage=baselines: one table of classical methods, on pixels and on features."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The number of clusters: groups that are there, that are not, and input that tells nothing."""
+"""stage=estimate_k: features with groups, without groups, and features that say nothing."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def context(path: Path, features: NDArray[np.float32]) -> Context:
     return Context(RunFolder(path / "estimate_k" / "seed0"), [made], images, plain, 0, seed=0)
 
 
-def test_groups_that_are_there_are_counted(tmp_path: Path) -> None:
+def test_clear_groups_are_counted(tmp_path: Path) -> None:
     job = context(tmp_path, groups(4, apart=12))
     result = TASK(job)
     assert (result["estimated_num_clusters"], result["clear"]) == (4, True)
@@ -64,7 +64,7 @@ def test_a_large_set_is_sampled(tmp_path: Path) -> None:
     task = replace(TASK, num_samples=64, largest=20)
     result = task(context(tmp_path, groups(4, apart=12)))
     assert result["num_sampled"] == 64
-    assert result["curve"][-1]["num_clusters"] == 8  # an eighth of them
+    assert result["curve"][-1]["num_clusters"] == 8  # an eighth of the images
     assert result["estimated_num_clusters"] == 4
 
 
@@ -82,7 +82,7 @@ def test_smallest_number_within_a_standard_error_of_the_largest_gain() -> None:
     assert choose(curve, num_splits=400).num_clusters == 5
 
 
-def test_each_doubt_is_said() -> None:
+def test_each_doubt_is_named() -> None:
     curve = [point(2, 0.79), point(3, 0.9, silhouette=0.24), point(4, 0.9), point(5, 0.9)]
     doubts = [doubts_of(each, curve) for each in curve]
     assert [len(each) for each in doubts] == [1, 1, 0, 1]
@@ -91,7 +91,7 @@ def test_each_doubt_is_said() -> None:
     assert "raise estimate_k.task.largest" in doubts[3][0]
 
 
-def test_copies_of_two_images_give_numbers() -> None:
+def test_copies_of_two_images_give_finite_numbers() -> None:
     rows = np.repeat(np.eye(2), 20, axis=0)
     with pytest.warns(match="distinct clusters"):
         found = look(rows, 4, 2, seed=0)
@@ -103,14 +103,14 @@ def test_copies_of_two_images_give_numbers() -> None:
 @pytest.mark.parametrize(
     ("features", "task", "message"),
     [
-        (np.full((40, 3), np.nan), TASK, "the features hold NaN; make their stage anew"),
+        (np.full((40, 3), np.nan), TASK, "the features hold NaN; run their stage again"),
         (np.ones((40, 3)), TASK, "every image has the same feature, so no number"),
         (np.eye(15), TASK, "needs 16 images for the shortest curve, K = 2, .* here 15 and 7"),
         (np.eye(40), replace(TASK, largest=1), "largest of 2 or more; here 40 and 1"),
         (np.eye(40), replace(TASK, num_splits=1), "num_splits 1 must be 2 or more"),
     ],
 )
-def test_what_shows_nothing_is_refused(
+def test_features_that_say_nothing_are_refused(
     tmp_path: Path, features: NDArray[np.float64], task: EstimateK, message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
@@ -123,9 +123,7 @@ def test_stage_1_without_a_number_is_reused_once_it_is_known(tiny: Sequence[str]
     def job(*more: str) -> Job:
         return make_job(*rest, *more)
 
-    with pytest.raises(UsageError, match=r"=auto is no number(.|\n)*stage=estimate_k"):
-        run_stages(job("dataset.num_clusters=auto"))
-    with pytest.raises(UsageError, match="num_clusters=None is no number"):
+    with pytest.raises(UsageError, match=r"=None is not a number(.|\n)*stage=estimate_k"):
         run_stages(job("dataset.num_clusters=null"))
     run_stages(job("dataset.num_clusters=null", "stage=moco"))
     shape = ("estimate_k.task.largest=4", "estimate_k.task.num_splits=2")

@@ -1,4 +1,4 @@
-"""stage=export: what it writes answers as the model does, whatever the number of images."""
+"""stage=export: the exported files give the model's answers, for any number of images."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_onnx_answers_as_the_model(straight: Finished, tmp_path: Path) -> None:
         np.testing.assert_allclose(probs, straight.folder("fixmatch").probs[:count], atol=1e-5)
 
 
-def test_another_answer_is_refused(
+def test_an_export_with_other_answers_is_refused(
     straight: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = spice_pl.load(straight.folder("fixmatch").path)
@@ -63,13 +63,13 @@ def test_another_answer_is_refused(
         return [each + 0.1 for each in model.network(images)]
 
     monkeypatch.setitem(FORMATS, "torch", ("pt2", write, answer))
-    with pytest.raises(RuntimeError, match=r"torch answers otherwise than the model, by 1\.0e-01"):
+    with pytest.raises(RuntimeError, match=r"the export torch differs from the model by 1\.0e-01"):
         export(straight, tmp_path, "torch")
     assert not list(tmp_path.rglob("*.pt2"))
 
 
 def test_mistakes_are_named(straight: Finished, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"export\.task\.formats \['tflite'\] are not of"):
+    with pytest.raises(UsageError, match=r"export\.task\.formats \['tflite'\] must be one"):
         export(straight, tmp_path, "tflite")
     with pytest.raises(UsageError, match=r"give export\.model=FILE"):
         run_stages(make_job("stage=export", f"runs_dir={tmp_path}"))

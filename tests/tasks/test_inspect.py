@@ -1,4 +1,4 @@
-"""The page that a person looks at before training."""
+"""stage=inspect: the page about a data set."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from spice_pl.tasks.inspect import as_picture, measure, notes
 
 @pytest.fixture
 def page(tiny: Sequence[str], photo_folder: Path, tmp_path: Path) -> Path:
-    """Inspect a folder with an exact copy, a damaged file and a name that is HTML."""
+    """Inspect a folder with an exact copy, a damaged file and names that are HTML."""
     first = photo_folder / "class 0" / "000.png"
     (photo_folder / "class 1" / "copy.png").write_bytes(first.read_bytes())
     (photo_folder / "class 1" / "<b>bad&.png").write_bytes(b"no image")
@@ -40,8 +40,8 @@ def test_everything_that_is_there_is_on_the_page(page: Path) -> None:
     for text in ("class 1/copy.png", "2 times the same", "cannot identify image file", "class 2"):
         assert text in html
     assert "More than twice as long as wide: 1 of 92 images." in html
-    assert "Magnified" in html  # the strip has 4 pixels, 8 are asked for
-    # Every view beside the others, for each of ten images.
+    assert "Magnified" in html  # the strip is 4 pixels high, image_size is 8
+    # All views of each of ten images.
     heads = re.findall(r'<th scope="col">(.*?)</th>', html)
     views = ["plain"] + [
         f"{name} {i}" for name in ("weak", "strong", "strong_joint", "moco") for i in (1, 2)
@@ -61,10 +61,10 @@ def test_the_page_is_one_file_and_runs_nothing(page: Path) -> None:
     assert all(address.startswith(("data:image/", "#")) for address in addresses)
 
 
-def test_a_look_can_be_taken_again(page: Path, tiny: Sequence[str]) -> None:
+def test_a_second_look_replaces_the_page_by_the_same(page: Path, tiny: Sequence[str]) -> None:
     before = page.read_text()
     run_stages(make_job("stage=inspect", *tiny))
-    assert page.read_text() == before  # views are drawn by the seed of the run
+    assert page.read_text() == before  # the seed of the run draws the views
 
 
 def test_pictures_of_a_plain_view_are_the_images() -> None:
@@ -83,7 +83,7 @@ def test_levels_are_measured() -> None:
     assert std.tolist() == [0, 0.5, 0]
 
 
-def test_test_images_among_the_training_images_are_said() -> None:
+def test_copies_of_training_images_among_the_test_images_are_counted() -> None:
     pixels = np.arange(5, dtype=np.uint8)[:, None, None, None].repeat(3, 1)
     is_test = np.array([False, False, False, True, True])
     digests = np.array([1, 2, 3, 3, 4], dtype=np.uint64)

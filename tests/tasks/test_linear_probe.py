@@ -56,10 +56,10 @@ def test_perfect_features_score_one_and_noise_scores_chance(tmp_path: Path, spli
 
 
 def test_split_never_trains_on_test_images(tmp_path: Path) -> None:
-    # In the training images class c lies at c, in the test images at c + 1: a probe that had
-    # seen these would know.
-    place = np.where(np.arange(NUM) < 90, LABELS, (LABELS + 1) % CLASSES)
-    moco = folder(tmp_path / "moco", np.eye(CLASSES)[place] * 50)
+    # In the training images class c is at axis c, in the test images at axis c + 1: only a probe
+    # trained on test images could be right.
+    axis = np.where(np.arange(NUM) < 90, LABELS, (LABELS + 1) % CLASSES)
+    moco = folder(tmp_path / "moco", np.eye(CLASSES)[axis] * 50)
     results = LinearProbe()(context([moco], LABELS, split=True))
     assert results["truth/moco/linear_probe"] == 0
     assert results["truth/moco/knn_20"] == 0
@@ -78,7 +78,7 @@ def test_a_stage_that_keeps_the_features_is_not_probed_again(tmp_path: Path) -> 
     assert "truth/proto/linear_probe" not in results
 
 
-def test_without_labels_or_with_too_few_it_says_so(tmp_path: Path) -> None:
+def test_missing_labels_and_small_classes_are_named(tmp_path: Path) -> None:
     moco = folder(tmp_path / "moco", features(1))
     with pytest.raises(UsageError, match="made up has none"):
         LinearProbe()(context([moco], None))

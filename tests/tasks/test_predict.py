@@ -1,4 +1,4 @@
-"""stage=predict: a table of new images, and folders of them that lose nothing."""
+"""stage=predict: a table of new images, and sorting them into folders without losing any."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from spice_pl.errors import UsageError
 from spice_pl.job.run import run_stages
 from spice_pl.tasks.predict import folder_names
 
-# Without what the model knows.
+# TINY without the settings that the model brings.
 NO_K = [text for text in TINY if not text.startswith(("dataset.num_clusters", "dataset.image"))]
 
 
 @pytest.fixture
 def new_photos(tmp_path: Path) -> Path:
-    """Images of other sizes and modes, two of one name, one that is none."""
+    """A folder with images of several sizes and modes, equal names, and a file that is no image."""
     root = tmp_path / "new photos"
     (root / "sub").mkdir(parents=True)
     for i, image in enumerate(photographs(seed=1)[:6]):
@@ -36,7 +36,7 @@ def new_photos(tmp_path: Path) -> Path:
 
 
 def predict(straight: Finished, root: Path, tmp_path: Path, *more: str) -> Path:
-    """Run the stage; return its folder."""
+    """Run stage=predict; return its folder."""
     job = make_job(
         *("stage=predict", "dataset=folder", f"dataset.root={root}", *NO_K),
         *(f"runs_dir={tmp_path / 'new runs'}", f"cache_dir={tmp_path / 'cache'}"),
@@ -84,7 +84,7 @@ def test_data_sets_without_files_can_be_predicted(straight: Finished, tmp_path: 
     job = make_job("stage=predict", f"runs_dir={tmp_path}", f"predict.model={file}")
     run_stages(job)
     assert len(rows(job.folder("predict").path)) == 1797
-    run_stages(job)  # a prediction can be asked for again
+    run_stages(job)  # a second prediction is not refused
 
 
 @pytest.mark.parametrize("sort", ["copy", "hardlink", "symlink"])
@@ -129,7 +129,7 @@ def test_sorted_folders_are_not_mixed(straight: Finished, new_photos: Path, tmp_
     predict(straight, new_photos, tmp_path, "predict.sort=copy")
     with pytest.raises(UsageError, match="holds sorted files already and nothing is replaced"):
         predict(straight, new_photos, tmp_path, "predict.sort=copy")
-    with pytest.raises(UsageError, match=r"lies inside dataset\.root"):
+    with pytest.raises(UsageError, match=r"is inside dataset\.root"):
         predict(straight, tmp_path, tmp_path, "predict.sort=copy")
 
 
@@ -137,7 +137,7 @@ def test_sorted_folders_are_not_mixed(straight: Finished, new_photos: Path, tmp_
     ("more", "message"),
     [
         (["predict.model=null"], r"stage=predict needs a trained model; give predict\.model=FILE"),
-        (["predict.sort=move"], r"predict\.sort 'move' is none of none, copy, hardlink, symlink"),
+        (["predict.sort=move"], r"predict\.sort 'move' must be one of none, copy, hardlink"),
         (["predict.model=/not/there"], r"/not/there does not exist"),
     ],
 )

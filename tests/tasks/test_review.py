@@ -1,4 +1,4 @@
-"""The review server: who may ask, what for, and what is kept."""
+"""The review server: which requests it answers, and what it saves."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from spice_pl.data.images import ImageSet
 from spice_pl.errors import UsageError
 from spice_pl.runs.edits import FORMAT
 from spice_pl.runs.folder import RunFolder
-from spice_pl.tasks.review import Answers, Review, is_loopback, make_server
+from spice_pl.tasks.review import Answers, is_loopback, make_server
 
 
 @dataclass
 class Served:
-    """A server of a run in a thread of its own."""
+    """The server of a run, in its own thread."""
 
     server: ThreadingHTTPServer
     token: str
@@ -41,7 +41,7 @@ class Served:
     def ask(
         self, path: str, body: bytes | None = None, **headers: str
     ) -> tuple[int, bytes, dict[str, str]]:
-        """Ask with the secret as a cookie, unless the headers say otherwise."""
+        """Send a request with the secret as a cookie, unless the headers replace it."""
         connection = http.client.HTTPConnection(self.host, timeout=20)
         own = f"review{self.server.server_address[1]}"
         kinds = {"Content-Type": "application/json"} if body is not None else {}
@@ -62,7 +62,7 @@ def served(straight: Finished, tmp_path_factory: pytest.TempPathFactory) -> Iter
     keys = [f"{i:03}.png" for i in range(len(small))]
     images = ImageSet(small.name, small.images, keys, folder.metrics["fingerprint"])
     upstream = [runs.folder("proto"), runs.folder("moco")]
-    server, token = make_server(folder, upstream, images, Review())
+    server, token = make_server(folder, upstream, images)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield Served(server, token, folder, images)
@@ -103,7 +103,7 @@ def test_page_comes_with_the_token_once_and_the_cookie_then(served: Served) -> N
         ({"Cookie": "review=0"}, b"wrong token"),
         ({"Host": "evil.example"}, b"is not this machine"),
         ({"Host": "127.0.0.1.evil.example:80"}, b"is not this machine"),
-        ({"Origin": "http://evil.example"}, b"another page asked"),
+        ({"Origin": "http://evil.example"}, b"comes from another page"),
     ],
 )
 def test_strangers_are_refused(served: Served, headers: dict[str, str], reason: bytes) -> None:
@@ -115,12 +115,18 @@ def test_strangers_are_refused(served: Served, headers: dict[str, str], reason: 
     assert not (served.folder.path / "edits.json").is_file()
 
 
-def test_only_loopback_is_bound() -> None:
+def test_only_loopback_is_bound(served: Served) -> None:
+    assert served.server.socket.getsockname()[0] == "127.0.0.1"
     for host in ("0.0.0.0", "192.168.0.7", "example.org", "localhost.evil.example", "::"):  # noqa: S104
-        with pytest.raises(UsageError, match="can be reached from outside"):
-            Review(host=host)
+        assert not is_loopback(host)
     assert is_loopback("127.0.0.5")
     assert is_loopback("::1")
+
+
+def test_a_port_in_use_is_named(served: Served) -> None:
+    port = served.server.server_port
+    with pytest.raises(UsageError, match=rf"review\.task\.port={port} cannot be used .* 0 takes"):
+        make_server(served.folder, [], served.images, port)
 
 
 def test_pictures_come_by_number(served: Served) -> None:
@@ -154,7 +160,7 @@ def test_nothing_outside_the_run_is_read(served: Served, tmp_path: Path) -> None
 
 def test_edits_are_checked_then_kept(served: Served) -> None:
     for sent, message in (
-        (b"no json", b"no JSON"),
+        (b"no json", b"not JSON"),
         (body(served, digest="0"), b"another clustering"),
         (body(served, num_clusters=4), b"of 4 clusters"),
         (body(served, move={"other.png": 1}), b"not among the images"),
@@ -173,4 +179,4 @@ def test_edits_are_checked_then_kept(served: Served) -> None:
     page = Answers(served.folder, [], served.images).page()[1]
     assert b"&lt;b&gt;cats&lt;/b&gt;" in page
     assert b"<b>cats</b>" not in page
-    assert b'"003.png":1' in page  # edits that were saved are there again
+    assert b'"003.png":1' in page  # the saved edits are on the page

@@ -1,4 +1,4 @@
-"""Trust: every measure by a case whose answer is known, and one page of a real run."""
+"""stage=trust: every measure on a case with a known answer, and the page of a real run."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from tests.conftest import Finished
 from spice_pl.errors import UsageError
 from spice_pl.job.run import run_stages
 from spice_pl.reports.trust_page import Check, NullCheck, TrustData, record, render_trust, track
+from spice_pl.runs.clusters import ClusterTable
 from spice_pl.runs.folder import RunFolder
 from spice_pl.tasks.trust import (
     Trust,
@@ -24,7 +25,7 @@ from spice_pl.tasks.trust import (
 
 
 def cloud(centres: float, num_images: int = 300, num_features: int = 6) -> np.ndarray:
-    """Three groups whose centres lie `centres` away from zero, each of deviation one."""
+    """Three groups of deviation one whose centres are at distance `centres` from zero."""
     generator = np.random.default_rng(0)
     middle = centres * np.eye(num_features)[np.arange(num_images) % 3]
     return (middle + generator.normal(size=(num_images, num_features))).astype(np.float32)
@@ -48,7 +49,7 @@ def test_constant_features_have_no_clusters() -> None:
     assert not null_check(np.ones((50, 4), np.float32), 3, 2, seed=0).clear
 
 
-def test_agreement_does_not_depend_on_numbers() -> None:
+def test_agreement_does_not_depend_on_the_numbers_of_clusters() -> None:
     one = torch.tensor([0, 0, 1, 1, 2, 2])
     assert matched_agreement([one, (one + 1) % 3]) == 1.0
     assert matched_agreement([one, torch.tensor([0, 0, 1, 1, 2, 0])]) == pytest.approx(5 / 6)
@@ -62,7 +63,7 @@ def test_separation_of_far_groups_is_near_one_and_of_random_ones_near_zero() -> 
     assert separation(features, np.zeros(300, np.int64)) is None
 
 
-def test_track_says_how_ranks_agree() -> None:
+def test_track_holds_the_rank_correlation() -> None:
     assert track([0.1, 0.2, 0.9], [0.3, 0.5, 0.6]).rho == pytest.approx(1)
     assert track([0.9, 0.2, 0.1], [0.3, 0.5, 0.6]).rho == pytest.approx(-1)
     assert track([0.5, 0.5], [0.3, 0.5]).rho is None
@@ -107,7 +108,8 @@ def test_seeds_are_compared_on_the_same_images_only(straight: Finished, tmp_path
     assert seeds_agreement([proto, proto]) == 1.0
     other = RunFolder(tmp_path)
     empty = np.zeros(1, np.float32)
-    other.write_clusters(["other"], np.zeros(1, np.int64), empty, empty, np.zeros(1, bool))
+    table = ClusterTable(["other"], np.zeros(1, np.int64), empty, empty, np.zeros(1, bool))
+    other.write_clusters(table)
     with pytest.raises(UsageError, match="of other images"):
         seeds_agreement([proto, other])
 

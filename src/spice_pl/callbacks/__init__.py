@@ -1,1 +1,1 @@
-"""What happens beside training: progress, truth, guards, files."""
+"""Lightning callbacks and loggers: checkpoints, progress, true scores, guards, files."""

@@ -1,4 +1,4 @@
-"""One checkpoint a stage, written between two batches, from which a run goes on bit for bit."""
+"""One checkpoint per stage, written between two batches; a resumed run is equal bit for bit."""
 
 from __future__ import annotations
 
@@ -15,25 +15,24 @@ from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from spice_pl.callbacks.nan import NanGuard
 from spice_pl.data.keyed import keyed_seed
 from spice_pl.errors import UsageError
-from spice_pl.stages.base import Stage
+from spice_pl.stages.base import as_stage
 from spice_pl.system.files import atomic
 from spice_pl.system.interrupts import Interrupts, Stopped
 
 
 class Checkpoints(pl.callbacks.Checkpoint):
-    """Save every `every_epochs` epochs, every `every_minutes`, when asked to stop, and at the end.
+    """Save after every epoch, every `every_minutes`, when asked to stop, and at the end.
 
-    The state between two batches is weights, optimizers, schedules, counters and the epoch's sums;
-    views and order are keyed, and torch's generator is keyed anew before each batch. A new file
-    takes the place of the old one when it is whole, so a stage has one checkpoint at any time.
+    The state between two batches is weights, optimizers, schedules, counters and the sums of the
+    epoch. Views and order are keyed, and torch's generator is seeded before each batch. A new file
+    replaces the old one when it is complete, so a stage has one checkpoint at any time.
 
     Args:
-        path: of the file.
-        guard: refuses to save a state that is not finite.
-        interrupts: says when to stop.
-        every_epochs: epochs between two checkpoints, at most.
-        every_minutes: minutes between two checkpoints, about.
-        seed: of the run.
+        path: file of the checkpoint.
+        guard: check that refuses to save a state that is not finite.
+        interrupts: signals received so far.
+        every_minutes: about the most minutes between two checkpoints.
+        seed: seed of the run.
     """
 
     def __init__(
@@ -42,40 +41,39 @@ class Checkpoints(pl.callbacks.Checkpoint):
         guard: NanGuard,
         interrupts: Interrupts,
         *,
-        every_epochs: int,
         every_minutes: float,
         seed: int,
     ) -> None:
         self.path, self.guard, self.interrupts = path, guard, interrupts
-        self.every_epochs, self.every_minutes, self.seed = every_epochs, every_minutes, seed
+        self.every_minutes, self.seed = every_minutes, seed
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin, or go on inside an epoch: then Lightning leaves out the epoch's first hook."""
+        """Start the clocks; inside an epoch, call the hooks of its start, which Lightning skips."""
         self.interrupts.deferred = True
         self._saved_at, self._saved_epoch = time.monotonic(), trainer.current_epoch
-        stage: Stage = pl_module  # type: ignore[assignment]
+        stage = as_stage(pl_module)
         epoch: Any = trainer.fit_loop.epoch_progress.current
         if epoch.started > epoch.processed:
             sums = dict(stage.epoch_sums)
             for each in trainer.callbacks:  # type: ignore[attr-defined]
                 each.on_train_epoch_start(trainer, stage)
             stage.on_train_epoch_start()
-            stage.epoch_sums = sums  # they hold what these hooks recorded
+            stage.epoch_sums = sums  # which already hold what these hooks record
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Save where it is time to; stop if asked."""
+        """Seed the batch; save if it is time, and stop if asked to."""
         epoch, rank = trainer.current_epoch, trainer.global_rank
         torch.manual_seed(keyed_seed(self.seed, epoch, batch_idx, rank))
         stop, save = self._agreed(trainer, epoch)
-        if (stop or save) and pl_module.resumable:
+        if (stop or save) and as_stage(pl_module).resumable:
             self._save(trainer, pl_module)
             if stop:
                 raise Stopped
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save the end of the training."""
+        """Save the end of training; stop if asked to."""
         self._save(trainer, pl_module)
         self.interrupts.deferred = False
         if self._agreed(trainer, trainer.current_epoch)[0]:
@@ -84,20 +82,20 @@ class Checkpoints(pl.callbacks.Checkpoint):
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Stop at once from now on."""
+        """Let signals stop the process at once: there will be no more batches."""
         self.interrupts.deferred = False
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Count the logged steps as Lightning will: it adds one when it goes on inside an epoch."""
+        """Lower the count of logged steps by the one that Lightning adds where it resumes."""
         checkpoint["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
 
     def _agreed(self, trainer: pl.Trainer, epoch: int) -> tuple[bool, bool]:
-        """Whether to stop and whether to save, the same on all ranks."""
+        """Return whether to stop and whether to save, the same on all ranks."""
         stop = self.interrupts.asked is not None
         save = (
-            epoch - self._saved_epoch >= self.every_epochs
+            epoch > self._saved_epoch
             or time.monotonic() - self._saved_at >= 60 * self.every_minutes
         )
         if trainer.world_size > 1:
@@ -108,19 +106,19 @@ class Checkpoints(pl.callbacks.Checkpoint):
 
     def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.guard.check(trainer, pl_module)
-        for logger in trainer.loggers:  # a curve is never behind its checkpoint
+        for logger in trainer.loggers:  # first, so that curves are never behind the checkpoint
             logger.save()
         trainer.save_checkpoint(self.path)
         self._saved_at, self._saved_epoch = time.monotonic(), trainer.current_epoch
 
 
 class CheckpointFile(TorchCheckpointIO):
-    """Writes a checkpoint whole or not at all; reads no other than a whole one."""
+    """Write a checkpoint completely or not at all; read only a complete one."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
     ) -> None:
-        """Write beside the old file, then take its place."""
+        """Write a new file beside the old one, then replace it."""
         content = io.BytesIO()
         torch.save(checkpoint, content)
         with atomic(Path(path)) as temporary:
@@ -129,7 +127,7 @@ class CheckpointFile(TorchCheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read tensors and plain containers, never code.
+        """Read tensors and plain containers, no code.
 
         Raises:
             UsageError: the file is damaged.
@@ -138,7 +136,7 @@ class CheckpointFile(TorchCheckpointIO):
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint whose every part has the checksum (CRC-32) it was written with.
+    """Read a checkpoint; check each part against the checksum (CRC-32) that the file holds.
 
     Raises:
         UsageError: the file is damaged.
@@ -157,7 +155,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:
         reason = str(error).partition("\n")[0]
         raise UsageError(
-            f"{path} is damaged and cannot be gone on from ({reason}); overwrite=true starts its "
-            "stage anew, or put a copy of the file in its place"
+            f"{path} is damaged and cannot be resumed ({reason}); overwrite=true starts its "
+            "stage from scratch, or restore a copy of the file"
         ) from error
     return found

@@ -1,4 +1,4 @@
-"""What a finished stage adds to W&B and TensorBoard: pictures, tables, artifacts with lineage.
+"""Add pictures, tables and artifacts of a finished stage to W&B and TensorBoard.
 
 Shapes: N images, K clusters, S pixels a side.
 """
@@ -19,16 +19,17 @@ from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 from spice_pl.data.images import ImageSet
 from spice_pl.functional.assignment import count_table
 from spice_pl.reports.wall import choose_wall
-from spice_pl.runs.folder import ClusterTable, RunFolder
+from spice_pl.runs.clusters import ClusterTable
+from spice_pl.runs.folder import RunFolder
 
-MAX_CLUSTERS = 100  # with pictures; W&B takes 108 of a step
-MAX_ROWS = 10_000  # of the table of assignments
-PICTURES = 12  # a cluster
-LEAST_PIXELS = 32  # smaller pictures are magnified
+MAX_CLUSTERS = 100  # clusters with pictures; W&B takes 108 pictures per step
+MAX_ROWS = 10_000  # rows of the table of assignments
+PICTURES = 12  # images per cluster
+LEAST_PIXELS = 32  # side below which images are magnified
 
 
 def run_id(folder: Path, *, keep: bool) -> str:
-    """Return the id of a stage's W&B run: the earlier one to go on with, or another."""
+    """Return the id of a stage's W&B run: that of the run to resume, or a new one."""
     file = folder / "wandb_id.txt"
     if not keep or not file.is_file():
         folder.mkdir(parents=True, exist_ok=True)
@@ -46,16 +47,16 @@ def log_results(
     """Add the results of a finished stage.
 
     Args:
-        logger: W&B or TensorBoard; others are left alone.
-        folder: of the run, finished.
-        upstream: artifacts of the stages before it, the nearest first.
-        images: the data set.
+        logger: W&B or TensorBoard; nothing is added to another.
+        folder: folder of the finished run.
+        upstream: folders of the stages before it, the nearest first.
+        images: data set.
         step: optimizer steps so far.
     """
     if not isinstance(logger, WandbLogger | TensorBoardLogger):
         return
     metrics = folder.metrics
-    last = metrics["rows"][-1] if metrics["rows"] else {}  # none of features without a K
+    last = metrics["rows"][-1] if metrics["rows"] else {}  # no rows where K is unknown
     scores = {f"truth/final_{name}": last.get(name) for name in ("acc", "nmi", "ari")}
     logger.log_metrics({key: value for key, value in scores.items() if value is not None}, step)
     if (folder.path / "clusters.csv").is_file():
@@ -77,10 +78,10 @@ def log_results(
 
 
 def log_artifact(logger: WandbLogger, folder: RunFolder, upstream: Sequence[RunFolder]) -> None:
-    """Add the model as an artifact, and say which artifact it was made from.
+    """Add the model as an artifact, and name the artifact that it was made from.
 
-    An offline run cannot point to another's artifact; the config then names it
-    (`upstream_artifact`), under the alias that is the digest of its content.
+    The config entry `upstream_artifact` holds that name, with the digest of the content as alias.
+    An online run is linked to the artifact as well, which an offline run cannot be.
     """
     run = logger.experiment
     files = [folder.path / name for name in ("model.spice", "encoder.safetensors")]
@@ -96,7 +97,7 @@ def log_artifact(logger: WandbLogger, folder: RunFolder, upstream: Sequence[RunF
 
 
 def artifact_name(folder: RunFolder) -> str:
-    """Name of a stage's artifact: data set, stage and run.
+    """Return the name of the artifact of a run: data set, stage and run.
 
     >>> artifact_name(RunFolder(Path("runs/my photos/proto/seed0,proto.module.lr=0.1")))
     'my_photos-proto-seed0_proto.module.lr_0.1'
@@ -107,7 +108,7 @@ def artifact_name(folder: RunFolder) -> str:
 def cluster_pictures(
     table: ClusterTable, images: ImageSet, num_clusters: int
 ) -> list[tuple[int, int, NDArray[np.uint8]]]:
-    """Return (id, size, picture) of the largest clusters; its best pictures side by side."""
+    """Return (id, size, picture) of the largest clusters; a picture is a row of typical images."""
     wall = choose_wall(table.confidence, table.agreement, table.clusters, num_clusters, PICTURES)
     filled = sorted(
         (each for each in wall.clusters if each.size), key=lambda each: (-each.size, each.cluster)
@@ -123,7 +124,7 @@ def cluster_pictures(
 
 
 def assignments(table: ClusterTable) -> tuple[list[str], list[list[Any]]]:
-    """Columns and rows of the table of assignments, evenly spaced where there are too many."""
+    """Return columns and rows of the table of assignments; of too many images every nth."""
     columns = ["image", "cluster", "confidence", "agreement", "reliable"]
     rows = range(0, len(table.keys), max(1, -(-len(table.keys) // MAX_ROWS)))
     return columns, [
@@ -141,7 +142,7 @@ def assignments(table: ClusterTable) -> tuple[list[str], list[list[Any]]]:
 def confusion(
     table: ClusterTable, images: ImageSet, metrics: dict[str, Any]
 ) -> tuple[list[str], list[list[Any]]]:
-    """Columns and rows of clusters against true classes, counted over the scored images."""
+    """Return columns and rows of clusters against true classes, counted over the scored images."""
     labels = np.asarray(images.labels)
     names = images.class_names or [str(label) for label in range(int(labels.max()) + 1)]
     index = images.score_index

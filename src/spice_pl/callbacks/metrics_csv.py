@@ -1,9 +1,10 @@
-"""metrics.csv: every logged value of a stage, one file however often the run was stopped."""
+"""metrics.csv: every logged value of a stage, in one file even if the run was resumed."""
 
 from __future__ import annotations
 
 import csv
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ from spice_pl.system.files import atomic
 
 
 class CurveLogger(Logger):
-    """Rows of numbers, kept in memory and written whole; a repeated row takes its old place.
+    """Keep rows of numbers in memory and write them to one file.
 
-    A run that goes on reads the rows of its earlier parts. It may log an epoch that it had logged
-    before it was killed, with the same numbers, which then stand once.
+    A resumed run reads the rows of its earlier parts. It may log an epoch again that it had logged
+    before it was killed: a row with the same step and columns replaces the earlier one.
 
     Args:
         save_dir: folder of metrics.csv.
@@ -27,49 +28,48 @@ class CurveLogger(Logger):
     def __init__(self, save_dir: str) -> None:
         super().__init__()
         self._folder = save_dir
-        self._rows: dict[tuple[str, ...], dict[str, str]] | None = None
 
     @property
     def name(self) -> str:
-        """None of its own."""
+        """Empty: a stage has one such logger."""
         return ""
 
     @property
     def version(self) -> str:
-        """None of its own."""
+        """Empty: a stage has one such logger."""
         return ""
 
     @property
     def save_dir(self) -> str:
-        """The stage's folder."""
+        """Folder of the stage."""
         return self._folder
 
-    @property
+    @cached_property
     def rows(self) -> dict[tuple[str, ...], dict[str, str]]:
-        """All rows so far, by step and by which values they hold."""
-        if self._rows is None:
-            self._rows = {}
-            if self._file.is_file():
-                try:
-                    with self._file.open(newline="", encoding="utf-8") as file:
-                        for line in csv.DictReader(file):
-                            self._put({key: value for key, value in line.items() if value})
-                # A damaged table can lack its columns or hold anything in them.
-                except (ValueError, KeyError, TypeError, OverflowError, csv.Error) as error:
-                    raise UsageError(
-                        f"{self._file} is damaged ({error}); overwrite=true starts its stage anew"
-                    ) from error
-        return self._rows
+        """All rows so far, by step and columns; at first those in the file, if there is one."""
+        rows: dict[tuple[str, ...], dict[str, str]] = {}
+        if self._file.is_file():
+            try:
+                with self._file.open(newline="", encoding="utf-8") as file:
+                    for line in csv.DictReader(file):
+                        _put(rows, {key: value for key, value in line.items() if value})
+            # A damaged table can lack its columns or hold anything in them.
+            except (ValueError, KeyError, TypeError, OverflowError, csv.Error) as error:
+                raise UsageError(
+                    f"{self._file} is damaged ({error}); overwrite=true starts its stage from "
+                    "scratch"
+                ) from error
+        return rows
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """Nothing: .hydra/config.yaml holds them."""
+        """Do nothing: .hydra/config.yaml holds the settings."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Keep a row."""
-        _ = self.rows
-        self._put({key: repr(float(value)) for key, value in metrics.items()} | {"step": str(step)})
+        row = {key: repr(float(value)) for key, value in metrics.items()}
+        _put(self.rows, row | {"step": str(step)})
 
     @rank_zero_only
     def save(self) -> None:
@@ -91,8 +91,8 @@ class CurveLogger(Logger):
     def _file(self) -> Path:
         return Path(self._folder, "metrics.csv")
 
-    def _put(self, row: dict[str, str]) -> None:
-        assert self._rows is not None  # noqa: S101 - `rows` was asked before
-        if "epoch" in row:
-            row["epoch"] = str(int(float(row["epoch"])))
-        self._rows[(row["step"], *sorted(row))] = row
+
+def _put(rows: dict[tuple[str, ...], dict[str, str]], row: dict[str, str]) -> None:
+    if "epoch" in row:
+        row["epoch"] = str(int(float(row["epoch"])))
+    rows[(row["step"], *sorted(row))] = row

@@ -1,4 +1,4 @@
-"""Stop at a loss that is no number, before it reaches a checkpoint."""
+"""Stop at a loss that is not finite, before it reaches a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from spice_pl.errors import UsageError
 
 
 class NanGuard(pl.Callback):
-    """Remember the first step with a loss that is not finite; stop at the end of its epoch.
+    """Remember the first batch with a loss that is not finite; stop at the end of its epoch.
 
-    The check is one comparison on the device; the processor waits for it once an epoch only, and
-    before each checkpoint, so the one on disk is good.
+    Each batch costs one comparison on the device. The processor waits for the result once per epoch
+    and before each checkpoint, so the checkpoint on disk is finite.
 
     Args:
-        stage: its name, for the message.
+        stage: name of the stage, for the message.
     """
 
     def __init__(self, stage: str) -> None:
@@ -35,7 +35,7 @@ class NanGuard(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Compare the loss; some batches have none."""
+        """Note a loss that is not finite; some batches have no loss."""
         if outputs is None or "loss" not in outputs:
             return
         step = torch.where(torch.isfinite(outputs["loss"].detach()), -1, batch_idx)
@@ -62,7 +62,7 @@ class NanGuard(pl.Callback):
                 f"before it. Lower {self.stage}.module.lr or use trainer.precision=32-true, then "
                 "resume=true"
             )
-        # A gradient that is no number leaves its batch's loss finite: look at what it made.
+        # A gradient can be infinite where the loss is finite, so weights are checked too.
         if not all(bool(weight.isfinite().all()) for weight in pl_module.parameters()):
             raise UsageError(
                 f"{self.stage}: a weight is not a number in epoch {trainer.current_epoch}; the "
@@ -72,7 +72,7 @@ class NanGuard(pl.Callback):
 
 
 def _batch_images(trainer: pl.Trainer, batch_idx: int) -> str:
-    """Name the images of a batch of the present epoch: positions in the data set, some of them."""
+    """Name some images of a batch of the present epoch, by their positions in the data set."""
     loaders = trainer.train_dataloader
     named = loaders if isinstance(loaders, dict) else {"images": loaders}
     texts = []

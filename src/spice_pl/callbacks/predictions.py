@@ -1,4 +1,4 @@
-"""Write what a stage predicts, batch by batch, into arrays on disk."""
+"""Write the predictions of a stage into arrays on disk, batch by batch."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from spice_pl.stages.base import Prediction
 
 
 class PredictionWriter(pl.Callback):
-    """Fill features.npy and probs.npy; every rank writes its own rows, none is padded.
+    """Fill features.npy and probs.npy; every rank writes the rows of its own images.
 
     Args:
-        folder: of the run.
-        shapes: file name to shape.
+        folder: folder of the run.
+        shapes: name of each file to write, to the shape of its array.
     """
 
     def __init__(self, folder: RunFolder, shapes: dict[str, tuple[int, ...]]) -> None:
         self.folder, self.shapes = folder, shapes
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Make the arrays, on one rank."""
+        """Create the arrays, on one rank."""
         if trainer.is_global_zero:
             for name, shape in self.shapes.items():
                 self.folder.create(name, shape)
@@ -41,7 +41,7 @@ class PredictionWriter(pl.Callback):
                 self.folder.write_rows(name, index, value.float().cpu().numpy())
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Give the arrays their names once every rank has written."""
+        """Give the files their final names, once every rank has written its rows."""
         trainer.strategy.barrier("rows written")
         if trainer.is_global_zero:
             for name in self.shapes:

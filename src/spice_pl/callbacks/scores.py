@@ -1,4 +1,4 @@
-"""Clustering scores over batches and ranks.
+"""Clustering scores over all batches and ranks.
 
 Shapes: B samples in a batch, K clusters, C classes.
 """
@@ -15,13 +15,13 @@ from spice_pl.functional.assignment import count_table, scores_from_counts
 class ClusteringScores(Metric):
     """ACC, NMI, ARI and purity of a whole pass, from a clusters x classes table summed over ranks.
 
-    The table is all that is kept, so the result doesn't depend on how samples were split over
-    batches and ranks. See `spice_pl.functional.assignment.scores_from_counts`.
+    Only the table is kept, so the result does not depend on how samples are split over batches and
+    ranks. See `spice_pl.functional.assignment.scores_from_counts`.
 
     Args:
         num_clusters: K.
         num_classes: C; it may differ from K.
-        kwargs: of `torchmetrics.Metric`.
+        kwargs: arguments of `torchmetrics.Metric`.
 
     Examples:
         >>> scores = ClusteringScores(num_clusters=2, num_classes=2)
@@ -57,6 +57,6 @@ class ClusteringScores(Metric):
         """Score everything counted so far.
 
         Returns:
-            acc, nmi, ari, purity; nothing at all, if no sample had a label.
+            acc, nmi, ari and purity; an empty dictionary if no sample had a label.
         """
         return scores_from_counts(self.counts) if self.counts.any() else {}

@@ -1,4 +1,4 @@
-"""A stage's bar and clock."""
+"""Progress bar and clock of a stage."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ProgressBar
 
+from spice_pl.stages.base import as_stage
 from spice_pl.system.progress import PAUSE, Bar
 
 
 class StageProgress(ProgressBar):
-    """A bar over a stage's training, and one over its prediction of all images.
+    """Show a bar over training, and one over the prediction of all images.
 
-    Its state in a checkpoint is the time that training has taken so far, so that the cost of a
-    resumed run counts all its parts.
+    Checkpoints hold the time that training has taken so far, so that the cost of a resumed run
+    includes all its parts.
 
     Args:
-        name: of the stage.
+        name: name of the stage.
     """
 
     def __init__(self, name: str) -> None:
@@ -27,12 +28,12 @@ class StageProgress(ProgressBar):
         self.seconds_before = 0.0
         self.started = time.monotonic()
         self._waited = self._stepped = 0.0
-        self._mark: float | None = None  # end of the last step
+        self._mark: float | None = None  # time of the last start or end of a step
         self._bar: Bar | None = None
 
     @property
     def data_wait_fraction(self) -> float:
-        """Share of the training time in which a step waited for its views, in [0, 1]."""
+        """Share of the training time in which steps waited for their views, in [0, 1]."""
         return self._waited / max(self._waited + self._stepped, 1e-9)
 
     def state_dict(self) -> dict[str, float]:
@@ -40,15 +41,15 @@ class StageProgress(ProgressBar):
         return {"seconds": self.seconds_before + time.monotonic() - self.started}
 
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
-        """Go on counting from an earlier part."""
+        """Take the seconds of the earlier parts."""
         self.seconds_before = state_dict["seconds"]
 
     def disable(self) -> None:
-        """Show nothing; Lightning calls it on all ranks but the first."""
+        """Show nothing; Lightning calls this on all ranks but the first."""
         self.enabled = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin the bar, where training begins or goes on."""
+        """Show the bar at the batch where training starts or resumes."""
         self.started = time.monotonic()
         num_batches = int(trainer.num_training_batches)
         batches_done = trainer.fit_loop.epoch_loop.batch_progress.current.completed
@@ -57,18 +58,18 @@ class StageProgress(ProgressBar):
         self._bar = Bar(self.name, total, done=done, enabled=self.enabled).__enter__()
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Count no time between epochs as waiting."""
+        """Do not count the time between epochs as waiting."""
         self._mark = None
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        """End the wait for a batch; its views are made."""
+        """Count the wait for the batch, whose views are made by now."""
         now = time.monotonic()
         if self._mark is not None:
             self._waited += now - self._mark
         self._mark = now
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Move on by a batch."""
+        """Count the step and advance the bar."""
         now = time.monotonic()
         if self._mark is not None:
             self._stepped += now - self._mark
@@ -77,7 +78,7 @@ class StageProgress(ProgressBar):
             self._bar.advance()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Show the loss."""
+        """Show the loss and other means of the epoch."""
         if self._bar is not None:
             self._bar.show(_values(trainer, pl_module))
 
@@ -86,12 +87,12 @@ class StageProgress(ProgressBar):
         self._end()
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin a bar over all images."""
+        """Show a bar over all images."""
         name, total = f"{self.name}, all images", int(sum(trainer.num_predict_batches))
         self._bar = Bar(name, total, enabled=self.enabled, pause=PAUSE).__enter__()
 
     def on_predict_batch_end(self, *_: Any) -> None:
-        """Move on by a batch."""
+        """Advance the bar."""
         if self._bar is not None:
             self._bar.advance()
             self._bar.show()
@@ -103,7 +104,7 @@ class StageProgress(ProgressBar):
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """End the bar, so that the message stands on a line of its own."""
+        """End the bar, so that the message starts on a new line."""
         self._end()
 
     def _end(self) -> None:
@@ -114,7 +115,6 @@ class StageProgress(ProgressBar):
 
 def _values(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
     shown = ("train/loss", "val/selection_loss", "train/confident_fraction", "truth/acc")
-    # The epoch's own means are logged after this; these are the first rank's.
-    sums = getattr(pl_module, "epoch_sums", {})
-    metrics = trainer.callback_metrics | {name: each[0] / each[1] for name, each in sums.items()}
+    # The means of all ranks are logged after this hook, so these are the first rank's.
+    metrics = trainer.callback_metrics | as_stage(pl_module).epoch_means()
     return "  ".join(f"{name} {float(metrics[name]):.3f}" for name in shown if name in metrics)

@@ -1,4 +1,4 @@
-"""Ground truth, the only place where training can be seen beside it: it logs and does no more."""
+"""Log scores against true labels in training; the only callback that reads them."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from torch.nn import functional as F
 from spice_pl.callbacks.scores import ClusteringScores
 from spice_pl.functional.assignment import clustering_scores
 from spice_pl.functional.neighbors import nearest_neighbors
-from spice_pl.stages.base import Prediction
+from spice_pl.stages.base import Prediction, as_stage
 
 
 class TruthMonitor(pl.Callback):
-    """Log how the watched images are clustered, and how right the reliable labels are.
+    """Log how well the watched images are clustered, and how many training labels are right.
 
-    `truth/acc`, `truth/nmi`, `truth/ari`; of a stage with many heads `truth/best_head_acc` and
-    `truth/epoch_head_acc`, the best of them and the one chosen without labels after this
-    epoch (SPICE, Figure 6: their distance is the regret of the choice); of a stage without clusters
-    `truth/knn_acc`, the share of images whose class is the most frequent one among their 20 nearest
-    neighbours.
+    - `truth/acc`, `truth/nmi`, `truth/ari`, `truth/purity` of a stage with clusters.
+    - `truth/best_head_acc` and `truth/epoch_head_acc` of a stage with many heads: the best of them,
+      and the one chosen without labels after this epoch (SPICE, Figure 6).
+    - `truth/knn_acc` of a stage without clusters: `knn_accuracy`.
+    - `truth/reliable_acc` of a stage that trains on labels: accuracy of these labels.
 
     Args:
-        labels: (N,) truth, -1 where unknown.
+        labels: (N,) true labels, -1 where unknown.
         num_clusters: K.
     """
 
@@ -38,7 +38,7 @@ class TruthMonitor(pl.Callback):
         self.head_scores: list[ClusteringScores] = []
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start a new count."""
+        """Clear the counts."""
         self.scores.reset()
         self.scores.to(pl_module.device)
         self.head_scores.clear()
@@ -57,61 +57,57 @@ class TruthMonitor(pl.Callback):
         else:
             labels = self.labels[outputs.index.cpu()].to(pl_module.device)
             self.scores.update(outputs.probs.argmax(dim=1), labels)
-            self._count_heads(pl_module, outputs, labels)
+            if outputs.head_clusters is not None:
+                self._count_heads(outputs.head_clusters, labels)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the scores of all ranks together."""
+        stage = as_stage(pl_module)
         if int(self.scores.update_count):
             for name, value in self.scores.compute().items():
                 pl_module.log(f"truth/{name}", float(value), sync_dist=True)
         scores_of_heads = [scores.compute() for scores in self.head_scores]
-        if any(scores_of_heads):  # an image with truth is among the watched
+        # There are scores only where an image with a true label is among those watched.
+        if any(scores_of_heads) and stage.chosen_head is not None:
             accuracies = [float(scores["acc"]) for scores in scores_of_heads]
-            chosen = int(pl_module.epoch_head)  # type: ignore[arg-type]
-            pl_module.log("truth/best_head_acc", max(accuracies), sync_dist=True)
-            pl_module.log("truth/epoch_head_acc", accuracies[chosen], sync_dist=True)
+            stage.log("truth/best_head_acc", max(accuracies), sync_dist=True)
+            stage.log("truth/epoch_head_acc", accuracies[stage.chosen_head], sync_dist=True)
         if self.features:
             features, index = (
-                pl_module.across_ranks(torch.cat(parts)).cpu()  # type: ignore[operator]
-                for parts in (self.features, self.index)
+                stage.across_ranks(torch.cat(parts)).cpu() for parts in (self.features, self.index)
             )
             known = self.labels[index] >= 0
             accuracy = knn_accuracy(features[known], self.labels[index[known]])
             pl_module.log("truth/knn_acc", accuracy, sync_dist=True)
 
-    def _count_heads(
-        self, pl_module: pl.LightningModule, prediction: Prediction, labels: Tensor
-    ) -> None:
-        many = getattr(pl_module, "head_clusters", None)
-        clusters = None if many is None else many(prediction)  # (H, B)
-        if clusters is None:
-            return
-        if not self.head_scores:
-            made = (ClusteringScores(*self.sizes) for _ in clusters)
-            self.head_scores = [scores.to(pl_module.device) for scores in made]
-        for scores, own in zip(self.head_scores, clusters, strict=True):
-            scores.update(own, labels)
-
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log the accuracy of the reliable labels that stage 3 learned from."""
-        index = getattr(pl_module, "reliable_index", None)
-        if index is not None:
-            known = index[self.labels[index] >= 0]
-            pseudo_labels: Tensor = pl_module.pseudo_labels  # type: ignore[assignment]
-            scores = clustering_scores(pseudo_labels.cpu()[known], self.labels[known])
+        """Log the accuracy of the labels that the stage trains on."""
+        labelled = as_stage(pl_module).labelled()
+        if labelled is not None:
+            index, label = (each.cpu() for each in labelled)
+            known = self.labels[index] >= 0
+            scores = clustering_scores(label[known], self.labels[index[known]])
             pl_module.log("truth/reliable_acc", scores["acc"], sync_dist=True)
+
+    def _count_heads(self, head_clusters: Tensor, labels: Tensor) -> None:
+        if not self.head_scores:
+            made = (ClusteringScores(*self.sizes) for _ in head_clusters)
+            self.head_scores = [scores.to(labels.device) for scores in made]
+        for scores, clusters in zip(self.head_scores, head_clusters, strict=True):
+            scores.update(clusters, labels)
 
 
 def knn_accuracy(features: Tensor, labels: Tensor, num_neighbors: int = 20) -> float:
-    """Share of samples whose class wins the vote of their nearest neighbours, themselves left out.
+    """Compute the share of samples whose class is the most frequent among their neighbours.
 
     Args:
-        features: (N, D); neighbours are by cosine.
+        features: (N, D); neighbours are the nearest by cosine, the sample itself left out.
         labels: (N,), classes.
-        num_neighbors: k; at most N - 1.
+        num_neighbors: k; N - 1 where there are fewer samples.
 
     Returns:
-        Accuracy in [0, 1]; the smaller class wins a tie. NaN without two samples.
+        Accuracy in [0, 1]; of classes with equal votes the smaller id wins. NaN for fewer than two
+        samples.
 
     Examples:
         >>> features = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]])
@@ -123,6 +119,6 @@ def knn_accuracy(features: Tensor, labels: Tensor, num_neighbors: int = 20) -> f
     k = min(num_neighbors, len(features) - 1)
     _, index = nearest_neighbors(features, features, k + 1)  # (N, 1 + k)
     others = index != torch.arange(len(features), device=index.device)[:, None]
-    others[others.all(dim=1), -1] = False  # duplicates may push the image itself off its list
+    others[others.all(dim=1), -1] = False  # many duplicates may leave the sample itself out
     votes = F.one_hot(labels[index[others].view(-1, k)]).sum(dim=1)  # (N, classes)
     return float((votes.argmax(dim=1) == labels).float().mean())

@@ -45,7 +45,7 @@ def count_table(clusters: Tensor, labels: Tensor, num_clusters: int, num_classes
 
 
 def match_clusters(table: Tensor) -> Tensor:
-    """Map clusters to classes one to one, so that most samples are in their cluster's class.
+    """Match clusters with classes one to one, with the most samples in their cluster's class.
 
     Kuhn 1955, the Hungarian method.
 
@@ -53,7 +53,8 @@ def match_clusters(table: Tensor) -> Tensor:
         table: (K, C), counts.
 
     Returns:
-        Class of each cluster (K,), int64, on the CPU; -1 for the clusters left over where K > C.
+        Class of each cluster (K,), int64, on the CPU; -1 for the K - C clusters without a class if
+        K > C.
 
     Examples:
         >>> match_clusters(torch.tensor([[0, 5], [1, 0], [7, 6]]))
@@ -68,13 +69,15 @@ def match_clusters(table: Tensor) -> Tensor:
 def scores_from_counts(table: Tensor) -> dict[str, float]:
     """Score clusters against classes in float64.
 
-    ACC after Hungarian matching; NMI with the geometric mean of the entropies, as in the SPICE
-    paper (scikit-learn's default is the arithmetic mean); ARI after Hubert and Arabie 1985; purity
-    counts every cluster as its most frequent class, so it can only rise with K: for more clusters
-    than classes, where the match of ACC leaves K - C clusters without a class.
+    acc is the share of samples in the class that `match_clusters` gives to their cluster. nmi is
+    the mutual information divided by the geometric mean of the entropies, as in the SPICE paper
+    (scikit-learn's default is the arithmetic mean). ari is the adjusted Rand index of Hubert and
+    Arabie 1985. purity is the share of samples in the most frequent class of their cluster; it
+    never falls when a cluster is split. It is for K > C, where acc leaves K - C clusters without a
+    class.
 
     Args:
-        table: (K, C), counts; empty rows and columns change nothing.
+        table: (K, C), counts; empty rows and columns do not change the scores.
 
     Returns:
         acc, nmi and purity in [0, 1] and ari in [-1, 1]; higher is better. One cluster and one
@@ -120,8 +123,8 @@ def clustering_scores(clusters: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def _nmi(table: Tensor) -> float:
-    """Mutual information (nats) over the geometric mean of the entropies, of counts (K, C)."""
-    # Sums of counts are exact, so a lone cluster has share 1 and entropy 0, without rounding.
+    """Mutual information divided by the geometric mean of the entropies, of counts (K, C)."""
+    # Sums of counts are exact, so a single cluster has share 1 and entropy 0, without rounding.
     shares = [counts.double() / table.sum() for counts in (table, table.sum(1), table.sum(0))]
     joint, rows, columns = shares  # (K, C), (K,), (C,)
     if (rows > 0).sum() == (columns > 0).sum() == 1:
@@ -134,7 +137,10 @@ def _nmi(table: Tensor) -> float:
 
 
 def _ari(table: Tensor) -> float:
-    """Adjusted Rand index of counts (K, C); Python integers, for products of pairs pass 2^63."""
+    """Adjusted Rand index of counts (K, C).
+
+    In Python integers, because products of numbers of pairs exceed 2^63.
+    """
     total = int(table.sum())
     both = _squares(table)
     same_cluster, same_class = _squares(table.sum(dim=1)), _squares(table.sum(dim=0))

@@ -1,4 +1,4 @@
-"""How many pseudo-labels each cluster gets, where clusters are unequal.
+"""Numbers of pseudo-labels per cluster, for clusters of unequal size.
 
 Shapes: K clusters.
 """
@@ -8,19 +8,21 @@ from torch import Tensor
 
 
 def cluster_budgets(shares: Tensor, total: int, floor: int = 2) -> Tensor:
-    """Part a number of pseudo-labels among clusters by their shares.
+    """Divide a number of pseudo-labels among clusters by their shares.
 
-    Ours; SPICE has equal parts and names unequal ones as open. n_k = floor + (total - K floor) π_k,
-    in whole numbers by largest remainders: the sum is exact, and equal shares give equal parts.
-    That is the shares, mixed with the uniform ones at weight K floor / total.
+    Not in the paper: SPICE gives each cluster the same number and leaves unequal clusters open.
+    n_k = floor + (total - K·floor) π_k, rounded by largest remainders, so that the sum is exact and
+    equal shares give equal numbers if K divides the total. The floor mixes the shares with uniform
+    ones, which have the weight K·floor / total.
 
     Args:
-        shares: π, (..., K), finite, at least 0; scaled here to sum 1.
-        total: labels of a head, at least K floor.
-        floor: the least of a cluster, whatever its share.
+        shares: π, (..., K), finite and at least 0; scaled here to sum 1.
+        total: number of labels of one head, at least K·floor.
+        floor: smallest number of labels of a cluster, whatever its share.
 
     Returns:
-        Numbers n (..., K) with sum `total`; of equal remainders the first clusters get one more.
+        Numbers n (..., K), int64, with sum `total`; among equal remainders the first clusters get
+        one more.
 
     Raises:
         ValueError: shares are negative, not finite or all 0, or the total is below K floor.
@@ -42,6 +44,6 @@ def cluster_budgets(shares: Tensor, total: int, floor: int = 2) -> Tensor:
     exact = shares.double() / sums * rest  # (..., K)
     whole = exact.floor()
     missing = rest - whole.sum(dim=-1, keepdim=True)  # fewer than K
-    remainder = (exact - whole).round(decimals=6)  # equal ones are equal, whatever the arithmetic
+    remainder = (exact - whole).round(decimals=6)  # rounding errors must not order equal ones
     order = remainder.argsort(dim=-1, descending=True, stable=True)
     return floor + whole.long() + (order.argsort(dim=-1) < missing)

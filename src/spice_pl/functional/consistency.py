@@ -1,4 +1,4 @@
-"""Losses of semi-supervised methods on the strong view, each a pure function.
+"""Losses of semi-supervised methods on the strong view.
 
 Shapes: U unlabelled samples, K clusters.
 """
@@ -9,17 +9,18 @@ from torch import Tensor
 
 
 def weighted_cross_entropy(logits: Tensor, label: Tensor, weight: Tensor) -> Tensor:
-    """Cross-entropy of weighted samples, a mean over all of them.
+    """Compute the weighted cross-entropy, as a mean over all samples.
 
-    Sohn et al. 2020 (FixMatch), Eq. 4, with weights 0 and 1; Chen et al. 2023 (SoftMatch), Eq. 2.
+    With weights 0 and 1: Niu et al. 2022 (SPICE), Eq. 9, second term without λ_u, and Sohn et al.
+    2020 (FixMatch), Eq. 4. With weights between: Chen et al. 2023 (SoftMatch), Eq. 2.
 
     Args:
         logits: (U, K), before any softmax.
-        label: (U,), cluster ids; those of samples of weight 0 may be -1.
+        label: (U,), cluster ids; samples of weight 0 may have -1.
         weight: (U,), 0 to 1.
 
     Returns:
-        Loss in nats, scalar; 0 where no sample has a weight.
+        Loss in nats, scalar: the sum divided by U, whatever the weights; 0 if all weights are 0.
 
     Raises:
         ValueError: the shapes disagree.
@@ -38,16 +39,17 @@ def weighted_cross_entropy(logits: Tensor, label: Tensor, weight: Tensor) -> Ten
 
 
 def negative_cross_entropy(logits: Tensor, ruled_out: Tensor) -> Tensor:
-    """Push probability out of the clusters that a sample is not in.
+    """Lower the probability of the clusters that are ruled out for a sample.
 
-    ClusMatch, L_npl: −log(1 − Σ_j N_ij q_ij), stably as logsumexp(all) − logsumexp(kept).
+    ClusMatch, L_npl: −log(1 − Σ_j N_ij q_ij), with q the softmax of the logits and N the mask of
+    the ruled-out clusters; computed stably as logsumexp(all logits) − logsumexp(kept logits).
 
     Args:
-        logits: (U, K), before any softmax; computed in float32.
-        ruled_out: (U, K), N; never a whole row.
+        logits: (U, K), before any softmax; converted to float32.
+        ruled_out: N, (U, K), bool; each row keeps at least one cluster.
 
     Returns:
-        Mean over all U in nats, scalar; a sample without a ruled out cluster counts 0.
+        Mean over all U samples in nats, scalar; a sample without a ruled-out cluster adds 0.
 
     Raises:
         ValueError: the shapes disagree.
@@ -63,27 +65,28 @@ def negative_cross_entropy(logits: Tensor, ruled_out: Tensor) -> Tensor:
         )
     logits = logits.float()
     kept = logits.masked_fill(ruled_out, -torch.inf)  # (U, K)
-    # Equal where nothing is ruled out: the loss and its gradient are 0 there.
+    # Where nothing is ruled out, both terms are equal, so the loss and its gradient are 0.
     return (logits.logsumexp(dim=1) - kept.logsumexp(dim=1)).mean()
 
 
 def self_adaptive_fairness(
     probs: Tensor, mask: Tensor, mean_probs: Tensor, histogram: Tensor
 ) -> Tensor:
-    """Keep the batch's cluster shares from following the model's own bias.
+    """Encourage predictions of all clusters in a batch (self-adaptive fairness).
 
-    Wang et al. 2023 (FreeMatch), Eqs. 11-12: −H(SumNorm(p̃/h̃), SumNorm(p̄/h̄)), where p̄ and h̄ are
-    mean prediction and histogram of the strong view's masked samples. Clusters that h̄ does not
-    hold have no gradient and are left out of the sum.
+    Wang et al. 2023 (FreeMatch), Eqs. 11-12: −H(a, b) = Σ a log b with a = SumNorm(p̃/h̃) and
+    b = SumNorm(p̄/h̄). SumNorm divides by the sum; p̄ and h̄ are the mean prediction and the
+    histogram of predicted clusters of the strong view, over the samples that have a label.
+    Clusters with h̄ = 0 have no gradient and are left out of the sum.
 
     Args:
-        probs: (U, K) of the strong view.
-        mask: (U,) of the samples that have a label.
-        mean_probs: (K,), p̃, the running mean of the weak view's probabilities.
-        histogram: (K,), h̃, the running shares of the weak view's clusters.
+        probs: (U, K), of the strong view.
+        mask: (U,), bool, whether a sample has a label.
+        mean_probs: p̃, (K,), running mean of the weak view's probabilities.
+        histogram: h̃, (K,), running shares of the clusters that the weak view predicts.
 
     Returns:
-        Σ a log b ≤ 0, scalar, in nats; 0 where the mask is empty.
+        Σ a log b ≤ 0, scalar, in nats; 0 if no sample has a label.
 
     Examples:
         >>> uniform = torch.full((2,), 0.5)
@@ -91,7 +94,7 @@ def self_adaptive_fairness(
         >>> self_adaptive_fairness(probs, torch.tensor([True, True]), uniform, uniform)
         tensor(-0.6931)
     """
-    weight = mask.to(probs.dtype)  # (U,); no indexing by the mask, which would wait for the device
+    weight = mask.to(probs.dtype)  # (U,); indexing by the mask would wait for the device
     count = weight.sum().clamp_min(1)
     batch_mean = (probs * weight[:, None]).sum(dim=0) / count  # (K,), p̄
     shares = (F.one_hot(probs.argmax(dim=1), probs.shape[1]) * weight[:, None]).sum(dim=0) / count

@@ -1,4 +1,4 @@
-"""Contrastive loss of stage 1, and what says without labels how well it goes.
+"""Contrastive losses of stage 1, and measures of its progress that need no labels.
 
 Shapes: B batch, D embedding width, Q queue length.
 """
@@ -44,10 +44,10 @@ def info_nce(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> T
 
 
 def alignment(query: Tensor, key: Tensor) -> Tensor:
-    """Mean squared distance between two views of an image.
+    """Compute the mean squared distance between the two views of each image.
 
     Wang and Isola 2020 ("Understanding contrastive representation learning through alignment and
-    uniformity"), Eq. 4 with alpha = 2. Smaller is better aligned.
+    uniformity"), Eq. 4 with alpha = 2. Smaller values mean better alignment.
 
     Args:
         query: (B, D), l2-normalised.
@@ -64,21 +64,22 @@ def alignment(query: Tensor, key: Tensor) -> Tensor:
 
 
 def uniformity(embeddings: Tensor) -> Tensor:
-    """Log of the mean Gaussian potential over all pairs of different images.
+    """Compute the log of the mean Gaussian potential over all pairs of different images.
 
-    Wang and Isola 2020, Eq. 5 with t = 2. Smaller is spread more evenly over the sphere.
+    Wang and Isola 2020, Eq. 5 with t = 2. Smaller values mean embeddings that are spread more
+    evenly over the sphere.
 
     Args:
         embeddings: (B, D), l2-normalised, B >= 2.
 
     Returns:
-        Scalar in [-8, 0]; 0 when all embeddings are one point.
+        Scalar in [-8, 0]; 0 if all embeddings are equal.
 
     Examples:
         >>> uniformity(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))  # one pair at distance 2
         tensor(-8.)
     """
-    # By hand: pdist has no bfloat16 kernel. |a - b|^2 = 2 - 2ab on the sphere.
+    # torch.pdist has no bfloat16 kernel. On the sphere |a - b|^2 = 2 - 2ab.
     pairs = torch.ones(len(embeddings), len(embeddings), device=embeddings.device).triu(1).bool()
     distance = 2 - 2 * (embeddings @ embeddings.T)[pairs]  # (B (B - 1) / 2,)
     return (-2 * distance).exp().mean().log()
@@ -109,8 +110,8 @@ def nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
         raise ValueError(f"temperature {temperature} is not positive; SimCLR uses 0.1 to 0.5")
     if first.shape != second.shape or first.ndim != 2:
         raise ValueError(
-            f"first {tuple(first.shape)} and second {tuple(second.shape)} are not (B, D) both; "
-            "row i of each is a view of image i"
+            f"first {tuple(first.shape)} and second {tuple(second.shape)} must both be (B, D); row "
+            "i of each is a view of image i"
         )
     views = torch.cat([first, second])  # (2B, D)
     logits = views @ views.T / temperature  # (2B, 2B)

@@ -1,4 +1,4 @@
-"""k-means by cosine, for features without a head, and by distance, the common baseline.
+"""k-means by cosine, for features without a head, and by Euclidean distance, as a baseline.
 
 Shapes: N samples, D features, K clusters.
 """
@@ -17,10 +17,11 @@ from spice_pl.functional.neighbors import similarities, unit_rows
 
 logger = logging.getLogger(__name__)
 
-FIT_AT_MOST = 20_000  # samples; a centre needs no more, and restarts stay within minutes
-CENTRES_AT_MOST = 1_000  # of all restarts together; ten of 100, one of 1000, which vary less
-PIXELS_AT_MOST = 32  # a side of an image; larger ones are averaged down, and memory stays bounded
-ROWS_PER_CHUNK = 2**16  # so that memory beyond the embeddings stays at ROWS_PER_CHUNK * K
+FIT_AT_MOST = 20_000  # samples; enough for the centres, and all restarts together take minutes
+# Centres of all restarts together: 10 restarts with 100 centres; 1 with 1000, which varies less.
+CENTRES_AT_MOST = 1_000
+PIXELS_AT_MOST = 32  # side of an image; larger images are averaged down, which bounds the memory
+ROWS_PER_CHUNK = 2**16  # bounds the memory beyond the embeddings to ROWS_PER_CHUNK * K numbers
 
 
 def cosine_kmeans(
@@ -31,20 +32,21 @@ def cosine_kmeans(
     max_iterations: int = 300,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Cluster directions: centres of length one, each sample with the centre of largest cosine.
+    """Cluster features by their direction: each sample joins the centre with the largest cosine.
 
-    Arthur and Vassilvitskii 2007 (k-means++), on the sphere. A centre that loses all its samples
-    takes the sample that fits its own centre least.
+    k-means on the unit sphere, started by k-means++ (Arthur and Vassilvitskii 2007). A centre that
+    loses all its samples takes the sample with the smallest cosine to its own centre.
 
     Args:
-        features: (N, D), finite; rows are l2-normalised here.
+        features: (N, D), finite; l2-normalised here.
         num_clusters: K, 1 to N.
-        num_restarts: of which the one with the largest sum of cosines is kept.
-        max_iterations: of a restart, which also ends when no sample changes its cluster.
-        generator: of the first centres, on the CPU; torch's default generator if None.
+        num_restarts: number of restarts; the one with the largest sum of cosines is kept.
+        max_iterations: largest number of iterations of a restart, which ends earlier if no sample
+            changes its cluster.
+        generator: CPU generator for the first centres; torch's default generator if None.
 
     Returns:
-        Clusters (N,) and centres (K, D).
+        Clusters (N,), and centres (K, D) of length one.
 
     Raises:
         ValueError: K is out of range or a feature is not finite.
@@ -61,7 +63,7 @@ def cosine_kmeans(
             "it or give more samples"
         )
     if not bool(features.isfinite().all()):
-        raise ValueError("a feature is NaN or infinite; make the features anew")
+        raise ValueError("a feature is NaN or infinite; compute the features again")
     embeddings = unit_rows(features)
     best: tuple[Tensor, Tensor] | None = None
     best_fit = -float("inf")
@@ -83,7 +85,7 @@ def cosine_kmeans(
 def _first_centres(
     embeddings: Tensor, num_clusters: int, generator: torch.Generator | None
 ) -> Tensor:
-    """k-means++: each next centre is drawn with its squared distance from the nearest so far."""
+    """k-means++: draw centres in proportion to the squared distance from the nearest one so far."""
     draws = torch.rand(num_clusters, generator=generator, dtype=torch.float64).tolist()
     chosen = [int(draws[0] * len(embeddings))]
     nearest = torch.full((len(embeddings),), -1.0, device=embeddings.device)  # cosine
@@ -124,13 +126,24 @@ def _centres(embeddings: Tensor, clusters: Tensor, fit: Tensor, num_clusters: in
 
 
 def kmeans_clusters(data: NDArray[Any], num_clusters: int, seed: int) -> NDArray[np.int64]:
-    """Return (N,) clusters of k-means (k-means++, best inertia of 10 restarts; 1000/K for K > 100).
+    """Cluster features or images by Euclidean distance, with scikit-learn's k-means.
+
+    It starts with k-means++ and keeps the restart with the smallest inertia, of 10 restarts for
+    K up to 100 and of max(1, 1000 // K) for larger K.
 
     Args:
-        data: (N, ...), flattened to rows; images (N, 3, S, S) uint8 are scaled to [0, 1] and
-            averaged down to 32 pixels where they are larger.
+        data: (N, ...), flattened to rows; images (N, 3, S, S) uint8 are scaled to [0, 1], and
+            averaged down to 32 pixels if S is larger.
         num_clusters: K.
-        seed: of restarts, and of the 20,000 samples it is fitted on when there are more.
+        seed: seed of the restarts, and of the draw of 20,000 samples for the fit if N is larger.
+
+    Returns:
+        Clusters (N,).
+
+    Examples:
+        >>> clusters = kmeans_clusters(np.array([[0.0, 0.0], [0.0, 1.0], [9.0, 9.0]]), 2, seed=0)
+        >>> bool(clusters[0] == clusters[1] != clusters[2])
+        True
     """
     fitted = np.arange(len(data))
     if len(data) > FIT_AT_MOST:

@@ -1,6 +1,6 @@
-"""Losses of the clustering heads (stage 2) and of joint training (stage 3).
+"""Losses of the clustering heads of stage 2.
 
-Shapes: H heads, B samples or slots, U unlabelled samples, K clusters.
+Shapes: H heads, B samples or slots, K clusters.
 """
 
 import math
@@ -11,20 +11,20 @@ from torch import Tensor
 
 
 def double_softmax_cross_entropy(probs: Tensor, label: Tensor, *, balanced: bool = False) -> Tensor:
-    """Cross-entropy of a second softmax over probabilities.
+    """Compute the cross-entropy of a second softmax over probabilities.
 
-    Niu et al. 2022 (SPICE), Eq. 5: p' = softmax(logits) comes in, CE(softmax(p'), label) goes out.
-    It learns more slowly than CE(p', label) from labels that may be wrong (Appendix A), and cannot
-    fall under `double_softmax_floor`.
+    Niu et al. 2022 (SPICE), Eq. 5: CE(softmax(p'), label) with p' = softmax(logits). Where the head
+    gives its label a low probability, it learns more slowly than with CE(p', label), because the
+    label may be wrong (Appendix A). The loss cannot fall below `double_softmax_floor`.
 
     Args:
-        probs: (..., K), rows sum to one.
+        probs: p', (..., K), rows sum to one.
         label: (...), or any shape that broadcasts to it; cluster ids 0 to K - 1.
-        balanced: whether clusters count alike, however many samples carry their label; those that
-            no sample carries are left out.
+        balanced: whether all clusters have the same weight, however many samples have their label;
+            clusters without a sample are left out. Ours, for clusters of unequal size.
 
     Returns:
-        Mean loss in nats, scalar; over heads too, if there are any.
+        Mean loss in nats, scalar; a mean over heads too, if there are any.
 
     Raises:
         ValueError: the shapes disagree.
@@ -43,7 +43,7 @@ def double_softmax_cross_entropy(probs: Tensor, label: Tensor, *, balanced: bool
 
 
 def double_softmax_cross_entropy_per_head(probs: Tensor, label: Tensor) -> Tensor:
-    """Compute `double_softmax_cross_entropy` of each head by itself, in one call.
+    """Compute `double_softmax_cross_entropy` for each head separately.
 
     Args:
         probs: (H, B, K), rows sum to one.
@@ -64,7 +64,7 @@ def double_softmax_cross_entropy_per_head(probs: Tensor, label: Tensor) -> Tenso
 
 
 def double_softmax_floor(num_clusters: int) -> float:
-    """Give the smallest double-softmax cross-entropy that K clusters allow.
+    """Return the smallest double-softmax cross-entropy that K clusters allow.
 
     SPICE, Appendix A: a one-hot p' gives log((e + K - 1) / e).
 
@@ -82,11 +82,11 @@ def double_softmax_floor(num_clusters: int) -> float:
 
 
 def double_softmax_gradient_ratio(probs: Tensor, label: Tensor) -> Tensor:
-    """Gradient of the double-softmax loss over that of a single softmax, logit by logit.
+    """Divide the gradient of the double-softmax loss by that of a single softmax, for each logit.
 
     SPICE, Appendix A, Eq. A-6 and Fig. A.1, with y the label and q = softmax(p). For the label's
-    own logit the ratio is p_y [(1 - q_y) + sum of p_j q_j / (1 - p_y) over the others], below 1 and
-    near 0 where the head is not sure; for another logit i it is q_i + p_y - sum of p_j q_j.
+    own logit the ratio is p_y [(1 - q_y) + sum of p_j q_j / (1 - p_y) over the other clusters],
+    which is below 1, and near 0 if p_y is. For another logit i it is q_i + p_y - sum of p_j q_j.
 
     Args:
         probs: (..., K), rows sum to one, none of them one-hot.
@@ -110,14 +110,14 @@ def double_softmax_gradient_ratio(probs: Tensor, label: Tensor) -> Tensor:
 def tempered_cross_entropy_per_head(
     logits: Tensor, label: Tensor, temperature: float = 1.0
 ) -> Tensor:
-    """Cross-entropy of softmax(logits / temperature) of each head by itself, in one call.
+    """Compute the cross-entropy of softmax(logits / temperature) for each head separately.
 
     SPICE, Table VII: TCE with temperature 0.2, and plain CE with temperature 1.
 
     Args:
         logits: (H, B, K), before any softmax.
         label: (H, B), or (B,) if the heads share their labels.
-        temperature: > 0; below 1 sharpens.
+        temperature: number > 0; below 1 it sharpens the probabilities.
 
     Returns:
         Mean losses (H,) in nats.
@@ -136,9 +136,10 @@ def tempered_cross_entropy_per_head(
 
 
 def mean_prediction_entropy(probs: Tensor) -> Tensor:
-    """Entropy of the mean prediction, to be maximised so that no cluster stays empty.
+    """Compute the entropy of the mean prediction; maximising it keeps clusters from being empty.
 
-    SPICE, Table VII "Entropy" and Tiny-ImageNet (K = 200). The gradient is finite at a mean of 0.
+    SPICE, Table VII "Entropy" and Tiny-ImageNet (K = 200). The gradient is finite, also for a
+    cluster whose mean prediction is 0.
 
     Args:
         probs: (..., B, K), rows sum to one.
@@ -155,10 +156,10 @@ def mean_prediction_entropy(probs: Tensor) -> Tensor:
 
 
 def mutual_information(probs: Tensor) -> Tensor:
-    """Information that a sample gives of its cluster: H(mean p) - mean H(p).
+    """Compute the mutual information between samples and clusters, H(mean p) - mean H(p).
 
-    Bridle et al. 1991; Krause et al. 2010 (RIM). High where clusters are even and each sample is
-    sure of its own. Ours for choosing a head; no label takes part.
+    Bridle et al. 1991; Krause et al. 2010 (RIM). It is high if clusters have equal sizes and each
+    sample has one confident cluster. To select a head by it is ours; it needs no labels.
 
     Args:
         probs: (..., N, K), rows sum to one.
@@ -172,40 +173,6 @@ def mutual_information(probs: Tensor) -> Tensor:
     """
     unsure: Tensor = torch.special.entr(probs).sum(dim=-1).mean(dim=-1)  # (...)
     return mean_prediction_entropy(probs) - unsure
-
-
-def consistency_cross_entropy(
-    logits_strong: Tensor, probs_weak: Tensor, threshold: float
-) -> tuple[Tensor, Tensor]:
-    """Teach the strong view the label that the weak view is sure of.
-
-    SPICE, Eqs. 8-9, after Sohn et al. 2020 (FixMatch), Eq. 4. The weak view gets no gradient.
-
-    Args:
-        logits_strong: (U, K), before any softmax.
-        probs_weak: (U, K), rows sum to one.
-        threshold: eta, smallest max p that makes a label, in [0, 1].
-
-    Returns:
-        Loss in nats, scalar, a mean over all U samples with or without a label; and the mask (U,)
-        of those that have one.
-
-    Raises:
-        ValueError: the shapes disagree.
-
-    Examples:
-        >>> weak = torch.tensor([[0.96, 0.04], [0.6, 0.4]])
-        >>> consistency_cross_entropy(torch.zeros(2, 2), weak, threshold=0.95)  # (log 2) / 2
-        (tensor(0.3466), tensor([ True, False]))
-    """
-    if logits_strong.shape != probs_weak.shape:
-        raise ValueError(
-            f"logits_strong (U, K) = {tuple(logits_strong.shape)} and "
-            f"probs_weak (U, K) = {tuple(probs_weak.shape)} differ; they are views of one batch"
-        )
-    confidence, label = probs_weak.max(dim=-1)  # (U,) each
-    mask = confidence >= threshold  # (U,)
-    return (_cross_entropy(logits_strong, label) * mask).mean(), mask
 
 
 def _cross_entropy(logits: Tensor, label: Tensor) -> Tensor:

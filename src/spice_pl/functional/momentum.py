@@ -9,12 +9,12 @@ def ema_update_(target: nn.Module, source: nn.Module, momentum: float) -> None:
     """Move the target's parameters towards the source's, in place.
 
     He et al. 2020 (MoCo), Eq. 2: target = momentum * target + (1 - momentum) * source.
-    Buffers (BatchNorm statistics and counters) are copied: they are averages already.
+    Buffers (BatchNorm statistics and counters) are copied, because they are averages already.
 
     Args:
-        target: the network that follows; its parameters keep their identity.
-        source: the network that leads, of the same architecture.
-        momentum: share of the target that stays, 0 (copy) to 1 (leave).
+        target: network to update; its parameters remain the same objects.
+        source: network of the same architecture, which stays as it is.
+        momentum: m, share of the target that stays, from 0 (copy the source) to 1 (no change).
 
     Raises:
         ValueError: momentum is out of range or the architectures differ.

@@ -18,16 +18,16 @@ logger = logging.getLogger(__name__)
 Search = Callable[[Tensor], tuple[Tensor, Tensor]]  # queries (b, D) -> similarity, index (b, k)
 
 SIMILARITIES_PER_CHUNK = 2**26  # 256 MiB in float32
-EXACT_UP_TO = 200_000  # keys on a processor; a product of 200,000 x 200,000 x 512 takes minutes
-RECALL = 0.95  # that an approximate search has to reach
-RERANKED = 8  # candidates a neighbour that its quantised products choose and exact ones order
-NUM_PROBES = 1000  # exact queries that its recall is measured on
+EXACT_UP_TO = 200_000  # keys on a CPU; a product of 200,000 x 200,000 x 512 takes minutes
+RECALL = 0.95  # share of the exact neighbours that an approximate search has to find
+RERANKED = 8  # candidates per neighbour: quantised products choose, half-precision ones order
+NUM_PROBES = 1000  # queries that are searched exactly too, to measure the recall
 
 
 def unit_rows(features: Tensor) -> Tensor:
     """Scale rows to length one, in float32 or wider.
 
-    Rows that are unit vectors already stay as they are, and a zero row stays zero.
+    Unit vectors stay as they are, and a zero row stays zero.
 
     Args:
         features: (..., D), any floating type.
@@ -44,16 +44,20 @@ def unit_rows(features: Tensor) -> Tensor:
 
 
 def similarities(left: Tensor, right: Tensor) -> Tensor:
-    """Dot product of every row with every row, never in reduced precision.
+    """Compute the dot product of each left row with each right row, never in reduced precision.
 
     Args:
         left: (A, D).
         right: (B, D).
 
     Returns:
-        (A, B); the cosine, where both are l2-normalised.
+        Products (A, B); the cosines if both are l2-normalised.
+
+    Examples:
+        >>> similarities(torch.tensor([[0.6, 0.8]]), torch.eye(2))
+        tensor([[0.6000, 0.8000]])
     """
-    # bfloat16 has eight bits: under autocast most similarities near 1 would tie.
+    # bfloat16 has 8 bits of precision: under autocast most similarities near 1 would be equal.
     with torch.autocast(left.device.type, enabled=False):
         return left @ right.T  # (A, B)
 
@@ -64,8 +68,8 @@ def nearest_neighbors(
     """Find the k keys with the largest cosine to each query.
 
     Args:
-        queries: (Q, D); rows are l2-normalised here, so raw features are welcome.
-        keys: (N, D), likewise.
+        queries: (Q, D), embeddings or raw features; l2-normalised here.
+        keys: (N, D), embeddings or raw features; l2-normalised here.
         k: neighbours per query, 1 to N.
         chunk_size: see `neighbor_chunks`.
 
@@ -87,27 +91,36 @@ def nearest_neighbors(
 def neighbor_chunks(
     queries: Tensor, keys: Tensor, k: int, chunk_size: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Find the k nearest keys of some queries at a time, for sets whose (Q, k) is too large.
+    """Find the k keys with the largest cosine to each query, for one chunk of queries at a time.
 
-    The search is exact up to 200,000 keys and on a GPU. Beyond, with the extra `ann`, faiss looks
-    into as many cells of an inverted file as it takes to find 95 % of what 1,000 exact queries
-    find; the log gives the measured recall. Without the extra it stays exact, and the log says so.
+    The search is exact on a GPU, and on a CPU for up to 200,000 keys or queries. Beyond that it is
+    approximate if the extra `ann` is installed: faiss searches as many cells of an inverted file as
+    are needed to find 95 % of the exact neighbours of 1,000 keys, and the log gives the measured
+    recall. Without the extra it stays exact, and the log warns that it takes long.
 
     Args:
-        queries: (Q, D); rows are l2-normalised here, so raw features are welcome.
-        keys: (N, D), likewise.
+        queries: (Q, D), embeddings or raw features; l2-normalised here.
+        keys: (N, D), embeddings or raw features; l2-normalised here.
         k: neighbours per query, 1 to N.
-        chunk_size: queries at a time, so that memory grows with chunk_size * N and never Q * N;
-            by default as many as keep an exact chunk at 2^26 similarities.
+        chunk_size: b, queries per chunk; memory grows with chunk_size * N, never with Q * N. By
+            default an exact chunk has at most 2^26 similarities.
 
     Yields:
-        Similarity (b, k) in [-1, 1], nearest first, and index (b, k) into the keys; at least once.
+        Similarity (b, k) in [-1, 1], nearest first, and index (b, k) into the keys; one empty chunk
+        if there are no queries.
 
     Raises:
         ValueError: k or chunk_size out of range.
+
+    Examples:
+        >>> keys = torch.eye(3)
+        >>> [index.tolist() for _, index in neighbor_chunks(keys, keys, k=1, chunk_size=2)]
+        [[[0], [1]], [[2]]]
     """
     if not 1 <= k <= len(keys):
-        raise ValueError(f"k {k} is not between 1 and the {len(keys)} keys; choose a k in there")
+        raise ValueError(
+            f"k {k} is not between 1 and the {len(keys)} keys; choose one in that range"
+        )
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size {chunk_size} holds no query; raise it to at least 1")
     unit = unit_rows(keys)
@@ -118,8 +131,8 @@ def neighbor_chunks(
             find, fitting = _approximate(unit, k), NUM_PROBES
         else:
             logger.warning(
-                "the exact search of neighbours among %d samples multiplies each with each, which "
-                "takes long; pip install 'spice-pl[ann]' finds about all of them much sooner",
+                "the exact search for neighbours among %d samples compares each with each, which "
+                "takes long; pip install 'spice-pl[ann]' for a much faster approximate search",
                 len(keys),
             )
     for start in range(0, max(1, len(queries)), chunk_size or fitting):
@@ -135,14 +148,14 @@ def _exact(keys: Tensor, k: int) -> Search:
 
 
 def _approximate(keys: Tensor, k: int) -> Search:
-    """Build an inverted file and widen the search until it finds what an exact one would."""
+    """Build an inverted file and widen its search until the recall reaches RECALL."""
     import faiss
 
     faiss.omp_set_num_threads(torch.get_num_threads())
     rows, width, exact = keys.numpy(), keys.shape[1], _exact(keys, k)
     num_cells = round(4 * math.sqrt(len(keys)))
-    # Four bits for four numbers choose candidates in registers; a copy of all embeddings in half
-    # precision, half as large as the first, puts them in order.
+    # Codes with 4 bits per 4 numbers choose the candidates; a copy of all embeddings in half
+    # precision, which takes half the memory of the original, puts the candidates in order.
     parts = width // math.gcd(width, 4)
     index: Any = faiss.index_factory(
         width, f"IVF{num_cells},PQ{parts}x4fs,Refine(SQfp16)", faiss.METRIC_INNER_PRODUCT
@@ -155,7 +168,7 @@ def _approximate(keys: Tensor, k: int) -> Search:
     def find(queries: Tensor) -> tuple[Tensor, Tensor]:
         found = index.search(queries.numpy(), k)
         values, indices = torch.from_numpy(found[0]), torch.from_numpy(found[1])
-        few = (indices < 0).any(dim=1)  # less than k samples in the cells that were searched
+        few = (indices < 0).any(dim=1)  # fewer than k samples in the searched cells
         if few.any():
             values[few], indices[few] = exact(queries[few])
         return values, indices
@@ -166,7 +179,7 @@ def _approximate(keys: Tensor, k: int) -> Search:
     while recall < RECALL and cells.nprobe < num_cells:
         cells.nprobe, before = min(2 * cells.nprobe, num_cells), recall
         recall = _recall(find(probes)[1], wanted)
-        if recall < min(RECALL, before + 0.01):  # the candidates are the limit, not the cells
+        if recall < min(RECALL, before + 0.01):  # more cells do not help: take more candidates
             index.k_factor *= 2
             recall = _recall(find(probes)[1], wanted)
     logger.info(

@@ -1,9 +1,9 @@
 """Pseudo-labels from prototypes: the E-step of stage 2.
 
-Niu et al. 2022 (SPICE), Eqs. 2-4. For each head by itself:
+Niu et al. 2022 (SPICE), Eqs. 2-4. For each head separately:
 probabilities → the confident images of each cluster → their mean, the prototype γ_k
-→ the images nearest to γ_k, which get the label k. So the labels are exactly balanced, or follow
-the shares that are given.
+→ the images nearest to γ_k, which get the label k. So each cluster gets the same number of labels,
+or the number that follows from its share if shares are given.
 
 Shapes: H heads (or none), M images in the buffer, K clusters, D embedding width,
 C confident images per cluster, n pseudo-labels per cluster, S pseudo-labels of a head.
@@ -43,7 +43,7 @@ def select_confident(probs: Tensor, num_confident: int) -> Tensor:
     if not 1 <= num_confident <= probs.shape[-2]:
         raise ValueError(
             f"num_confident {num_confident} is not between 1 and the {probs.shape[-2]} images; "
-            "choose one in there"
+            "choose one in that range"
         )
     counts = torch.full((*probs.shape[:-2], probs.shape[-1]), num_confident)  # (H, K)
     index = _pick(_chunks(probs.mT, probs.shape[-2]), counts, overlap=True)
@@ -84,29 +84,30 @@ def prototype_pseudo_labels(
     """Give each cluster's label to the images nearest to its prototype.
 
     SPICE, Eqs. 2-4, with n = int(select_ratio * (M // K)) labels per cluster, and
-    C = int(confident_ratio * select_ratio * (M // K)) images per prototype. With shares of unequal
-    clusters, ours, `cluster_budgets` parts the same K * n labels by them, and a cluster of n_k
-    labels has max(1, int(confident_ratio * n_k)) images in its prototype.
+    C = int(confident_ratio * select_ratio * (M // K)) images per prototype. If shares are given,
+    which is ours, `cluster_budgets` divides the same K * n labels by them, and the prototype of a
+    cluster with n_k labels is the mean of max(1, int(confident_ratio * n_k)) images.
 
     Args:
-        embeddings: (M, D), the images' features; l2-normalised here, if they are not yet.
+        embeddings: (M, D), embeddings or raw features of the images; l2-normalised here.
         probs: (H, M, K) or (M, K), rows sum to one.
-        confident_ratio: share of the n images that makes the prototype; the paper's toy example
-            has 1.0, the authors' code 0.5.
-        select_ratio: share of M // K images that a cluster labels.
-        overlap: an image may carry several labels, or none. Otherwise clusters pick in the order
-            0 to K - 1, and each image is used once for the prototypes and once for the labels.
-        shares: of the clusters, (K,) or (H, K), at least 0 with a positive sum; None: all equal.
+        confident_ratio: number of images in a prototype divided by n; 1.0 in the paper's toy
+            example, 0.5 in the authors' code.
+        select_ratio: number of labels per cluster divided by M // K.
+        overlap: whether an image may have several labels, or none. If false, clusters pick in the
+            order 0 to K - 1, and no image is in two prototypes or has two labels.
+        shares: sizes of the clusters, (K,) or (H, K), at least 0 with a positive sum; equal sizes
+            if None.
 
     Returns:
         Index (H, K * n) or (K * n,) into the M images, cluster-major and nearest first; and the
-        label (K * n,), shared by the heads, or of the index's shape where shares are given. Without
-        overlap, an index of -1 marks a slot for which no image was left (only where
+        label (K * n,), shared by the heads, or in the shape of the index if shares are given.
+        Without overlap, an index of -1 marks a slot for which no image was left (only if
         select_ratio > 1).
 
     Raises:
-        ValueError: the shapes disagree, M // K < 2, or a ratio asks for less than one image per
-            cluster or for more than there are.
+        ValueError: the shapes disagree, M // K < 2, or a ratio or the shares ask for less than one
+            image per cluster or for more images than there are.
 
     Examples:
         >>> embeddings = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]])
@@ -140,10 +141,10 @@ def prototype_shares(
     overlap: bool = True,
     shares: Tensor | None = None,
 ) -> Tensor:
-    """Estimate the clusters' shares of the images without labels.
+    """Estimate, without labels, which share of the images belongs to each cluster.
 
-    Ours: the share of the images that each cluster's prototype is the nearest to, by cosine. The
-    prototypes are those of `prototype_pseudo_labels`, whose arguments and errors these are too.
+    Ours: an image counts for the cluster whose prototype is nearest to it by cosine. Prototypes,
+    arguments and errors are those of `prototype_pseudo_labels`.
 
     Returns:
         Shares (H, K) or (K,); rows sum to one.
@@ -167,30 +168,37 @@ def prototype_shares(
 
 
 def _prototypes(embeddings: Tensor, probs: Tensor, confident: Tensor, overlap: bool) -> Tensor:
-    """Eqs. 2 and 3: means (H, K, D) of the `confident` (H, K) most probable images."""
+    """Eqs. 2 and 3: means (H, K, D) of the most probable images, `confident` (H, K) of them."""
     picked = _pick(_chunks(probs.mT, len(embeddings)), confident, overlap)
     return _means(embeddings, picked, confident)
 
 
 def _chunks(rows: Tensor, num_images: int) -> Iterator[Tensor]:
-    """Split (..., K, ·) into clusters whose scores of all images fit a bounded memory."""
+    """Split (..., K, ·) into groups of clusters whose scores of all images fit into memory."""
     heads = rows[..., 0, 0].numel()
     size = max(1, SIMILARITIES_PER_CHUNK // (heads * num_images))
     return iter(torch.split(rows, size, dim=-2))
 
 
 def _means(embeddings: Tensor, index: Tensor, counts: Tensor) -> Tensor:
-    """Means (..., K, D) of the rows that `_pick` chose, counts (..., K) of them."""
-    # A bag averages without a copy of the rows of every head and cluster.
+    """Means (..., K, D) of the rows that `_pick` chose, `counts` (..., K) of them per cluster."""
+    # An embedding bag averages rows without first copying those of all heads and clusters.
     starts = _starts(counts).flatten().to(index.device)
     means = F.embedding_bag(index, embeddings, starts, mode="mean")
     return means.view(*counts.shape, -1)
 
 
 def _pick(scores: Iterable[Tensor], counts: Tensor, overlap: bool) -> Tensor:
-    """Index of the counts (..., K) largest scores of each cluster, which come as (..., k, M).
+    """Find the images with the largest scores of each cluster.
 
-    Returns one after another all picks of a cluster, the clusters of a head, the heads.
+    Args:
+        scores: (..., k, M) for k clusters at a time, K clusters in all.
+        counts: (..., K), number of images to pick for each cluster.
+        overlap: whether clusters may pick the same image.
+
+    Returns:
+        Flat index of all picks: those of one cluster are together, then the clusters of a head,
+        then the heads.
     """
     starts, first = _starts(counts), 0
     picks = taken = torch.empty(0)
@@ -215,7 +223,7 @@ def _pick(scores: Iterable[Tensor], counts: Tensor, overlap: bool) -> Tensor:
 
 
 def _starts(counts: Tensor) -> Tensor:
-    """Where each cluster's picks begin, (..., K)."""
+    """Positions (..., K) of the first pick of each cluster in the flat index of `_pick`."""
     ends = counts.flatten().cumsum(dim=0)
     return (ends - counts.flatten()).view_as(counts)
 
@@ -224,7 +232,7 @@ def _check_shapes(embeddings: Tensor, probs: Tensor) -> None:
     if embeddings.ndim != 2 or probs.ndim not in (2, 3) or probs.shape[-2] != len(embeddings):
         raise ValueError(
             f"embeddings (M, D) = {tuple(embeddings.shape)} and probs (H, M, K) or (M, K) = "
-            f"{tuple(probs.shape)} do not fit; M is the same images in the same order in both"
+            f"{tuple(probs.shape)} do not fit; both need the same M images in the same order"
         )
 
 
@@ -235,7 +243,7 @@ def _slots(
     overlap: bool,
     shares: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Numbers of images that make a prototype and that get its label, (H, K) or (K,) each."""
+    """Numbers of images in each prototype and with each label, (H, K) or (K,) each."""
     num_images, num_clusters = probs.shape[-2:]
     share = num_images // num_clusters
     if share < 2:  # no image would be left for a prototype
@@ -255,8 +263,9 @@ def _slots(
     largest = int(max(confident.max(), labels.max()))
     if largest > num_images or (not overlap and int(confident.sum(dim=-1).max()) > num_images):
         raise ValueError(
-            f"with these shares one cluster takes {largest} of {num_images} images, or prototypes "
-            "share images that overlap=False keeps apart; lower select_ratio or confident_ratio"
+            f"with these shares one cluster takes {largest} of {num_images} images, or all "
+            "prototypes together take more images than there are, which overlap=False does not "
+            "allow; lower select_ratio or confident_ratio"
         )
     return confident.expand(shape), labels.expand(shape)
 

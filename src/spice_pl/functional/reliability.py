@@ -1,4 +1,4 @@
-"""Reliable labels: the samples whose neighbours and head agree, between stages 2 and 3.
+"""Select the reliable labels between stages 2 and 3: neighbours agree and the head is confident.
 
 Niu et al. 2022 (SPICE), Eqs. 6-7.
 
@@ -15,20 +15,41 @@ from spice_pl.functional.neighbors import neighbor_chunks
 Balance = Literal["none", "min", "cap"]
 
 
+def neighbors_for(num_neighbors: int, num_samples: int, num_clusters: int) -> int:
+    """Return how many neighbours clusters of this size can have in common.
+
+    A sample of a cluster of n has at most n neighbours in it, so agreement (Eq. 6) cannot exceed
+    n / N_s. Where the mean size N / K is below N_s, half of it is taken instead. Ours; the data
+    sets of the paper have at least 300 images per cluster and N_s = 100.
+
+    Args:
+        num_neighbors: N_s.
+        num_samples: N.
+        num_clusters: K, at least 1.
+
+    Examples:
+        >>> neighbors_for(100, 60_000, 10), neighbors_for(100, 120, 4), neighbors_for(100, 3, 2)
+        (100, 15, 2)
+    """
+    if num_samples >= num_neighbors * num_clusters:
+        return num_neighbors
+    return min(num_samples, max(2, num_samples // (2 * num_clusters)))
+
+
 def local_consistency(
     embeddings: Tensor, clusters: Tensor, num_neighbors: int = 100, chunk_size: int | None = None
 ) -> Tensor:
-    """Measure the share of a sample's nearest neighbours that lie in its own cluster.
+    """Compute the share of each sample's nearest neighbours that are in its own cluster.
 
     SPICE, Eq. 6, over the whole data set, by cosine. The sample itself is one of its neighbours,
     as in the authors' code.
 
     Args:
-        embeddings: (N, D), the samples' features; l2-normalised here, if they are not yet.
+        embeddings: (N, D), embeddings or raw features of the samples; l2-normalised here.
         clusters: (N,), predicted cluster ids.
         num_neighbors: N_s, 1 to N.
-        chunk_size: samples at a time, so that memory grows with chunk_size * N, never N * N;
-            by default as many as keep a chunk at 2^26 similarities.
+        chunk_size: samples per chunk; memory grows with chunk_size * N, never with N * N. By
+            default an exact chunk has at most 2^26 similarities.
 
     Returns:
         Agreement (N,), float32, in [0, 1].
@@ -65,12 +86,12 @@ def reliable_mask(
     balance: Balance = "min",
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Select the samples whose predicted cluster may be trusted.
+    """Select the samples whose predicted cluster is reliable.
 
     SPICE, Eqs. 6-7: `local_consistency` of the most probable clusters, then `select_reliable`.
 
     Args:
-        embeddings: (N, D), the samples' features; l2-normalised here, if they are not yet.
+        embeddings: (N, D), embeddings or raw features of the samples; l2-normalised here.
         probs: (N, K), rows sum to one.
         num_neighbors: N_s, 1 to N.
         agreement: λ, see `select_reliable`.
@@ -113,21 +134,22 @@ def select_reliable(
     balance: Balance = "min",
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Select reliable samples from values that are known already.
+    """Select the reliable samples by given agreements and confidences.
 
-    SPICE, Eq. 7, with the authors' code's threshold on max p and equal numbers per cluster.
+    SPICE, Eq. 7. The threshold on max p and the equal numbers per cluster are from the authors'
+    code.
 
     Args:
         agreements: (N,), from `local_consistency`.
         confidences: (N,), max p.
         clusters: (N,), predicted cluster ids.
-        agreement: λ; a reliable sample has agreements >= λ.
-        confidence: a reliable sample has confidences > this.
-        balance: how many a cluster keeps: "none", all; "min", as many as the smallest cluster
-            that has any (a cluster without reliable samples takes nothing from the others);
-            "cap", at most the (lower) median over the clusters that have any. A larger cluster
-            keeps a random draw, as in the authors' code, so that not only its core is learnt.
-        generator: of that draw; torch's default generator if None.
+        agreement: λ; a reliable sample has an agreement >= λ.
+        confidence: threshold on max p; a reliable sample has a larger one.
+        balance: number of samples that a cluster keeps: "none" keeps all; "min" as many as the
+            smallest cluster has, "cap" at most the (lower) median. Clusters without a reliable
+            sample do not count for either. From a larger cluster a random draw is kept, as in the
+            authors' code, so that training sees more than its centre.
+        generator: random generator of that draw; torch's default generator if None.
 
     Returns:
         Mask (N,); all False is a possible result.
@@ -152,43 +174,16 @@ def select_reliable(
     return _keep_at_most(int(limit), reliable, clusters, generator)
 
 
-def agreement_for_count(
-    agreements: Tensor, confidences: Tensor, count: int, confidence: float = 0.99
-) -> float:
-    """Find the largest λ that at least `count` confident samples reach.
-
-    Args:
-        agreements: (N,), from `local_consistency`.
-        confidences: (N,), max p.
-        count: samples wanted, before any balancing; ties may give more.
-        confidence: a confident sample has more than this.
-
-    Returns:
-        λ for `select_reliable`; the smallest agreement of all where too few are confident.
-
-    Raises:
-        ValueError: count is less than 1.
-
-    Examples:
-        >>> agreement_for_count(torch.tensor([1.0, 0.5, 0.25]), torch.ones(3), count=2)
-        0.5
-    """
-    if count < 1:
-        raise ValueError(f"target_count {count} leaves nothing to learn from; use at least 1")
-    sure = agreements[confidences > confidence].sort(descending=True).values
-    return float(sure[min(count, len(sure)) - 1]) if len(sure) else float(agreements.min())
-
-
 def _keep_at_most(
     limit: int, reliable: Tensor, clusters: Tensor, generator: torch.Generator | None
 ) -> Tensor:
-    # One ticket a sample, drawn before clusters are looked at: their numbering has no influence.
+    # Draw one random number per sample first, so renumbering clusters cannot change the selection.
     device = generator.device if generator is not None else "cpu"
-    tickets = torch.rand(len(clusters), generator=generator, device=device).to(clusters.device)
+    draws = torch.rand(len(clusters), generator=generator, device=device).to(clusters.device)
     kept = torch.zeros_like(reliable)
     for cluster in clusters[reliable].bincount().nonzero():
         members = (reliable & (clusters == cluster)).nonzero().squeeze(-1)
-        kept[members[tickets[members].argsort()[:limit]]] = True
+        kept[members[draws[members].argsort()[:limit]]] = True
     return kept
 
 

@@ -1,4 +1,4 @@
-"""Losses of SCAN: neighbours in one cluster, then the model's own confident labels.
+"""Losses of SCAN: first neighbours share a cluster, then the model trains on confident labels.
 
 Shapes: B samples, K clusters.
 """
@@ -11,18 +11,19 @@ from torch import Tensor
 def scan_loss(
     anchors: Tensor, neighbors: Tensor, entropy_weight: float = 5.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Put neighbours into one cluster, and use all clusters.
+    """Compute the loss that puts neighbours into the same cluster and keeps all clusters in use.
 
-    Van Gansbeke et al. 2020 (SCAN), Eq. 2: −mean log⟨p_a, p_n⟩ − λ H(mean p_a), the product stably
-    from log-probabilities.
+    Van Gansbeke et al. 2020 (SCAN), Eq. 2: −mean log⟨p_a, p_n⟩ − λ H(mean p_a), with the inner
+    product computed stably from log-probabilities.
 
     Args:
-        anchors: (B, K) logits.
-        neighbors: (B, K) logits of one neighbour each.
+        anchors: (B, K), logits of the anchors.
+        neighbors: (B, K), logits of one neighbour of each anchor.
         entropy_weight: λ.
 
     Returns:
-        Loss, consistency and entropy in nats, scalars; one-hot and balanced gives −λ log K.
+        Loss, consistency −mean log⟨p_a, p_n⟩ and entropy H(mean p_a) in nats, scalars. The loss is
+        at least −λ log K, its value for equal one-hot predictions in balanced clusters.
 
     Raises:
         ValueError: the shapes disagree.
@@ -47,17 +48,19 @@ def scan_loss(
 def self_label_loss(
     logits: Tensor, probs: Tensor, threshold: float = 0.99
 ) -> tuple[Tensor, Tensor]:
-    """Teach the strong view what the plain view is sure of, each cluster alike.
+    """Compute the cross-entropy of the strong view with the confident labels of the plain view.
 
-    Van Gansbeke et al. 2020 (SCAN), Section 2.3: cross-entropy weighted by inverse cluster counts.
+    Van Gansbeke et al. 2020 (SCAN), Section 2.3: samples are weighted by the inverse count of their
+    cluster among the confident ones, so that all clusters have the same weight.
 
     Args:
-        logits: (B, K) of the strong view.
-        probs: (B, K) of the plain view, without gradient.
-        threshold: a label needs more confidence than this.
+        logits: (B, K), of the strong view, before any softmax.
+        probs: (B, K), of the plain view, without gradient.
+        threshold: threshold on max p; a confident sample has a larger one.
 
     Returns:
-        Weighted mean loss in nats, scalar, 0 where no sample is sure; and the mask (B,).
+        Weighted mean loss in nats, scalar, 0 if no sample is confident; and the mask (B,) of the
+        confident samples.
 
     Examples:
         >>> loss, mask = self_label_loss(torch.zeros(2, 4), torch.full((2, 4), 0.25))

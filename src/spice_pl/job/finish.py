@@ -1,79 +1,186 @@
-"""What a clustering hands on besides its arrays: kept numbers and names, and model.spice."""
+"""End a stage: number and name its clusters, write its files and pages, log its results."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import time
 from pathlib import Path
 
+import pytorch_lightning as pl
 import torch
-from omegaconf import OmegaConf
+from rich.console import Console
 
+from spice_pl.callbacks.dashboards import log_results
+from spice_pl.data.augment import View
 from spice_pl.data.images import ImageSet
 from spice_pl.job.job import Job
+from spice_pl.job.plan import Step
 from spice_pl.job.settings import build
+from spice_pl.job.trainer import progress
 from spice_pl.models import portable
 from spice_pl.models.portable import ClusterNetwork, PortableModel, choose_known, portable_settings
+from spice_pl.nn.places import fine_feature_map
+from spice_pl.reports.page import write_report
+from spice_pl.reports.tables import ResultRow, results_markdown, results_rich
+from spice_pl.runs.attention import FeatureMap, write_attention
+from spice_pl.runs.clusters import ClusterTable, cluster_table
 from spice_pl.runs.edited import inherited_names, order_like, renumber_
 from spice_pl.runs.folder import RunFolder
+from spice_pl.runs.page_data import report_data
+from spice_pl.runs.results import Cost, stage_metrics
 from spice_pl.stages.base import Stage
+from spice_pl.system.files import atomic
 from spice_pl.system.provenance import versions
 
 logger = logging.getLogger(__name__)
 
 
-def keep_numbers(
-    job: Job, name: str, module: Stage, images: ImageSet, upstream: Sequence[RunFolder]
+def finish_stage(
+    job: Job,
+    step: Step,
+    module: Stage,
+    images: ImageSet,
+    trainer: pl.Trainer,
+    plain: View,
+    started: float,
 ) -> None:
-    """Number and name clusters as in an earlier run: `like`, or the one that had names here.
+    """Write everything that a stage leaves; metrics.json last, which marks it as finished."""
+    if trainer.is_global_zero:
+        upstream = step.upstream[0] if step.upstream else None
+        step.folder.write_embeddings(images.train_index, upstream)
+        table = None
+        if module.has_clusters:
+            keep_numbers(step, module, images)
+            folder = step.folder
+            table = cluster_table(
+                images.keys,
+                folder.embeddings(images.train_index),
+                folder.probs,
+                step.reliable,
+                step.seed,
+            )
+            folder.write_clusters(table)
+        for part, weights in module.weights().items():
+            step.folder.write_weights(f"{part}.safetensors", weights)
+        if table is not None:
+            write_portable(job, step, module, images, table)
+        cost = Cost(
+            seconds=time.monotonic() - started + progress(trainer).seconds_before,
+            data_wait_fraction=progress(trainer).data_wait_fraction,
+            devices=trainer.world_size,
+            precision=str(trainer.precision),
+        )
+        write_results(step, module, images, table, cost, feature_map_of(plain, module))
+    trainer.strategy.barrier("results written")
+    for each in trainer.loggers:
+        if trainer.is_global_zero:
+            log_results(each, step.folder, step.upstream, images, trainer.global_step)
+        finish = getattr(getattr(each, "experiment", None), "finish", None)
+        if finish is not None:  # W&B keeps one run open until it is told
+            finish()
 
-    A run that lay here without names is no one's reference, and a new one keeps its own numbers.
+
+def keep_numbers(step: Step, module: Stage, images: ImageSet) -> None:
+    """Number and name clusters as in an earlier run: `like`, or one with names in this folder.
+
+    If the run that was in this folder has no names.json, clusters are not renumbered to match it.
     """
-    folder, earlier = job.folder(name), None
-    if job.cfg.like:
-        earlier = RunFolder(Path(job.cfg.like))
+    folder, earlier = step.folder, None
+    if step.settings["like"]:
+        earlier = RunFolder(Path(step.settings["like"]))
     elif folder.names and (folder.path / "clusters.csv").is_file():
         earlier = folder
-    num_clusters = int(job.cfg.dataset.num_clusters)
     if earlier is not None:
-        clusters = torch.from_numpy(folder.probs.argmax(axis=1))
-        order = order_like(earlier, clusters, images.keys, num_clusters)
+        clusters = torch.from_numpy(folder.probs.argmax(axis=1))  # before they are renumbered
+        order = order_like(earlier, clusters, images.keys, step.num_clusters)
         renumber_(folder, module.weights()["head"], order)
-    names = inherited_names(upstream[0] if upstream else None, earlier)
+    names = inherited_names(step.upstream[0] if step.upstream else None, earlier)
     if names:
-        kept = {str(k): text for k, text in names.items() if k < num_clusters}
+        kept = {str(k): text for k, text in names.items() if k < step.num_clusters}
         folder.write_json("names.json", kept)
 
 
-def write_portable(job: Job, name: str, module: Stage, images: ImageSet) -> None:
+def write_portable(
+    job: Job, step: Step, module: Stage, images: ImageSet, table: ClusterTable
+) -> None:
     """Write model.spice, which clusters new images without this run's folder."""
-    cfg, folder = job.cfg, job.folder(name)
-    parts = dict(module.weights())
-    # An encoder read off a checkpoint says itself how to build it.
+    parts, plain = dict(module.weights()), step.settings["augment"]["plain"]
+    # An encoder read from a checkpoint describes itself.
     own = getattr(parts["encoder"], "settings", None)
-    backbone = OmegaConf.create(own) if own else cfg[name].module.get("backbone", cfg.backbone)
-    encoder, plain = (
-        OmegaConf.to_container(each, resolve=True) for each in (backbone, cfg.augment.plain)
-    )
-    settings = portable_settings(encoder, parts["head"], plain)
+    backbone = own or step.own["module"].get("backbone", step.settings["backbone"])
+    settings = portable_settings(backbone, parts["head"], plain)
+    (step.folder.path / portable.FILE_NAME).unlink(missing_ok=True)  # of an earlier run
     if settings is None:
-        logger.info("%s: no %s for a head of your own", name, portable.FILE_NAME)
+        logger.info("%s: no %s for a head of your own", step.name, portable.FILE_NAME)
         return
+    folder = step.folder
     model = PortableModel(
-        network=ClusterNetwork(build(cfg, cfg.augment.plain), parts["encoder"], parts["head"]),
+        network=ClusterNetwork(build(job.cfg, plain), parts["encoder"], parts["head"]),
         settings=settings,
         image_size=int(images.images.shape[-1]),
-        names=[folder.names.get(k, f"cluster {k}") for k in range(int(cfg.dataset.num_clusters))],
-        threshold=float(cfg.reliable.confidence),
+        names=[folder.names.get(k, f"cluster {k}") for k in range(step.num_clusters)],
+        threshold=step.reliable.confidence,
         about={
             "dataset": images.name,
             "fingerprint": images.fingerprint,
             "num_images": len(images),
             "protocol": images.protocol,
-            "stage": name,
-            "seed": int(cfg.seed),
+            "stage": step.name,
+            "seed": step.seed,
             "versions": versions(),
         },
-        known=choose_known(images.keys, folder.features, folder.probs, int(cfg.known_images)),
+        known=choose_known(
+            images.keys, folder.features, table.clusters, int(step.settings["known_images"])
+        ),
     )
     model.save(folder.path / portable.FILE_NAME)
+
+
+def write_results(
+    step: Step,
+    module: Stage,
+    images: ImageSet,
+    table: ClusterTable | None,
+    cost: Cost,
+    feature_map: FeatureMap,
+) -> None:
+    """Write table.md and report.html of a stage with clusters, then metrics.json."""
+    folder, upstream = step.folder, step.upstream
+    metrics = stage_metrics(
+        step.record, folder, upstream, images, table, cost, oracle=module.oracle
+    )
+    if table is not None:
+        rows = [ResultRow(**row) for row in metrics["rows"]]
+        with atomic(folder.path / "table.md") as temporary:
+            temporary.write_text(results_markdown(rows), encoding="utf-8")
+        write_attention(folder, table, images, step.num_clusters, feature_map)
+        shown = report_data(folder, upstream, images, metrics, table, str(step.settings["map"]))
+        write_report(shown, folder.path / "report.html")
+    folder.write_json("metrics.json", metrics)
+
+
+def feature_map_of(plain: View, module: Stage) -> FeatureMap:
+    """Return what makes feature maps of images, with the encoder that is handed on."""
+    encoder = module.weights()["encoder"].eval()
+
+    def feature_map(images: torch.Tensor) -> torch.Tensor | None:
+        prepared = plain(images.to(module.device), torch.empty(0, device=module.device))
+        return fine_feature_map(encoder, prepared)
+
+    return feature_map
+
+
+def show(folder: RunFolder) -> None:
+    """Print the table of results of a finished run, and the files to look at."""
+    if not folder.finished:
+        return
+    metrics = folder.metrics
+    if "rows" in metrics:
+        Console().print(results_rich([ResultRow(**row) for row in metrics["rows"]]))
+    for file, what in (
+        ("report.html", "look at the clusters"),
+        ("clusters.csv", "one line per image"),
+        ("metrics.json", "scores, settings, cost"),
+    ):
+        if (folder.path / file).is_file():
+            print(f"{folder.path / file}  {what}")

@@ -1,31 +1,35 @@
-"""A job: its settings, where each of its stages lives, and what may be reused or gone on with."""
+"""A job: its composed settings, and the folders of its stages."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from spice_pl.data.images import ImageSet
 from spice_pl.errors import UsageError
-from spice_pl.job.settings import flat, masked, masked_override
-from spice_pl.runs.edited import reviewed_run, write_edited
-from spice_pl.runs.edits import read_edits
+from spice_pl.job.settings import masked_override
+from spice_pl.nn.encoders import pretrained
+from spice_pl.runs.edited import reviewed_run
+from spice_pl.runs.edits import Edits, read_edits
 from spice_pl.runs.folder import RunFolder
 from spice_pl.system.command import command
-from spice_pl.system.files import atomic
 
 OmegaConf.register_new_resolver(
     "folder_name", lambda root: Path(str(root)).expanduser().resolve().name, replace=True
 )
+OmegaConf.register_new_resolver(  # a property of the encoder that a name stands for
+    "pretrained", lambda name, what: getattr(pretrained(name), what), replace=True
+)
 
-# Settings that change where or how a run goes but not what it computes.
+# Settings that change where or how a job runs, but not what it computes.
 NOT_IN_NAMES = {
     *("stage", "stages", "dataset", "run", "seed", "preset", "experiment", "resume", "overwrite"),
     *("hydra", "runs_dir", "cache_dir", "trainer", "logger", "on_bad_image", "allow_targets"),
@@ -39,7 +43,14 @@ SWEPT_OF_DATASET = tuple(
 
 @dataclass(frozen=True)
 class Job:
-    """One job: its composed config and the command line it came from."""
+    """The composed settings of one job, and the command line they came from.
+
+    Attributes:
+        cfg: composed settings.
+        overrides: settings that the command line changed.
+        preset: name of the preset that was applied, or "none".
+        sweep: whether the job is a trial of a sweep (`-m`).
+    """
 
     cfg: DictConfig
     overrides: tuple[str, ...]
@@ -51,28 +62,50 @@ class Job:
         """Stages to run, in order."""
         return [str(name) for name in self.cfg.stages]
 
+    def with_settings(self, values: Mapping[str, Any]) -> Job:
+        """Return a copy of the job with some settings replaced, by dotted key."""
+        cfg = copy.deepcopy(self.cfg)
+        for key, value in values.items():
+            OmegaConf.update(cfg, key, value)
+        return replace(self, cfg=cfg)
+
+    @cached_property
+    def edits(self) -> Edits | None:
+        """The user's changes to the clusters of an earlier run, if `edits` names a file."""
+        return read_edits(self.cfg.edits) if self.cfg.edits else None
+
+    def is_task(self, stage: str) -> bool:
+        """Whether a stage is a task, which trains nothing."""
+        return "task" in self.cfg[stage]
+
     def upstream(self, stage: str) -> list[str]:
         """Return the stages that a stage builds on, the nearest first."""
-        if stage not in self.cfg:  # composed with its own command alone; its artifacts are read
+        if stage not in self.cfg:  # one of your own, composed only when it runs
             return []
         name = self.cfg[stage].upstream
         return [] if name is None else [str(name), *self.upstream(str(name))]
 
     def upstream_folders(self, stage: str) -> list[RunFolder]:
-        """Return where these lie; with edits, the edited run and what it was made from."""
-        if not self.cfg.edits or "task" in self.cfg[stage] or not self.upstream(stage):
+        """Return the folders of these stages, the nearest first.
+
+        With edits, these are the edited run, the reviewed run, and the runs before that one.
+        """
+        if self.edits is None or self.is_task(stage) or not self.upstream(stage):
             return [self.folder(each) for each in self.upstream(stage)]
         runs = Path(self.cfg.runs_dir, str(self.cfg.dataset.name))
-        reviewed = reviewed_run(read_edits(self.cfg.edits), runs)
+        reviewed = reviewed_run(self.edits, runs)
         before, run = reviewed.path.parent.name, reviewed.path.name
         earlier = self.upstream(before) if before in self.cfg else []
         return [self.folder("edits"), reviewed, *(RunFolder(runs / each / run) for each in earlier)]
 
     def folder(self, stage: str) -> RunFolder:
-        """Return where a stage's artifacts live: runs/<dataset>/<stage>/<run>.
+        """Return the folder of a stage's artifacts: runs/<dataset>/<stage>/<run>.
 
-        In a sweep the run's name carries the settings that reach this stage, so that trials have
-        their own folders and share the stages before the one they vary.
+        In a sweep, the settings that affect this stage are part of the run's name. Trials thus have
+        folders of their own and share the stages before the one that they vary.
+
+        Raises:
+            UsageError: the run or the data set has a name that is not a valid folder name.
         """
         cfg, name = self.cfg, str(self.cfg.run)
         if self.sweep:
@@ -83,14 +116,17 @@ class Job:
         for key, part in (("run", name), ("dataset.name", str(cfg.dataset.name))):
             if part.startswith(".") or not part or set(part) & set("/\\\0\n\r"):
                 raise UsageError(
-                    f"{key}={part!r} is no name for a folder; leave out / and \\, line ends and a "
-                    "dot at its start (runs_dir=PATH chooses where the folders are)"
+                    f"{key}={part!r} is not a valid folder name; leave out / and \\, line ends and "
+                    "a dot at its start (runs_dir=PATH chooses where the folders are)"
                 )
-        return RunFolder(Path(cfg.runs_dir, str(cfg.dataset.name), stage, name))
+        return RunFolder(
+            Path(cfg.runs_dir, str(cfg.dataset.name), stage, name), str(cfg.embeddings)
+        )
 
     def _reaching(self, stage: str) -> list[str]:
-        # A stage may read another's settings by interpolation, as freematch those of fixmatch. One
-        # that was composed with its own command alone, as embed, has none here.
+        """Return the settings of the command line that affect a stage."""
+        # A stage can read another's settings by interpolation, as freematch reads those of
+        # fixmatch. A stage of your own has settings only in jobs that run it.
         own = self.cfg[stage] if stage in self.cfg else OmegaConf.create()
         read = set(re.findall(r"\$\{(\w+)", OmegaConf.to_yaml(own)))
         others = {
@@ -104,24 +140,26 @@ class Job:
             first = re.split(r"[=.@/]", text, maxsplit=1)[0]
             swept = first not in NOT_IN_NAMES or text.startswith(SWEPT_OF_DATASET)
             if swept and first not in others:
-                kept.append(text.replace("/", "_").replace(" ", ""))
+                kept.append(masked_override(text).replace("/", "_").replace(" ", ""))
         return sorted(kept)
 
     def command(self, *first: str, without: Sequence[str] = (), last: Sequence[str] = ()) -> str:
-        """Return the command line of this job, some settings left out and others added."""
+        """Return the command line of this job.
+
+        Args:
+            first: arguments before the job's own settings.
+            without: settings to leave out.
+            last: arguments after the job's own settings.
+        """
         left_out = tuple(f"{key}=" for key in without)
         same = [masked_override(text) for text in self.overrides if not text.startswith(left_out)]
-        sweep = ["-m"] if self.sweep else []  # its folders have other names
+        sweep = ["-m"] if self.sweep else []  # folders of a sweep have other names
         return shlex.join([*command(), *sweep, *first, *same, *last])
 
-    def reused(self, stage: str) -> bool:
-        """Whether a stage is finished and stays as it is."""
-        return self.folder(stage).finished and not self.cfg.overwrite
-
     def dump(self) -> str:
-        """Return the job as YAML, for ranks that must not compose it again."""
+        """Return the job as YAML, so that ranks need not compose it again."""
         settings = {
-            "cfg": OmegaConf.to_container(self.cfg, resolve=True),
+            "cfg": _literal(OmegaConf.to_container(self.cfg, resolve=True)),
             "overrides": list(self.overrides),
             "preset": self.preset,
             "sweep": self.sweep,
@@ -135,121 +173,10 @@ class Job:
         return cls(job.cfg, tuple(job.overrides), str(job.preset), bool(job.sweep))
 
 
-def check_folders(job: Job) -> None:
-    """Refuse to mix with what earlier runs left, before any work starts."""
-    cfg = job.cfg
-    if cfg.overwrite and cfg.resume:
-        raise UsageError("overwrite=true and resume=true exclude each other; give one of them")
-    if cfg.overwrite:
-        return
-    for name in job.stages:
-        folder = job.folder(name)
-        saved = folder.path / ".hydra" / "config.yaml"
-        if not saved.is_file():
-            continue
-        changed = _changed(_saved(saved), cfg, name)
-        if changed and (folder.finished or cfg.resume):
-            raise UsageError(
-                f"{folder.path} was made with other settings:\n  " + "\n  ".join(changed) + "\n"
-                "give those again, or use overwrite=true to make it anew, or another run=NAME"
-            )
-        if folder.finished or (cfg.resume and folder.checkpoint.is_file()):
-            check_chain(job, name)
-        if folder.finished and len(job.stages) == 1 and not cfg.resume:
-            raise UsageError(
-                f"{folder.path} is finished; overwrite=true makes it anew, run=NAME keeps it and "
-                "makes another, resume=true shows its result"
-            )
-        if not folder.finished and folder.checkpoint.is_file() and not cfg.resume:
-            raise UsageError(
-                f"{folder.path} holds an unfinished run; resume=true goes on where it stopped, "
-                "overwrite=true starts anew"
-            )
-
-
-def _saved(file: Path) -> dict[str, Any]:
-    """Settings that a run was made with."""
-    try:
-        found = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
-        if not isinstance(found, dict):
-            raise ValueError("it holds no settings")
-    # YAML can be broken in many ways, and means any type.
-    except Exception as error:
-        reason = str(error).partition("\n")[0]
-        raise UsageError(
-            f"{file} is damaged ({reason}); overwrite=true makes its run anew"
-        ) from error
-    return {str(key): value for key, value in found.items()}
-
-
-def check_chain(job: Job, name: str) -> None:
-    """Refuse to reuse a run whose upstream was made anew since."""
-    upstream = job.upstream_folders(name)
-    if upstream and upstream[0].finished:
-        job.folder(name).check_upstream(upstream[0])
-
-
-def take_edits(job: Job) -> None:
-    """Make the edited run that the stages of a job train on from, if there are edits.
-
-    Raises:
-        UsageError: the edits do not fit, or would be trained into the very run they are of.
-    """
-    if not job.cfg.edits:
-        return
-    if len(job.stages) != 1 or not job.upstream(job.stages[0]):
-        raise UsageError(f"edits are taken by one stage that trains on, such as stage=fixmatch, "
-                         f"and stages are {job.stages}")  # fmt: skip
-    edited, reviewed, *_ = job.upstream_folders(job.stages[0])
-    if job.folder(job.stages[0]).path.resolve() == reviewed.path.resolve():
-        raise UsageError(
-            f"the edits are of {reviewed.path}, which this job would make anew; give another "
-            "run=NAME, such as run=reviewed"
-        )
-    write_edited(read_edits(job.cfg.edits), reviewed, edited, int(job.cfg.dataset.num_clusters))
-
-
-def _changed(saved: Mapping[str, Any], cfg: DictConfig, name: str) -> list[str]:
-    """Settings of a stage that differ from those its folder was made with."""
-    parts = ("seed", "dataset", "backbone", "augment", name)
-    given = OmegaConf.to_container(cfg, resolve=True)
-    old, new = (flat({key: each.get(key) for key in parts}) for each in (saved, masked("", given)))
-    free = ["dataset.cache_dir", "dataset.on_bad_image"]
-    if old.get("dataset.num_clusters") is None:  # stage 1 was trained before K was known
-        free += ["dataset.num_clusters", f"{name}.module.num_clusters"]
-    return [
-        f"{key}: {old.get(key)} -> {new.get(key)}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and key not in free
-    ]
-
-
-def check_upstream(job: Job, name: str, upstream: RunFolder, images: ImageSet) -> None:
-    """Refuse an upstream that is not there or that other images made."""
-    if not upstream.finished:
-        stage = upstream.path.parent.name
-        command = job.command(f"stage={stage}", without=("stage", "overwrite"))
-        raise UsageError(
-            f"stage={name} reads what stage={stage} leaves in {upstream.path}, and that is not "
-            f"there; make it with\n  {command}\nor run all stages with stage=all"
-        )
-    upstream.check_dataset(images.fingerprint, len(images))
-    upstream.check_digests()
-
-
-def stamp(job: Job, folder: RunFolder, *, keep: bool) -> None:
-    """Write the settings of a run; forget what an earlier run left there unless it goes on."""
-    if not keep:
-        forget(folder)
-    for name, settings in (
-        ("overrides.yaml", [masked_override(text) for text in job.overrides]),
-        ("config.yaml", masked("", OmegaConf.to_container(job.cfg, resolve=True))),
-    ):
-        with atomic(folder.path / ".hydra" / name) as temporary:
-            OmegaConf.save(OmegaConf.create(settings), temporary)
-
-
-def forget(folder: RunFolder) -> None:
-    """Remove what says that a run is finished or can be gone on with."""
-    for name in ("metrics.json", "metrics.csv", folder.checkpoint.name):
-        (folder.path / name).unlink(missing_ok=True)
+def _literal(value: Any) -> Any:
+    """Return resolved settings in which OmegaConf finds nothing to resolve again."""
+    if isinstance(value, dict):
+        return {key: _literal(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_literal(item) for item in value]
+    return value.replace("${", "\\${") if isinstance(value, str) else value

@@ -1,4 +1,4 @@
-"""What happens around a sweep (`-m`): its trials end in one table. Knows Hydra, as run.py does."""
+"""Sweeps (`-m`): trials note their folders and failures in a file; the sweep ends in one table."""
 
 from __future__ import annotations
 
@@ -7,13 +7,36 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-TRIALS = "SPICE_PL_TRIALS"  # names a file; every trial adds the folders of its stages
+from spice_pl.job.settings import masked_override
+
+TRIALS = "SPICE_PL_TRIALS"  # environment variable: the file that every trial adds lines to
+
+
+def note_folders(folders: Iterable[Path]) -> None:
+    """Note the folders of a finished trial; does nothing outside a sweep."""
+    if trials := os.environ.get(TRIALS):
+        with Path(trials).open("a", encoding="utf-8") as file:
+            file.writelines(f"{folder.absolute()}\n" for folder in folders)
+
+
+def note_failure(overrides: Sequence[str], error: Exception) -> None:
+    """Note a failed trial, to be reported when the sweep ends."""
+    if trials := os.environ.get(TRIALS):
+        given = " ".join(masked_override(text) for text in overrides)
+        with _failures(Path(trials)).open("a", encoding="utf-8") as file:
+            file.write(json.dumps([given, f"{type(error).__name__}: {error}"]) + "\n")
+
+
+def _failures(trials: Path) -> Path:
+    """Return the file with one line per failed trial: [settings, error] as JSON."""
+    return trials.with_name(f"{trials.name}.failed")
 
 
 class CompareTrials(Callback):
@@ -43,7 +66,7 @@ class CompareTrials(Callback):
             print(f"no table of this sweep: {error}", file=sys.stderr)
         else:
             show(lines, Path(str(config.hydra.sweep.dir)))
-        failed = Path(f"{file}.failed")  # a line a trial, [settings, error]
+        failed = _failures(file)
         if failed.is_file():
             found = [json.loads(line) for line in failed.read_text(encoding="utf-8").splitlines()]
             failed.unlink()

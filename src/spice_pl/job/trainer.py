@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytorch_lightning as pl
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from pytorch_lightning.callbacks import LearningRateMonitor
+from pytorch_lightning.loggers import Logger
 
 from spice_pl.callbacks.checkpoints import CheckpointFile, Checkpoints
 from spice_pl.callbacks.dashboards import run_id
@@ -16,57 +15,37 @@ from spice_pl.callbacks.nan import NanGuard
 from spice_pl.callbacks.stage_progress import StageProgress
 from spice_pl.errors import UsageError
 from spice_pl.job.job import Job
+from spice_pl.job.plan import Step
 from spice_pl.job.settings import build, flat, masked
 from spice_pl.system.interrupts import Interrupts
 from spice_pl.system.ranks import is_first_rank
 
 
 def make_trainer(
-    job: Job, name: str, callbacks: list[pl.Callback], interrupts: Interrupts
+    job: Job, step: Step, callbacks: list[pl.Callback], interrupts: Interrupts
 ) -> pl.Trainer:
-    """Make a stage's trainer, with the callbacks of every stage after those given."""
-    cfg, path = job.cfg, job.folder(name).path
-    loggers = [
-        build(
-            cfg,
-            {
-                key: text.format(stage=name) if isinstance(text, str) else text
-                for key, text in settings.items()
-            },
-            save_dir=str(path),
-            **_same_run(job, name, str(settings["_target_"])),
-        )
-        for settings in cfg.logger.values()
-    ]
+    """Return the trainer of a stage, with the callbacks that every stage has after those given."""
+    path, loggers = step.folder.path, _loggers(job, step)
     dashboards = [each for each in loggers if not isinstance(each, CurveLogger)]
-    whole: Any = OmegaConf.to_container(cfg, resolve=True)
-    for each in dashboards:
-        kept = ("seed", "dataset", "backbone", "reliable", name)
-        shown = flat(masked("", {key: whole[key] for key in kept}))
-        each.log_hyperparams(shown | {"preset": job.preset})
-    guard = NanGuard(name)
-    callbacks += [
-        StageProgress(name),
+    guard = NanGuard(step.name)
+    checkpoints = Checkpoints(
+        step.folder.checkpoint,
         guard,
-        Checkpoints(
-            job.folder(name).checkpoint,
-            guard,
-            interrupts,
-            every_epochs=int(cfg[name].checkpoint_epochs),
-            every_minutes=float(cfg.checkpoint_minutes),
-            seed=int(cfg.seed),
-        ),
-    ]
+        interrupts,
+        every_minutes=float(step.settings["checkpoint_minutes"]),
+        seed=step.seed,
+    )
+    callbacks = [*callbacks, StageProgress(step.name), guard, checkpoints]
     if dashboards:
         callbacks.append(LearningRateMonitor("epoch"))
-    settings = dict(cfg.trainer)
+    settings = dict(step.settings["trainer"])
     if settings["precision"] == "auto":
         settings["precision"] = auto_precision(str(settings["accelerator"]))
     trainer: pl.Trainer = build(
-        cfg,
+        job.cfg,
         settings,
-        max_epochs=int(cfg[name].epochs),
-        check_val_every_n_epoch=int(cfg[name].watch_epochs),
+        max_epochs=step.epochs,
+        check_val_every_n_epoch=step.watch_epochs,
         callbacks=callbacks,
         plugins=[CheckpointFile()],
         logger=loggers,
@@ -81,13 +60,33 @@ def make_trainer(
     return trainer
 
 
-def _same_run(job: Job, name: str, target: str) -> dict[str, str]:
-    """What makes a resumed stage go on in its W&B run."""
+def _loggers(job: Job, step: Step) -> list[Logger]:
+    """Return the loggers of a stage; dashboards get its settings."""
+    loggers: list[Logger] = [
+        build(
+            job.cfg,
+            {
+                key: text.format(stage=step.name) if isinstance(text, str) else text
+                for key, text in settings.items()
+            },
+            save_dir=str(step.folder.path),
+            **_same_run(step, str(settings["_target_"])),
+        )
+        for settings in step.settings["logger"].values()
+    ]
+    kept = ("seed", "dataset", "backbone", "reliable", step.name)
+    shown = flat(masked("", {key: step.settings[key] for key in kept}))
+    for each in loggers:
+        if not isinstance(each, CurveLogger):
+            each.log_hyperparams(shown | {"preset": step.record.preset})
+    return loggers
+
+
+def _same_run(step: Step, target: str) -> dict[str, str]:
+    """Return what makes a resumed stage continue its W&B run."""
     if not target.endswith(".WandbLogger") or not is_first_rank():
         return {}
-    folder = job.folder(name)
-    resume = bool(job.cfg.resume) and folder.checkpoint.is_file()
-    return {"id": run_id(folder.path, keep=resume), "resume": "allow"}
+    return {"id": run_id(step.folder.path, keep=step.continues), "resume": "allow"}
 
 
 def progress(trainer: pl.Trainer) -> StageProgress:

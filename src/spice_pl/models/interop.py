@@ -1,43 +1,46 @@
-"""Published weights in our modules: which network a file holds, and whether all of it fits.
+"""Load published weights: recognise the network in a file and check that all of it fits.
 
-| written by | encoder | on top |
+| written by | encoder | top layers |
 |---|---|---|
 | SPICE stage 1, MoCo v2 | `module.encoder_q.*` | projection `fc.0`, `fc.2` |
 | SPICE stage 2 | `module.feature_module.*` | head `module.head.head_0.classifier.lin{1,2}` |
 | SPICE stage 3, FixMatch | `eval_model` (the average): `block{g}.layer.{i}.*` or a ResNet | `fc` |
-| solo-learn, lightly | `backbone.*` | dropped |
+| solo-learn, lightly | `backbone.*` | left out |
 | torchvision | no prefix | `fc` |
 
-Widths, depth, stem and K are read off the tensors. Files are read without running what is in them.
+Widths, depth and K follow from the tensors, and so does the stem where names and shapes tell it. No
+code in a file is run.
+
+Shapes: B images, S pixels a side, D features, K clusters.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from spice_pl.errors import UsageError
-from spice_pl.models.layouts import Output, Parts, State, below_prefix, fold_splits, our_name, split
+from spice_pl.models.layouts import Output, Parts, State, fold_splits, our_name, split
+from spice_pl.models.tensor_files import find_state_dict, read_file
 from spice_pl.nn.heads import ClusterHead, LinearHead
 from spice_pl.nn.resnet import ResNet, Stem
+from spice_pl.nn.weights import below_prefix
 from spice_pl.nn.wide_resnet import WideResNet
 
 
 class ReferenceModel(nn.Module):
-    """An encoder with what its authors put on top; `forward` returns what their network returns.
+    """A published encoder and its top layers; `forward` returns what the authors' network returns.
 
     Args:
-        encoder: (B, 3, S, S) -> (B, D), with `num_features`.
-        head: projection, cluster head or classifier, or none.
-        output: what `forward` returns: the encoder's features, or the head's logits or probs.
-        num_clusters: K, where the head's outputs are clusters; None where they are not.
-        summary: what was read and what matched, for people.
+        encoder: backbone, (B, 3, S, S) -> (B, D), with `num_features`.
+        head: projection, cluster head or classifier, or None.
+        output: result of `forward`: the encoder's features, or the head's logits or probabilities.
+        num_clusters: K if the outputs of the head are clusters, else None.
+        summary: text for the user: what was read and what matched.
     """
 
     def __init__(
@@ -69,18 +72,20 @@ def load_reference_checkpoint(
     """Load a published checkpoint and print what matched.
 
     Args:
-        path: .pth, .pt, .tar, .ckpt or .safetensors.
-        pixels: side of the images it was trained on. The authors' ResNet18 has the same names with
-            and without pooling in its stem: 32 means without, more means with.
-        stem: `conv3`, `conv3_pool` or `conv7`, where the file cannot tell.
-        partial: load what fits and leave the rest at random values.
+        path: checkpoint, .pth, .pt, .tar, .ckpt or .safetensors.
+        pixels: S of the images that it was trained on. SPICE's ResNet18 has the same tensor names
+            with and without pooling in its stem: up to 32 means without, more means with.
+        stem: stem of the ResNet, such as `conv3`, `conv3_pool` or `conv7`; by default it follows
+            from the file and `pixels`.
+        partial: load the tensors that fit and leave the others at random values.
 
     Returns:
-        The network in eval mode. Its forward returns the projection of stage 1 (not normalised),
-        the probabilities of stage 2, the logits of stage 3 or of a classifier; features otherwise.
+        The network in eval mode. Its `forward` returns the projection of stage 1 (not normalised),
+        the probabilities of stage 2, or the logits of stage 3 or of a classifier; the features
+        for all other files.
 
     Raises:
-        UsageError: there is no such file, its layout is none of the above, or it does not fit.
+        UsageError: the file does not exist, has none of the layouts above, or does not fit.
     """
     model = read_reference(path, pixels, stem=stem, partial=partial)
     print(model.summary)
@@ -90,20 +95,24 @@ def load_reference_checkpoint(
 def load_encoder(
     path: str | Path, pixels: int = 32, *, stem: Stem | None = None, partial: bool = False
 ) -> nn.Module:
-    """Return the encoder alone: `backbone=checkpoint backbone.path=FILE`.
+    """Return the encoder alone, for `backbone=checkpoint backbone.path=FILE`.
 
-    Its `settings` say how to build it without the file.
+    Its attribute `settings` describes how to build it without the file. Arguments and errors are
+    those of `load_reference_checkpoint`.
     """
-    # In train mode, as any backbone that was just built: stages that freeze it say so.
+    # In train mode, as every backbone that was just built: a stage that freezes it does so itself.
     return read_reference(path, pixels, stem=stem, partial=partial).encoder.train()
 
 
 def read_reference(
     path: str | Path, pixels: int = 32, *, stem: Stem | None = None, partial: bool = False
 ) -> ReferenceModel:
-    """Do what `load_reference_checkpoint` does, in silence; `summary` says what matched."""
+    """Load a published checkpoint as `load_reference_checkpoint` does, without printing.
+
+    The attribute `summary` of the result says what matched.
+    """
     content = read_file(path)
-    state, wrapper = _state_dict(content, str(path))
+    state, wrapper = find_state_dict(content, str(path))
     parts = split(state, wrapper, str(path))
     if any(key.endswith(".shortcut.weight") for key in parts.encoder):
         settings = _wide_resnet(parts.encoder)
@@ -136,17 +145,25 @@ def read_reference(
 
 
 def load_backbone_weights(backbone: nn.Module, path: str | Path, *, partial: bool = False) -> str:
-    """Fill any backbone from a local file; return what matched, for people.
+    """Load the weights of any backbone from a local file.
 
-    Prefixes (`module.`, `encoder_q.`, `feature_module.`, `backbone.`, `encoder.`, `model.`) are
-    taken off where that makes names meet. Tensors under top-level names that the backbone does not
-    have (a classifier, a projection) are left out and named.
+    Of the prefixes `encoder_q.`, `feature_module.`, `backbone.`, `encoder.`, `model.` and none, the
+    one is removed that makes most names match; `module.` is always removed. Tensors whose top-level
+    name the backbone does not have (a classifier, a projection) are left out and listed.
+
+    Args:
+        backbone: network that receives the weights.
+        path: checkpoint, .pth, .pt, .tar, .ckpt or .safetensors.
+        partial: load the tensors that fit and leave the others as they are.
+
+    Returns:
+        Text for the user: what matched.
 
     Raises:
-        UsageError: a tensor of the backbone is missing or of another shape, or a part of the
-            backbone has more tensors in the file, and `partial` was not given.
+        UsageError: a tensor of the backbone is missing or has another shape, or the file has more
+            tensors for a part of the backbone, and `partial` is false.
     """
-    state, _ = _state_dict(read_file(path), str(path))
+    state, _ = find_state_dict(read_file(path), str(path))
     own = backbone.state_dict()
     candidates = [
         {rename(key): value for key, value in below_prefix(state, prefix).items()}
@@ -166,86 +183,15 @@ def load_backbone_weights(backbone: nn.Module, path: str | Path, *, partial: boo
     return "\n  ".join(lines)
 
 
-def read_file(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint without running what is in it: tensors, containers, numbers and text.
-
-    Objects of other kinds (settings, schedulers) become empty placeholders, where torch allows it.
-
-    Raises:
-        UsageError: there is no such file, or it is none.
-    """
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise UsageError(f"{file} is no file; give the path of a .pth, .ckpt or .safetensors file")
-    try:
-        if file.suffix == ".safetensors":
-            return dict(load_file(file))
-        try:
-            unknown = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-        except ValueError:  # written before torch 1.6: not a zip file
-            unknown = []
-        stand_ins = [
-            (_empty_dict if name == "collections.defaultdict" else _Placeholder, name)
-            for name in unknown
-        ]
-        with torch.serialization.safe_globals(list(stand_ins)):
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zip and safetensors raise many types on damaged files
-        raise UsageError(
-            f"{file} cannot be read as weights alone ({type(error).__name__}: "
-            f"{str(error).splitlines()[0]}); save its state dict with safetensors where it was made"
-        ) from error
-    if not isinstance(content, Mapping):
-        raise UsageError(
-            f"{file} holds a {type(content).__name__}; a state dict is needed: names to tensors"
-        )
-    return {str(key): value for key, value in content.items()}
-
-
-class _Placeholder:
-    """Stands for an object that is neither tensor nor container."""
-
-    def __init__(self, *_: Any, **__: Any) -> None: ...
-
-    def __setstate__(self, state: Any) -> None: ...
-
-
-def _empty_dict(*_: Any) -> dict[Any, Any]:
-    return {}
-
-
-def _state_dict(content: Mapping[str, Any], path: str) -> tuple[dict[str, Tensor], str]:
-    """The state dict in a file, `module.` taken off, and the key it was under ("" for none)."""
-    # FixMatch code keeps the trained model and its average; the average is what is evaluated.
-    for wrapper in ("eval_model", "ema_model", "train_model", "state_dict", "model"):
-        inner = content.get(wrapper)
-        if isinstance(inner, Mapping) and any(
-            isinstance(value, Tensor) for value in inner.values()
-        ):
-            break
-    else:
-        wrapper, inner = "", content
-    state = {
-        str(key).removeprefix("module."): value
-        for key, value in inner.items()
-        if isinstance(value, Tensor)
-    }
-    if not state:
-        raise UsageError(
-            f"{path} holds no tensors by name, only {', '.join(map(str, content)) or 'nothing'}"
-        )
-    return state, wrapper
-
-
 def _stem(parts: Parts, pixels: int, arch: str) -> Stem:
     if parts.encoder["conv1.weight"].shape[-1] == 7:
         return "conv7"
     if parts.layout.startswith("solo-learn"):
-        return "conv3_pad2"  # as solo-learn has it for CIFAR
+        return "conv3_pad2"  # solo-learn's stem for CIFAR
     if parts.layout.startswith("lightly"):
         return "conv3_linear" if "stem without relu" in parts.naming else "conv3"
     if "shortcut" not in parts.naming:
-        return "conv3_pool"  # the clustering ResNet34
+        return "conv3_pool"  # SPICE's clustering ResNet34
     if arch.endswith("_cifar"):
         return "conv3"
     return "conv3" if pixels <= 32 else "conv3_pool"
@@ -279,7 +225,7 @@ def _wide_resnet(state: State) -> dict[str, Any]:
         "_target_": "spice_pl.nn.wide_resnet.WideResNet",
         "depth": 1 + groups * (2 * blocks + 1),
         "widen_factor": len(state["layer1.0.conv1.weight"]) // 16,
-        # Three groups are for 32 pixels; a fourth, for 96, comes with a stride in the first.
+        # Three groups are for 32 pixels; with a fourth, for 96, the first group has stride 2 too.
         "strides": [1, 2, 2] if groups == 3 else [2] * groups,
         "in_channels": state["conv1.weight"].shape[1],
     }
@@ -293,7 +239,7 @@ def _head(parts: Parts) -> ClusterHead | LinearHead | None:
 
 
 def _head_widths(head: State) -> tuple[int, ...]:
-    """Widths from the features on: two numbers for a linear layer, three with a hidden one."""
+    """Widths from D on: two for a linear layer, three with a hidden layer, none without a head."""
     if {"hidden.weight", "output.weight"} <= head.keys():
         hidden, output = head["hidden.weight"], head["output.weight"]
         return hidden.shape[1], len(hidden), len(output)
@@ -305,14 +251,15 @@ def _head_widths(head: State) -> tuple[int, ...]:
 def _fit(
     module: nn.Module, given: State, unknown: list[str], path: str, *, partial: bool
 ) -> list[str]:
-    """Load tensors by name; return lines that say what matched.
+    """Load tensors by name; return lines of text that say what matched.
 
     Raises:
-        UsageError: something does not fit and `partial` is false; all of it is listed.
+        UsageError: something does not fit and `partial` is false (up to 20 tensors are listed), or
+            nothing fits.
     """
     own = module.state_dict()
     fitting = {key: value for key, value in given.items() if _same_shape(own.get(key), value)}
-    # Files from before torch 1.0 count no batches; nothing reads the count in eval mode.
+    # Files from before torch 1.0 lack `num_batches_tracked`, which eval mode does not read.
     absent = [key for key in own if key not in given and not key.endswith("num_batches_tracked")]
     differences = [f"missing     {key} {tuple(own[key].shape)}" for key in absent]
     differences += [f"unexpected  {key}" for key in [*unknown, *(k for k in given if k not in own)]]
@@ -325,11 +272,14 @@ def _fit(
         shown = differences[:20] + [f"and {len(differences) - 20} more"] * (len(differences) > 20)
         raise UsageError(
             f"{path} does not fit {type(module).__name__} whole; give the network and the size of "
-            "images it was made with, or partial=True (partial=true on the command line) to load "
-            "what fits:\n  " + "\n  ".join(shown)
+            "the images it was made with, or partial=True (partial=true on the command line) to "
+            "load what fits:\n  " + "\n  ".join(shown)
         )
     if not fitting:
-        raise UsageError(f"{path}: none of its {len(given)} tensors fits, not even partly")
+        raise UsageError(
+            f"{path}: none of its {len(given)} tensors fits {type(module).__name__}, so there is "
+            "nothing to load with partial=True either; give the network it was made with"
+        )
     module.load_state_dict(fitting, strict=False)
     total = sum(not key.endswith("num_batches_tracked") for key in own)
     matched = sum(not key.endswith("num_batches_tracked") for key in fitting)
@@ -341,7 +291,7 @@ def _same_shape(own: Tensor | None, given: Tensor) -> bool:
 
 
 def _try(encoder: nn.Module, pixels: int, path: str) -> None:
-    """One forward pass of an empty image: is it large enough for this network?"""
+    """Check by one forward pass that images of this size are large enough for the network."""
     channels = encoder.get_submodule("conv1").in_channels
     try:
         with torch.no_grad():
@@ -349,7 +299,7 @@ def _try(encoder: nn.Module, pixels: int, path: str) -> None:
     except RuntimeError as error:
         raise UsageError(
             f"{path} does not take images of {pixels} pixels ({str(error).splitlines()[0]}); give "
-            "the size it was made with"
+            "the size of the images it was made with"
         ) from error
 
 
@@ -366,7 +316,7 @@ def _describe(encoder: nn.Module) -> str:
 
 
 def _families(keys: list[str]) -> str:
-    """Names before the first dot with their number: `encoder_k.* (122), queue`."""
+    """List the names before the first dot with their counts: `encoder_k.* (122), queue`."""
     tops = [key.partition(".")[0] + (".*" if "." in key else "") for key in keys]
     return ", ".join(
         f"{top} ({tops.count(top)})" if tops.count(top) > 1 else top for top in dict.fromkeys(tops)

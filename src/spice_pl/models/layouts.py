@@ -1,4 +1,4 @@
-"""Whose names a state dict has: published checkpoints taken apart, their tensors in our names."""
+"""Recognise who wrote a checkpoint and rename its tensors."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Literal
 from torch import Tensor
 
 from spice_pl.errors import UsageError
+from spice_pl.nn.weights import below_prefix
 
 State = Mapping[str, Tensor]
 Output = Literal["features", "logits", "probs"]
@@ -17,16 +18,16 @@ Output = Literal["features", "logits", "probs"]
 
 @dataclass(frozen=True)
 class Layout:
-    """How one code base names its tensors.
+    """Names that one code base gives to its tensors.
 
     Attributes:
-        layout: its name.
-        prefix: of the encoder's tensors.
-        head: pattern of the tensors on top that are kept.
-        unused: pattern of those that are not.
-        top: what the kept ones are.
+        layout: name of the code base, and of the stage where it has several.
+        prefix: beginning of the names of the encoder's tensors.
+        head: regular expression for the names of the top layers that are kept.
+        unused: regular expression for the names that are known and left out.
+        top: description of the top layers that are kept.
         output: what the authors' network returns.
-        clusters: whether that is clusters.
+        clusters: whether its outputs are clusters.
     """
 
     layout: str
@@ -50,7 +51,7 @@ LAYOUTS = (
         "stage 2 of SPICE",
         "feature_module.",
         head=r"head\.head_0\.classifier\.",
-        unused=r"head\.head_[1-9]\d*\.",  # the authors store the chosen head as head_0
+        unused=r"head\.head_[1-9]\d*\.",  # the authors store the selected head as head_0
         top="cluster head",
         output="probs",
         clusters=True,
@@ -77,18 +78,19 @@ LAYOUTS = (
 
 @dataclass(frozen=True)
 class Parts:
-    """A state dict taken apart, names as ours.
+    """The parts of a state dict, with the names of our modules.
 
     Attributes:
-        layout: whose file it is.
-        encoder: the encoder's tensors.
-        head: those on top: hidden.*, output.* or weight, bias.
-        unused: names known to play no part.
-        unknown: names that nobody knows.
-        naming: what only the original names tell: shortcut, numbered, stem without relu.
-        top: what the head is.
+        layout: name of the layout that was recognised.
+        encoder: tensors of the encoder.
+        head: tensors of the top layers: hidden.* and output.*, or weight and bias.
+        unused: original names that are known and left out.
+        unknown: original names that the layout does not have.
+        naming: facts that only the original names tell: "shortcut", "numbered", "stem without
+            relu".
+        top: description of the head.
         output: what the authors' network returns.
-        clusters: whether that is clusters.
+        clusters: whether its outputs are clusters.
     """
 
     layout: str
@@ -103,7 +105,16 @@ class Parts:
 
 
 def split(state: State, wrapper: str, path: str) -> Parts:
-    """Find whose names these are and take them apart."""
+    """Recognise the layout of a state dict and split it into encoder, head and the rest.
+
+    Args:
+        state: tensors by name, without the prefix `module.`.
+        wrapper: key that the state dict had in the file, "" for none.
+        path: path of the file, for the error message.
+
+    Raises:
+        UsageError: no layout fits.
+    """
     layout = next(each for each in LAYOUTS if any(key.startswith(each.prefix) for key in state))
     if layout.layout == "lightly" and any(
         re.match(r"projector|classifier|momentum_", key) for key in state
@@ -120,9 +131,9 @@ def split(state: State, wrapper: str, path: str) -> Parts:
     encoder = fold_splits({our_name(key): value for key, value in below.items()})
     if not {"conv1.weight", "layer1.0.conv1.weight"} <= encoder.keys():
         raise UsageError(
-            f"{path} is laid out like none of: {', '.join(each.layout for each in LAYOUTS)}; "
-            f"it begins with {', '.join(list(state)[:4])}. Any network: stage=embed "
-            "backbone=timm or backbone=torchvision with embed.module.weights=FILE"
+            f"{path} has none of these layouts: {', '.join(each.layout for each in LAYOUTS)}; "
+            f"it begins with {', '.join(list(state)[:4])}. For any other network use "
+            "stage=embed with backbone=timm or backbone=torchvision and embed.module.weights=FILE"
         )
     clusters = layout.clusters or wrapper in ("eval_model", "ema_model", "train_model")
     head = {_head_name(key): value for key, value in on_top.items()}
@@ -141,13 +152,13 @@ def split(state: State, wrapper: str, path: str) -> Parts:
     )
 
 
-def below_prefix(state: State, prefix: str) -> dict[str, Tensor]:
-    """Tensors whose names begin with a prefix, without it."""
-    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-
-
 def our_name(key: str) -> str:
-    """An encoder's tensor in torchvision's names, which are ours."""
+    """Rename a tensor of an encoder to torchvision's names, which are ours.
+
+    Examples:
+        >>> our_name("block1.layer.0.convShortcut.weight")
+        'layer1.0.shortcut.weight'
+    """
     for pattern, ours in (
         (r"\.shortcut\.(?=\d)", ".downsample."),
         (r"^block(\d+)\.layer\.", r"layer\1."),
@@ -166,10 +177,10 @@ def _head_name(key: str) -> str:
 
 
 def _named(below: State, naming: set[str]) -> tuple[dict[str, Tensor], set[str]]:
-    """Names of a ResNet whose children were put into `nn.Sequential`, as lightly's examples do."""
+    """Name the numbered children of a ResNet in `nn.Sequential`, as in lightly's examples."""
     blocks = [int(m[1]) for key in below if (m := re.match(r"(\d+)\.\d+\.conv1\.weight$", key))]
     first = min(blocks, default=4)
-    # Its own ResNets apply the stem's ReLU as a function, so that Sequential leaves it out.
+    # lightly's own ResNets apply the stem's ReLU as a function, so Sequential leaves it out.
     naming = naming | ({"stem without relu"} if first == 2 else set())
     names = {0: "conv1", 1: "bn1"} | {first + i: f"layer{i + 1}" for i in range(10)}
     renamed = {}
@@ -181,7 +192,7 @@ def _named(below: State, naming: set[str]) -> tuple[dict[str, Tensor], set[str]]
 
 
 def fold_splits(state: State) -> dict[str, Tensor]:
-    """Average the running statistics of lightly's split BatchNorm, one set a split."""
+    """Average the running statistics of lightly's split BatchNorm, which has one set per split."""
     folded = dict(state)
     for key, value in state.items():
         base, _, name = key.rpartition(".")

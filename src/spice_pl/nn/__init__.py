@@ -1,4 +1,4 @@
-"""Networks: backbones with `num_features`, parallel cluster heads, the queue of negatives."""
+"""Networks: backbones with `num_features`, cluster heads, the queue of negatives, thresholds."""
 
 from spice_pl.nn.heads import ClusterHead, ParallelHeads
 from spice_pl.nn.queue import Queue

@@ -1,4 +1,4 @@
-"""Networks that no longer change, applied as fast as a machine allows.
+"""Fast inference with frozen networks.
 
 Shapes: B images, S pixels a side, D features.
 """
@@ -13,19 +13,28 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-PART = 256 * 32 * 32  # pixels; the maps of a part stay in a processor's caches
+PART = 256 * 32 * 32  # pixels of a part, so that its feature maps fit into the caches of a CPU
 
 
 class Frozen:
-    """A fast copy of a network that no longer changes.
+    """A fast copy of a network whose weights no longer change.
 
-    Every BatchNorm is folded into the convolution before it (Ioffe and Szegedy 2015, Section 3.1: a
-    linear map by fixed statistics), and on a processor a batch passes in parts. Outputs are the
-    network's in eval mode to rounding, 1e-6 of the largest. No module, so that the copy is in no
-    state dict and nobody puts it in train mode.
+    Each BatchNorm that directly follows a convolution is folded into it: with fixed statistics it
+    is a linear map (Ioffe and Szegedy 2015, Section 3.1). On a CPU a batch is processed in parts.
+    Outputs are those of the network in eval mode up to rounding, 1e-6 of the largest. This is not
+    an nn.Module, so that the copy is not in a state dict and cannot be put into train mode.
 
     Args:
-        network: (B, 3, S, S) -> (B, D); it is left as it is, and later changes of it are not seen.
+        network: backbone, (B, 3, S, S) -> (B, D). It stays as it is, and later changes to it do not
+            change the copy.
+
+    Examples:
+        >>> backbone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten())
+        >>> frozen = Frozen(backbone)
+        >>> frozen(torch.zeros(2, 3, 8, 8)).shape
+        torch.Size([2, 288])
+        >>> frozen.network[1]
+        Identity()
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -39,10 +48,11 @@ class Frozen:
 
 
 def in_parts(images: Tensor) -> Sequence[Tensor]:
-    """Split images (B, 3, S, S) into what a network without BatchNorm in train mode passes at once.
+    """Split images (B, 3, S, S) into parts of a size that a network processes fast.
 
-    All of them on an accelerator; on a processor 256 images of 32 pixels, 10 of 160, 5 of 224:
-    EfficientNet at 160 pixels is 2.5 times as fast by tens as by 256.
+    On a GPU this is one part. On a CPU a part has 256 images of 32 pixels, 10 of 160 or 5 of 224:
+    EfficientNet at 160 pixels is 2.5 times as fast with parts of 10 as with 256. Not for networks
+    with BatchNorm in train mode, whose outputs depend on the other images of a part.
     """
     if images.device.type != "cpu":
         return (images,)
@@ -50,16 +60,16 @@ def in_parts(images: Tensor) -> Sequence[Tensor]:
 
 
 class _Tracer(fx.Tracer):
-    """Sees which module reads which, without looking into layers (timm pads inside of its own)."""
+    """Trace the calls between layers, but not inside them (timm's convolutions pad inside)."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Stop at layers, those derived from torch's included."""
+        """Stop at convolutions and BatchNorms, also at classes derived from torch's."""
         layer = isinstance(m, nn.Conv2d | nn.BatchNorm2d)
         return layer or super().is_leaf_module(m, module_qualified_name)
 
 
 def _folded(network: nn.Module) -> nn.Module:
-    """Fold in place; a network that cannot be traced keeps its BatchNorms."""
+    """Fold BatchNorms in place; a network that cannot be traced keeps them."""
     try:
         nodes = _Tracer().trace(network).nodes
     except Exception:  # tracing runs the network's code, which may raise anything
@@ -68,18 +78,18 @@ def _folded(network: nn.Module) -> nn.Module:
     calls = [node for node in nodes if node.op == "call_module"]
     times = Counter(str(node.target) for node in calls)
     for node in calls:
-        before, place = next(iter(node.args), None), str(node.target)
+        before, name = next(iter(node.args), None), str(node.target)
         if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) > 1:
             continue
-        convolution, norm = modules[str(before.target)], modules[place]
-        if times[place] == times[str(before.target)] == 1 and _linear(convolution, norm):
+        convolution, norm = modules[str(before.target)], modules[name]
+        if times[name] == times[str(before.target)] == 1 and _linear(convolution, norm):
             network.set_submodule(str(before.target), fuse_conv_bn_eval(convolution, norm))
-            network.set_submodule(place, getattr(norm, "act", nn.Identity()))
+            network.set_submodule(name, getattr(norm, "act", nn.Identity()))
     return network
 
 
 def _linear(convolution: nn.Module, norm: nn.Module) -> bool:
-    """Whether one follows the other as formulas say; classes derived from them may do more."""
+    """Whether the two layers compute what torch's do; classes derived from them may do more."""
     return (
         (type(convolution) is nn.Conv2d or type(convolution).__name__ == "Conv2dSame")  # timm's
         and (type(norm) is nn.BatchNorm2d or type(norm).__name__ == "BatchNormAct2d")  # timm's

@@ -1,4 +1,4 @@
-"""Cluster heads: one, or many trained side by side in batched matrix products.
+"""Cluster heads: a single one, or many that are computed together by batched matrix products.
 
 Shapes: H heads, B images, D features, E hidden units, K clusters.
 """
@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 
 class ClusterHead(nn.Module):
-    """Linear-ReLU-Linear-softmax: features to cluster probabilities.
+    """Map features to cluster probabilities by Linear-ReLU-Linear-softmax.
 
     Niu et al. 2022 (SPICE), Section III-B.
 
     Args:
-        feature_dim: D.
-        hidden_dim: E.
-        num_clusters: K.
+        feature_dim: width D of the features.
+        hidden_dim: number of hidden units E.
+        num_clusters: number of clusters K.
 
     Examples:
         >>> head = ClusterHead(feature_dim=8, hidden_dim=8, num_clusters=3)
@@ -37,25 +37,25 @@ class ClusterHead(nn.Module):
         return self.logits(features).softmax(dim=-1)
 
     def logits(self, features: Tensor) -> Tensor:
-        """Return logits (B, K) of raw features (B, D), what a single softmax loss takes."""
+        """Return logits (B, K) of raw features (B, D), for losses with a single softmax."""
         with _float32(features):
             logits: Tensor = self.output(F.relu(self.hidden(features.to(self.hidden.weight.dtype))))
         return logits
 
 
 class ParallelHeads(nn.Module):
-    """H independent cluster heads computed at once.
+    """Compute H independent cluster heads together.
 
-    Niu et al. 2022 (SPICE), Section III-B. Equal to H `ClusterHead`s, each initialised as
-    `nn.Linear` initialises itself.
+    Niu et al. 2022 (SPICE), Section III-B. Equal to H separate `ClusterHead`s; each is initialised
+    as `nn.Linear` is by default.
 
     Args:
-        feature_dim: D.
-        hidden_dim: E.
-        num_clusters: K.
-        num_heads: H.
-        seed: head h is initialised from its own generator with seed + h, so it equals the only
-            head of `num_heads=1, seed=seed + h`; None draws from torch's generator.
+        feature_dim: width D of the features.
+        hidden_dim: number of hidden units E of each head.
+        num_clusters: number of clusters K.
+        num_heads: number of heads H.
+        seed: seed of the initial weights: head h has its own generator with seed + h, so it equals
+            the only head of `num_heads=1, seed=seed + h`. None uses torch's default generator.
 
     Raises:
         ValueError: num_heads is less than 1.
@@ -91,7 +91,7 @@ class ParallelHeads(nn.Module):
         """Return the probabilities of every head.
 
         Args:
-            features: raw, (B, D) for the same images in every head, or (H, B, D).
+            features: raw features, (B, D) if all heads see the same images, else (H, B, D).
 
         Returns:
             Probabilities (H, B, K).
@@ -131,10 +131,10 @@ class ParallelHeads(nn.Module):
         """Return a copy of one head as an ordinary module.
 
         Args:
-            index: of the head, 0 ≤ index < H.
+            index: number of the head, 0 ≤ index < H.
 
         Returns:
-            A head that shares no storage with these.
+            A head that shares no memory with these heads.
 
         Raises:
             IndexError: there is no such head.
@@ -142,7 +142,7 @@ class ParallelHeads(nn.Module):
         if not 0 <= index < self.num_heads:
             raise IndexError(f"head {index} does not exist; choose one of 0..{self.num_heads - 1}")
         num_clusters, hidden_dim = self.output_weight.shape[1:]
-        with torch.device("meta"):  # draws nothing from the run's generator
+        with torch.device("meta"):  # so that torch's generator draws no initial weights
             head = ClusterHead(self.hidden_weight.shape[2], hidden_dim, num_clusters)
         one = {k.replace("_", "."): v[index].clone() for k, v in self.state_dict().items()}
         head.load_state_dict(one, assign=True)
@@ -164,7 +164,10 @@ class ParallelHeads(nn.Module):
 
 
 class LinearHead(nn.Linear):
-    """Linear-softmax: the classifier that stage 3 starts from scratch with."""
+    """Map features to cluster probabilities by Linear-softmax.
+
+    The head of SCAN, of self-labelling and of a stage 3 that trains a new network.
+    """
 
     def forward(self, features: Tensor) -> Tensor:
         """Return probabilities (B, K) of raw features (B, D)."""
@@ -177,7 +180,7 @@ class LinearHead(nn.Linear):
 
 
 def head_of(state: Mapping[str, Tensor]) -> ClusterHead | LinearHead:
-    """Return a head of the architecture that a state dict belongs to, not yet loaded."""
+    """Build the head that a state dict belongs to, without loading the weights."""
     if "hidden.weight" in state:
         hidden_dim, feature_dim = state["hidden.weight"].shape
         return ClusterHead(feature_dim, hidden_dim, len(state["output.weight"]))
@@ -186,5 +189,5 @@ def head_of(state: Mapping[str, Tensor]) -> ClusterHead | LinearHead:
 
 
 def _float32(features: Tensor) -> torch.autocast:
-    """Heads compute in the precision of their weights: bfloat16 has too few levels to rank by."""
+    """Switch autocast off: bfloat16 has too few levels to rank probabilities."""
     return torch.autocast(features.device.type, enabled=False)

@@ -1,6 +1,6 @@
-"""The feature map that a backbone pools, whatever library the backbone is from.
+"""The last feature map of a backbone, from which its features are pooled.
 
-Shapes: B images, D features, S pixels a side, h x w places.
+Shapes: B images, D features, S pixels a side, h x w positions of the feature map.
 """
 
 from typing import Any
@@ -9,23 +9,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-FEWEST_PLACES = 7  # a side; coarser maps are refined by shifts
+SMALLEST_SIDE = 7  # positions along a side of a feature map; coarser maps are refined by shifts
 
 
 @torch.inference_mode()
 def feature_map(backbone: nn.Module, images: Tensor) -> Tensor | None:
-    """Return the last map of a backbone, from which its features are pooled.
+    """Return the last feature map of a backbone, from which its features are pooled.
 
-    It is the last output of a part of the network that has D channels and more than one place. A
-    network that ends in tokens, such as a vision transformer, has none; nor has one that flattens
-    its map into more channels, such as VGG.
+    It is the last output of any module of the network that has D channels and more than one
+    position. There is none if the network ends in tokens, such as a vision transformer, or flattens
+    its feature map into more channels, such as VGG.
 
     Args:
-        backbone: (B, 3, S, S) -> (B, D), with `num_features`, in eval mode.
-        images: (B, 3, S, S), prepared for it.
+        backbone: network (B, 3, S, S) -> (B, D) with `num_features`, in eval mode, from any
+            library.
+        images: (B, 3, S, S), normalised as the backbone expects.
 
     Returns:
-        (B, D, h, w), or None.
+        Feature map (B, D, h, w), float32, or None.
     """
     width = int(backbone.num_features)  # type: ignore[arg-type]
     found: list[Tensor] = []
@@ -33,10 +34,10 @@ def feature_map(backbone: nn.Module, images: Tensor) -> Tensor | None:
     def keep(_: nn.Module, __: Any, output: Any) -> None:
         if not isinstance(output, Tensor):
             return
-        if output.ndim == 3:  # tokens: what was a map is one no more
+        if output.ndim == 3:  # tokens: earlier outputs are not the last feature map
             found.clear()
         elif output.ndim == 4 and output[0].numel() > width in (output.shape[1], output.shape[3]):
-            found[:] = [output]  # no copy: a ReLU in place may follow
+            found[:] = [output]  # not a copy, since a ReLU may change it in place
 
     handles = [module.register_forward_hook(keep) for module in backbone.modules()]
     try:
@@ -52,20 +53,21 @@ def feature_map(backbone: nn.Module, images: Tensor) -> Tensor | None:
 
 @torch.inference_mode()
 def fine_feature_map(backbone: nn.Module, images: Tensor) -> Tensor | None:
-    """Return `feature_map` with at least 7 x 7 places, read off shifted images where it has fewer.
+    """Return `feature_map` with at least 7 x 7 positions, refined by shifted images if needed.
 
-    Long et al. 2015 (FCN), Section 3.2, "shift and stitch": images moved by a fraction of the
-    network's stride give the places in between. What a shift uncovers repeats the border.
+    Long et al. 2015 (FCN), Section 3.2, "shift and stitch": images that are shifted by fractions of
+    the network's stride give the positions in between. Shifted images are filled up by repeating
+    the border.
 
     Args:
         backbone: as in `feature_map`.
-        images: (B, 3, S, S), prepared for it.
+        images: (B, 3, S, S), normalised as the backbone expects.
 
     Returns:
-        (B, D, h, w), or None.
+        Feature map (B, D, h, w), or None if `feature_map` gives None.
     """
     coarse = feature_map(backbone, images)
-    if coarse is None or (times := -(-FEWEST_PLACES // min(coarse.shape[2:]))) == 1:
+    if coarse is None or (times := -(-SMALLEST_SIDE // min(coarse.shape[2:]))) == 1:
         return coarse
     (height, width), side = coarse.shape[2:], images.shape[-1]
     stride = side / min(height, width)  # pixels

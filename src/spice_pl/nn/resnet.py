@@ -1,4 +1,4 @@
-"""ResNets for small and large images: one class, five stems.
+"""ResNets for small and large images: one class with a choice of stems.
 
 Shapes: B images, S pixels a side, W channels of the stem, D features.
 """
@@ -21,9 +21,9 @@ _BLOCKS: dict[str, type[BasicBlock | Bottleneck]] = {"basic": BasicBlock, "bottl
 class ResNet(nn.Module):
     """ResNet without a classifier.
 
-    He et al. 2016, Table 1; the 3×3 stems are SPICE's (Niu et al. 2022). The stages have strides
-    1, 2, 2, ... and torchvision's parameter names, so torchvision's state dicts load once
-    `fc.*` is dropped.
+    He et al. 2016, Table 1; `conv3` and `conv3_pool` are SPICE's (Niu et al. 2022). The stages have
+    strides 1, 2, 2, ... and torchvision's parameter names, so that torchvision's state dicts can be
+    loaded without their `fc.*`.
 
     | network | blocks | stem |
     |---|---|---|
@@ -33,16 +33,16 @@ class ResNet(nn.Module):
     | ResNet34 for 224 pixels | 3, 4, 6, 3 | conv7 |
 
     Args:
-        blocks: blocks per stage.
+        blocks: numbers of blocks per stage.
         widths: channels of the 3×3 convolutions per stage; the first is also the width of the
             stem, the last is D, or D/4 with bottlenecks.
-        stem: `conv3` keeps the resolution, `conv3_pool` and `conv3_stride2` halve it, `conv7`
-            (ImageNet) quarters it. On 32 pixels a network with `conv3_stride2` trains 1.5 times as
-            fast as with `conv3_pool`, whose padding makes every later map one pixel larger.
-            `whitened` halves it by `WhitenedPatches`, which `fit_stem` fits to images.
-            For checkpoints of others: `conv3_pad2` pads by 2 (solo-learn on CIFAR), `conv3_linear`
-            has no ReLU (lightly's ResNets in a Sequential).
-        in_channels: channels of the images.
+        stem: first layers. `conv3` keeps the resolution, `conv3_pool` and `conv3_stride2` halve it,
+            `conv7` (ImageNet) quarters it. On 32 pixels a network with `conv3_stride2` trains 1.5
+            times as fast as with `conv3_pool`, whose padding makes all later maps one pixel larger.
+            `whitened` halves the resolution by `WhitenedPatches`, which `fit_stem` fits to images.
+            For checkpoints of other libraries, `conv3_pad2` pads by 2 (solo-learn on CIFAR) and
+            `conv3_linear` has no ReLU (lightly's ResNets in a Sequential).
+        in_channels: number of channels of the images.
         block: `basic` (two 3×3), or `bottleneck` (1×1, 3×3, 1×1 to four times the width).
 
     Raises:
@@ -103,7 +103,7 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def fit_stem(self, images: Tensor) -> None:
-        """Fit a stem that depends on the images to a sample (n, in_channels, S, S) of them."""
+        """Fit the stem `whitened` to n sample images (n, in_channels, S, S); others need no fit."""
         if isinstance(self.conv1, WhitenedPatches):
             self.conv1.fit(images)
 
@@ -117,15 +117,16 @@ class ResNet(nn.Module):
 
 
 class WhitenedPatches(nn.Module):
-    """3×3 patches, every second pixel, rotated and scaled to unit variance; nothing is learnt.
+    """Whiten 3×3 patches with stride 2: a convolution whose weights are fitted and not trained.
 
-    Coates and Ng 2012 ("Learning feature representations with k-means"), Section 2: whitening by
-    the eigenvectors of the patches' covariance. Each comes with both signs, so that a rectifier
-    loses nothing (Jordan 2024, "94% on CIFAR-10 in 3.29 seconds", Section 3.2, has 2×2 patches).
+    Coates and Ng 2012 ("Learning feature representations with k-means"), Section 2: patches are
+    projected onto the eigenvectors of their covariance and scaled to unit variance. Each projection
+    is given with both signs, so that a ReLU loses no information (Jordan 2024, "94% on CIFAR-10 in
+    3.29 seconds", Section 3.2, with 2×2 patches).
 
     Args:
-        in_channels: C channels of the images; 18 C come out.
-        epsilon: added to the variance of every direction.
+        in_channels: number of channels C of the images; the output has 18 C.
+        epsilon: number added to the variance of each direction.
     """
 
     weight: Tensor
@@ -143,7 +144,7 @@ class WhitenedPatches(nn.Module):
 
     @torch.no_grad()
     def fit(self, images: Tensor) -> None:
-        """Compute the directions from the patches of images (n, C, S, S)."""
+        """Compute the weights from all patches of sample images (n, C, S, S)."""
         patches = F.unfold(images.float(), 3).transpose(1, 2).flatten(0, 1)  # (n (S - 2)^2, 9 C)
         covariance = patches.T @ patches / len(patches)
         variance, direction = torch.linalg.eigh(covariance)
@@ -157,7 +158,7 @@ def _stem_pool(stem: Stem) -> nn.Module:
     if stem == "conv7":
         return nn.MaxPool2d(3, stride=2, padding=1)
     if stem == "conv3_pool":
-        # The authors' padding: 96 pixels become 49, and the last map 7×7.
+        # The padding of SPICE's code: 96 pixels become 49, and the last map is 7×7.
         return nn.MaxPool2d(2, stride=2, padding=1)
     return nn.Identity()
 

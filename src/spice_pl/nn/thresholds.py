@@ -1,7 +1,8 @@
-"""Whose guess is learnt: thresholds of semi-supervised methods, with their running statistics.
+"""Thresholds of semi-supervised methods: which predictions on unlabelled images are trained on.
 
-A threshold first learns from the weak view's probabilities of the whole batch, of all ranks, and
-then weighs those of its own rank. Labels are always the weak view's most probable clusters.
+In each step a threshold first updates its statistics with the weak view's probabilities of the
+whole batch, gathered from all ranks, and then gives a weight to each sample of its own rank. The
+label of a sample is always the most probable cluster of its weak view.
 
 Shapes: N images, U unlabelled images of a batch, K clusters.
 """
@@ -14,11 +15,14 @@ from torch import Tensor, nn
 
 
 class Threshold(nn.Module):
-    """A weight in [0, 1] for every guess; a new method is a subclass and a YAML file.
+    """Weight in [0, 1] of the label of each unlabelled sample.
+
+    A new method is a subclass and a YAML file.
 
     Attributes:
-        learns: whether `update` does anything; if not, ranks need not share their batches.
-        supports: names of the extra losses whose statistics it keeps.
+        learns: whether `update` changes anything; if not, batches are not gathered over ranks.
+        supports: names of the extra losses for which it keeps statistics.
+        shares: running shares of the clusters, where `supports` has "fairness".
     """
 
     learns = True
@@ -26,29 +30,41 @@ class Threshold(nn.Module):
     shares: "ClusterShares"
 
     def begin(self, num_images: int) -> None:
-        """Make room for what is kept of every image, before training or resuming."""
+        """Allocate the statistics that are kept per image; called before training or resuming."""
 
     def update(self, index: Tensor, probs: Tensor) -> None:
-        """Learn from a global batch: positions (U,) in the data set and probabilities (U, K)."""
+        """Update the statistics with the batch of all ranks.
+
+        Args:
+            index: (U,), positions of the images in the data set, 0 to N - 1.
+            probs: (U, K), probabilities of the weak view.
+        """
 
     def forward(self, probs: Tensor) -> Tensor:
-        """Return the weight (U,) of each sample's most probable cluster."""
+        """Return the weight (U,), in [0, 1], of each sample with probabilities probs (U, K)."""
         raise NotImplementedError
 
     def levels(self) -> Tensor:
-        """Return the confidence (K,) that each cluster asks for now."""
+        """Return the confidence (K,) that a label of each cluster needs at present."""
         raise NotImplementedError
 
     def negatives(self, probs: Tensor, kept: Tensor) -> Tensor:
-        """Return which clusters (U, K) are ruled out, never the most probable and never `kept`."""
+        """Return the mask (U, K) of the clusters that are ruled out for each sample.
+
+        Args:
+            probs: (U, K), probabilities of the weak view; the most probable cluster is kept.
+            kept: (U,), another cluster that is kept, -1 for none.
+        """
         raise NotImplementedError
 
 
 class FixedThreshold(Threshold):
-    """Sohn et al. 2020 (FixMatch): one number for all clusters and times.
+    """One threshold for all clusters, constant during training.
+
+    Niu et al. 2022 (SPICE), Eq. 8; Sohn et al. 2020 (FixMatch), Eq. 4.
 
     Args:
-        confidence: η.
+        confidence: η, smallest max p that makes a label, in [0, 1].
 
     Examples:
         >>> FixedThreshold(0.95)(torch.tensor([[0.96, 0.04], [0.6, 0.4]]))
@@ -62,16 +78,18 @@ class FixedThreshold(Threshold):
         self.confidence = confidence
 
     def forward(self, probs: Tensor) -> Tensor:
-        """Return 1 for the samples that are sure enough, else 0, (U,)."""
+        """Return 1 for samples with max p ≥ η, else 0, (U,)."""
         return (probs.max(dim=1).values >= self.confidence).to(probs.dtype)
 
 
 class ClusterShares(nn.Module):
-    """Running mean prediction p̃ and running histogram h̃ of clusters (FreeMatch, Eqs. 7 and 11).
+    """Running mean prediction p̃ and running histogram h̃ of predicted clusters, (K,) each.
+
+    Wang et al. 2023 (FreeMatch), Eqs. 7 and 11.
 
     Args:
-        num_clusters: K.
-        momentum: share that stays.
+        num_clusters: number of clusters K.
+        momentum: share of the statistics that stays in an update.
     """
 
     mean_probs: Tensor
@@ -85,23 +103,25 @@ class ClusterShares(nn.Module):
 
     @torch.no_grad()
     def update(self, probs: Tensor) -> None:
-        """Learn from the probabilities (U, K) of a global batch."""
+        """Update the statistics with the probabilities (U, K) of the batch of all ranks."""
         counts = torch.bincount(probs.argmax(dim=1), minlength=probs.shape[1])  # (K,)
         self.mean_probs.lerp_(probs.mean(dim=0), 1 - self.momentum)
         self.histogram.lerp_(counts / len(probs), 1 - self.momentum)
 
 
 class FreeMatchThreshold(Threshold):
-    """Wang et al. 2023 (FreeMatch), Eqs. 5-8: a running global level, lower for rare clusters.
+    """Running mean confidence τ, lowered for clusters with a small mean probability.
+
+    Wang et al. 2023 (FreeMatch), Eqs. 5-8.
 
     Args:
-        num_clusters: K.
-        momentum: share of the statistics that stays.
+        num_clusters: number of clusters K.
+        momentum: share of the statistics that stays in an update.
 
     Examples:
         >>> threshold = FreeMatchThreshold(num_clusters=2, momentum=0.0)
         >>> threshold.update(torch.arange(2), torch.tensor([[0.9, 0.1], [0.7, 0.3]]))
-        >>> threshold.levels()  # mean confidence 0.8, times mean probability over its largest
+        >>> threshold.levels()  # τ = 0.8, p̃ = 0.8 and 0.2
         tensor([0.8000, 0.2000])
     """
 
@@ -116,7 +136,7 @@ class FreeMatchThreshold(Threshold):
 
     @torch.no_grad()
     def update(self, index: Tensor, probs: Tensor) -> None:
-        """Move level and shares towards the batch."""
+        """Move τ, p̃ and h̃ towards the values of the batch."""
         self.level.lerp_(probs.max(dim=1).values.mean(), 1 - self.momentum)
         self.shares.update(probs)
 
@@ -125,17 +145,19 @@ class FreeMatchThreshold(Threshold):
         return self.level * self.shares.mean_probs / self.shares.mean_probs.max()
 
     def forward(self, probs: Tensor) -> Tensor:
-        """Return 1 where the confidence reaches its cluster's level, (U,)."""
+        """Return 1 for samples whose max p reaches the level of their cluster, else 0, (U,)."""
         confidence, label = probs.max(dim=1)
         return (confidence >= self.levels()[label]).to(probs.dtype)
 
 
 class FlexMatchThreshold(Threshold):
-    """Zhang et al. 2021 (FlexMatch), Eqs. 5-11: lower for clusters that few images are sure of.
+    """Threshold that is lower for clusters with few confident images.
+
+    Zhang et al. 2021 (FlexMatch), Eqs. 5-11.
 
     Args:
-        num_clusters: K.
-        confidence: η, of the clusters that are learnt best.
+        num_clusters: number of clusters K.
+        confidence: η, largest threshold of a cluster; an image is confident if its max p reaches η.
 
     Examples:
         >>> threshold = FlexMatchThreshold(num_clusters=2)
@@ -153,37 +175,42 @@ class FlexMatchThreshold(Threshold):
         self.num_clusters, self.confidence = num_clusters, confidence
 
     def begin(self, num_images: int) -> None:
-        """Remember the last label that each image was sure of; -1 for none, all at the start."""
+        """Allocate the last confident label of each image, (N,); -1 for none, as at the start."""
         self.register_buffer("last_label", torch.full((num_images,), -1))
 
     @torch.no_grad()
     def update(self, index: Tensor, probs: Tensor) -> None:
-        """Note the labels of the batch's sure images."""
+        """Store the labels of the confident images of the batch."""
         confidence, label = probs.max(dim=1)
         before = self.last_label[index]
         self.last_label[index] = torch.where(confidence >= self.confidence, label, before)
 
     def levels(self) -> Tensor:
-        """Return η·β/(2 − β), (K,), with images that were never sure counted as a cluster."""
+        """Return η·β/(2 − β), (K,).
+
+        β is the number of images whose last confident label is the cluster, divided by that of the
+        largest cluster; images that were never confident count as one more cluster.
+        """
         counts = torch.bincount(self.last_label + 1, minlength=self.num_clusters + 1)
         status = counts[1:] / counts.max()  # (K,), β
         return self.confidence * status / (2 - status)
 
     def forward(self, probs: Tensor) -> Tensor:
-        """Return 1 where the confidence reaches its cluster's level, (U,)."""
+        """Return 1 for samples whose max p reaches the level of their cluster, else 0, (U,)."""
         confidence, label = probs.max(dim=1)
         return (confidence >= self.levels()[label]).to(probs.dtype)
 
 
 class SoftMatchThreshold(Threshold):
-    """Chen et al. 2023 (SoftMatch), Eqs. 6-9: a truncated Gaussian weight of aligned confidences.
+    """Weight that falls like a Gaussian for confidences below their running mean.
 
-    Uniform alignment changes weights alone, never labels.
+    Chen et al. 2023 (SoftMatch), Eqs. 6-9. Confidences are those of probabilities after uniform
+    alignment, which changes weights but not labels.
 
     Args:
-        num_clusters: K.
-        num_sigmas: n_σ; the weight falls with (n_σ (confidence − μ) / σ)² / 2 below μ.
-        momentum: share of the statistics that stays.
+        num_clusters: number of clusters K.
+        num_sigmas: n_σ; below μ the weight is exp(−(n_σ (confidence − μ) / σ)² / 2).
+        momentum: share of the statistics that stays in an update.
 
     Examples:
         >>> threshold = SoftMatchThreshold(num_clusters=2, momentum=0.0)
@@ -206,7 +233,7 @@ class SoftMatchThreshold(Threshold):
 
     @torch.no_grad()
     def update(self, index: Tensor, probs: Tensor) -> None:
-        """Move mean prediction, then mean and variance of the aligned confidence."""
+        """Move the mean prediction, then mean and variance of the aligned confidences."""
         self.mean_probs.lerp_(probs.mean(dim=0), 1 - self.momentum)
         confidence = self._aligned(probs).max(dim=1).values
         self.mean.lerp_(confidence.mean(), 1 - self.momentum)
@@ -218,14 +245,14 @@ class SoftMatchThreshold(Threshold):
         return self.mean.expand(self.num_clusters)
 
     def forward(self, probs: Tensor) -> Tensor:
-        """Return the weight of each sample, 1 above the mean confidence, (U,)."""
+        """Return the weight of each sample, (U,), 1 at and above the mean confidence."""
         below = (self._aligned(probs).max(dim=1).values - self.mean).clamp_max(0)
-        smallest = torch.finfo(probs.dtype).tiny  # all confidences equal: a weight of 0 or 1
+        smallest = torch.finfo(probs.dtype).tiny  # if all confidences are equal, weights are 0 or 1
         scaled = below.square() * self.num_sigmas**2 / (2 * self.variance.clamp_min(smallest))
         return (-scaled).exp()
 
     def _aligned(self, probs: Tensor) -> Tensor:
-        """Scale clusters so that their mean would be uniform, (U, K)."""
+        """Divide probabilities by the mean prediction and normalise the rows, (U, K)."""
         tiny = torch.finfo(probs.dtype).tiny
         return F.normalize(probs / self.mean_probs.clamp_min(tiny) / self.num_clusters, p=1, dim=1)
 
@@ -233,14 +260,16 @@ class SoftMatchThreshold(Threshold):
 class ClusMatchThreshold(Threshold):
     """ClusMatch's positive and negative thresholds, from one matrix T (K, K).
 
-    T[c, j] is the running mean probability of cluster j among the samples of cluster c: below it
-    j is ruled out; 1 − Σ_j T[c, j] is the confidence that makes a label. The diagonal stays 0.
+    T[c, j], for j ≠ c, is the running mean probability of cluster j among the samples whose most
+    probable cluster is c; the diagonal stays 0. It is the negative threshold τ⁻(c, j), below which
+    j is ruled out. τ⁺(c) = 1 − Σ_j T[c, j] is the positive threshold: the confidence that makes a
+    label.
 
     Args:
-        num_clusters: K.
-        momentum: share of T that stays.
-        empty_rows: "hold" leaves the row of a cluster that the batch does not hold; "decay", as
-            the authors' code, moves it towards 0 and so its positive threshold towards 1.
+        num_clusters: number of clusters K.
+        momentum: share of T that stays in an update.
+        empty_rows: update of the row of a cluster without samples in the batch: "hold" leaves it;
+            "decay", as in the authors' code, moves it towards 0 and so τ⁺ towards 1.
 
     Examples:
         >>> threshold = ClusMatchThreshold(num_clusters=4)
@@ -266,7 +295,7 @@ class ClusMatchThreshold(Threshold):
 
     @torch.no_grad()
     def update(self, index: Tensor, probs: Tensor) -> None:
-        """Move the rows of T towards the batch's mean probabilities."""
+        """Move the rows of T towards the mean probabilities of the batch."""
         num_clusters = len(self.matrix)
         member = F.one_hot(probs.argmax(dim=1), num_clusters).to(probs.dtype)  # (U, K)
         counts = member.sum(dim=0)  # (K,)
@@ -278,16 +307,16 @@ class ClusMatchThreshold(Threshold):
         self.shares.update(probs)
 
     def levels(self) -> Tensor:
-        """Return the positive thresholds (K,)."""
+        """Return the positive thresholds τ⁺, (K,)."""
         return 1 - self.matrix.sum(dim=1)
 
     def forward(self, probs: Tensor) -> Tensor:
-        """Return 1 where the confidence reaches its cluster's positive threshold, (U,)."""
+        """Return 1 for samples whose max p reaches τ⁺ of their cluster, else 0, (U,)."""
         confidence, label = probs.max(dim=1)
         return (confidence >= self.levels()[label]).to(probs.dtype)
 
     def negatives(self, probs: Tensor, kept: Tensor) -> Tensor:
-        """Return N (U, K); kept (U,) is -1 for samples without a second label."""
+        """Return the mask N (U, K) of the clusters j with p_j < τ⁻, as in `Threshold.negatives`."""
         label = probs.argmax(dim=1)
         clusters = torch.arange(len(self.matrix), device=probs.device)
         is_kept = (clusters == label[:, None]) | (clusters == kept[:, None])  # (U, K)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_SLOPE = 0.1  # of LeakyReLU, FixMatch
+_SLOPE = 0.1  # of LeakyReLU, as in FixMatch
 _BN_MOMENTUM = 0.001  # torch's convention: share of the new batch; FixMatch writes 0.999
 
 
@@ -16,15 +16,16 @@ class WideResNet(nn.Module):
     """Wide ResNet of pre-activation blocks without a classifier.
 
     Zagoruyko and Komodakis 2016, Table 1, in the variant of FixMatch (Sohn et al. 2020). The
-    depth counts the stem, two convolutions a block and one shortcut a group. Group g, counted from
-    0, is 16 · widen_factor · 2^g wide. WRN-28-2 and WRN-28-8 have the default strides; WRN-37-2 of
-    SPICE for 96 pixels is `WideResNet(depth=37, widen_factor=2, strides=(2, 2, 2, 2))`.
+    depth counts the stem, two convolutions per block and one shortcut per group. Group g, counted
+    from 0, has 16 · widen_factor · 2^g channels. WRN-28-2 and WRN-28-8 have the default strides;
+    WRN-37-2 of SPICE for 96 pixels is
+    `WideResNet(depth=37, widen_factor=2, strides=(2, 2, 2, 2))`.
 
     Args:
         depth: number of convolutions, 1 + groups · (2 · blocks per group + 1).
-        widen_factor: width of the first group over 16.
-        strides: one per group, of its first block.
-        in_channels: channels of the images.
+        widen_factor: number of channels of the first group divided by 16.
+        strides: stride of the first block of each group.
+        in_channels: number of channels of the images.
 
     Raises:
         ValueError: the depth is not a whole number of blocks per group.

@@ -1,1 +1,1 @@
-"""Pictures, tables and one page about a clustering run: arrays in, text and files out."""
+"""Pages, tables and pictures about data sets and runs: arrays in, text and files out."""

@@ -1,16 +1,16 @@
-"""Curves of a run as polylines with their scale in words."""
+"""Draw the charts of the report page: logged values over epochs as polylines."""
 
 import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-CURVE_POINTS = 300  # one a CSS pixel
+CURVE_POINTS = 300  # most points of a line, one per CSS pixel
 
 Points = Sequence[tuple[int, float]]
 Logs = Mapping[str, Mapping[str, Points]]
 
-# One chart: its title, the logged names it shows, whether truth was needed.
+# Each chart: its title, the logged names that it shows, whether they needed truth.
 CHARTS: tuple[tuple[str, tuple[str, ...], bool], ...] = (
     ("loss", ("train/loss", "train/loss_labelled", "train/loss_unlabelled"), False),
     ("further losses", ("train/loss_kmeans", "train/loss_negative", "train/loss_fairness"), False),
@@ -20,21 +20,26 @@ CHARTS: tuple[tuple[str, tuple[str, ...], bool], ...] = (
         False,
     ),
     ("agreement of features", ("val/kmeans_agreement", "val/neighbor_agreement"), False),
-    ("share of clusters", ("val/largest_cluster_fraction", "val/smallest_cluster_fraction"), False),
+    (
+        "share of the largest and smallest cluster",
+        ("val/largest_cluster_fraction", "val/smallest_cluster_fraction"),
+        False,
+    ),
     ("scores", ("truth/acc", "truth/nmi", "truth/ari", "truth/reliable_acc"), True),
 )
-# What a head was chosen by, and its sign: the lowest is kept of loss, the highest of information.
+# What a head was chosen by: name, prefix of the logged names, sign. The lowest value times the sign
+# is kept: the lowest loss, or the highest information.
 HEADS = (
     ("mutual information", "val/mutual_information_head_", -1),
     ("selection loss", "val/selection_loss_head_", 1),
 )
-THRESHOLD = "train/threshold_"  # and the cluster that asks for this confidence
-SPOKEN_LINES = 4  # more are summed up
+THRESHOLD = "train/threshold_"  # followed by the cluster that has this confidence threshold
+SPOKEN_LINES = 4  # of more lines only the kept one is described
 
 
 @dataclass(frozen=True)
 class Line:
-    """One curve in a box of 300 x 100."""
+    """One curve as SVG points in a box of 300 x 100; `last` is its last value."""
 
     name: str
     points: str
@@ -44,7 +49,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """Curves that share an axis; `key` says what the one in front is, where it has one."""
+    """Curves that share an axis; `key` explains the highlighted one, if there is one."""
 
     stage: str
     title: str
@@ -59,7 +64,7 @@ class Chart:
 
     @property
     def words(self) -> str:
-        """What a person who cannot see the chart has to know."""
+        """Description of the chart for a screen reader."""
         said = self.lines
         if len(said) > SPOKEN_LINES:
             said = [line for line in said if line.kept]
@@ -72,7 +77,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class HeadChoice:
-    """How one head fared: its best value, in which epoch, and whether it was kept."""
+    """The best value of one head, its epoch, and whether this head was kept."""
 
     head: int
     best: float
@@ -81,7 +86,7 @@ class HeadChoice:
 
 
 def charts(logs: Logs) -> list[Chart]:
-    """Charts of every stage, in order; those without a point are left out."""
+    """Return the charts of every stage, in order; those without a point are left out."""
     found = []
     for stage, metrics in logs.items():
         for title, names, truth in CHARTS:
@@ -89,13 +94,13 @@ def charts(logs: Logs) -> list[Chart]:
             if curves:
                 found.append(chart(stage, title, curves, truth=truth))
         if levels := _levels(metrics):
-            key = "mean over clusters; each cluster in grey"
-            found.append(chart(stage, "confidence asked for", levels, kept="mean", key=key))
+            key = "mean over clusters (single clusters in grey)"
+            found.append(chart(stage, "confidence threshold", levels, kept="mean", key=key))
     return found
 
 
 def _levels(metrics: Mapping[str, Points]) -> dict[str, Points]:
-    """The adaptive thresholds of every cluster over time, and their mean; none without them."""
+    """Return the adaptive threshold of each cluster and their mean; empty if none was logged."""
     levels = {
         f"cluster {name.removeprefix(THRESHOLD)}": points
         for name, points in metrics.items()
@@ -120,7 +125,7 @@ def chart(
     kept: str = "",
     key: str = "",
 ) -> Chart:
-    """Draw curves on one axis; what is not finite is left out and counted."""
+    """Draw curves on one axis; values that are not finite are left out and counted."""
     finite = {
         name: [(step, value) for step, value in points if math.isfinite(value)]
         for name, points in curves.items()
@@ -159,9 +164,10 @@ def chart(
 
 
 def head_choice(logs: Logs) -> tuple[Chart, list[HeadChoice]] | None:
-    """The selection of a head (SPICE, Figure 6): the best of all heads and epochs is kept.
+    """Draw the choice of a head (SPICE, Figure 6): the best of all heads and epochs is kept.
 
-    None where no stage logged what it chose its head by.
+    Returns:
+        A chart of all heads and their best values; None if no stage logged such values.
     """
     for (stage, metrics), (name, prefix, sign) in itertools.product(logs.items(), HEADS):
         curves = {
@@ -177,7 +183,7 @@ def head_choice(logs: Logs) -> tuple[Chart, list[HeadChoice]] | None:
         }
         kept = min(best, key=lambda head: (best[head][0], best[head][1], head))
         drawn = {f"head {head}": curves[head] for head in sorted(curves)}
-        key = f"head {kept}, kept; the others in grey"
+        key = f"head {kept}, kept (the others in grey)"
         return chart(stage, f"{name} of each head", drawn, kept=f"head {kept}", key=key), [
             HeadChoice(head, sign * value, epoch, head == kept)
             for head, (value, epoch) in best.items()

@@ -1,4 +1,4 @@
-"""What every page shares: templates that escape everything, and files that are whole."""
+"""Shared by all pages: templates that escape all values, and atomic writes."""
 
 import base64
 import hashlib
@@ -12,14 +12,14 @@ from spice_pl.system.files import atomic
 
 
 def write_page(page: str, path: Path) -> Path:
-    """Write HTML to path; the old file stays until the new one is whole on disk."""
+    """Write HTML to path; the old file stays until the new one is complete on disk."""
     with atomic(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return path
 
 
 def template_environment() -> jinja2.Environment:
-    """Templates that escape everything and spell out what cannot be printed."""
+    """Return templates that escape all values and spell out unprintable characters."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("spice_pl.reports"),
         autoescape=True,
@@ -33,12 +33,12 @@ def template_environment() -> jinja2.Environment:
 
 
 def content_hash(script: str) -> str:
-    """What a content security policy calls the script that may run, and no other."""
+    """Return the hash by which a content security policy allows this script only."""
     return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
 
 
 def visible(text: str) -> str:
-    """Spell out what cannot be printed: file names may hold lone surrogates or bidi overrides."""
+    """Spell out unprintable characters; file names may hold lone surrogates or bidi overrides."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -1,4 +1,4 @@
-"""A look at a data set as one HTML file that opens offline.
+"""Render the page of stage=inspect about a data set: one HTML file that opens offline.
 
 Shapes: N images, S side in pixels.
 """
@@ -15,31 +15,31 @@ from numpy.typing import NDArray
 from spice_pl.reports.html import template_environment, write_page
 from spice_pl.reports.wall import sprite
 
-MAX_SKIPPED = 500  # lines; the rest is counted
-MAX_COPIES = 8  # pictures of a group
-MAGNIFIED = 48  # pixels a side; pictures up to it are shown pixel by pixel
+MAX_SKIPPED = 500  # skipped files listed on the page; the rest is counted
+MAX_COPIES = 8  # pictures shown of a group of copies
+MAGNIFIED = 48  # pixels a side; pictures up to this size are magnified pixel by pixel
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """Everything the page shows.
+    """Everything that the page shows.
 
     Attributes:
-        name: of the data set.
-        facts: name and value, the headline.
-        notes: sentences a reader has to know.
-        tables: title to rows of name and value.
-        skipped: files left out and why, (file, reason).
-        keys: (N,), path or index of each image.
+        name: name of the data set.
+        facts: numbers of the headline, as (name, value).
+        notes: sentences shown near the top.
+        tables: tables by title, as rows of (name, value).
+        skipped: files that were left out, as (file, reason).
+        keys: (N,), path or position of each image.
         images: (N, 3, S, S) uint8.
-        copies: groups of equal images that are shown.
-        num_copies: images that equal an earlier one.
-        near: (n, 2) pairs of images alike that are shown.
-        num_near: pairs found.
-        num_compared: images among which they were looked for.
+        copies: groups of equal images to show.
+        num_copies: number of images that equal an earlier one.
+        near: (n, 2) pairs of nearly equal images to show.
+        num_near: number of such pairs found.
+        num_compared: number of images that the pairs were searched in.
         wall: images of the sample.
         viewed: (v,) images whose views are shown.
-        views: name of a view to its pictures (v, 3, S, S) uint8.
+        views: pictures (v, 3, S, S) uint8 of each view, by its name.
     """
 
     name: str
@@ -61,10 +61,10 @@ class Inspection:
 
 @dataclass(frozen=True)
 class Strip:
-    """Pictures side by side: what they are, and one address each."""
+    """Pictures side by side, with a title."""
 
     title: str
-    pictures: Sequence[tuple[str, str]]  # name, data URI
+    pictures: Sequence[tuple[str, str]]  # (name, data URI)
 
 
 def render_inspection(data: Inspection) -> str:
@@ -98,7 +98,7 @@ def render_inspection(data: Inspection) -> str:
 
 
 def write_inspection(data: Inspection, path: Path) -> Path:
-    """Write the page to path; the old page stays until the new one is whole on disk."""
+    """Write the page to path; the old page stays until the new one is complete on disk."""
     return write_page(render_inspection(data), path)
 
 

@@ -1,4 +1,4 @@
-"""Lines over a number, as an SVG file of its own."""
+"""Draw lines over a number as an SVG file."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,12 +8,12 @@ Points = Sequence[tuple[float, float]]
 
 
 def line_figure(curves: Mapping[str, Points], x_name: str, y_name: str) -> str:
-    """Return an SVG of lines with their axes; the text follows the page's colour."""
-    everything = [point for points in curves.values() for point in points]
+    """Return an SVG of lines and axes; text and axes take the colour of the page around it."""
+    everything = [each for points in curves.values() for each in points]
     (left, right), (low, high) = ((min(part), max(part)) for part in zip(*everything, strict=True))
     right, high = right + (right == left), high + (high == low)
 
-    def place(x: float, y: float) -> str:
+    def point(x: float, y: float) -> str:
         across = MARGIN + (x - left) / (right - left) * (WIDTH - 2 * MARGIN)
         up = HEIGHT - MARGIN - (y - low) / (high - low) * (HEIGHT - 2 * MARGIN)
         return f"{across:.1f},{up:.1f}"
@@ -33,10 +33,10 @@ def line_figure(curves: Mapping[str, Points], x_name: str, y_name: str) -> str:
         words(MARGIN - 4, bottom, f"{low:.3g}", 'text-anchor="end"'),
         words(MARGIN - 4, MARGIN + 4, f"{high:.3g}", 'text-anchor="end"'),
     ]
-    key = ""  # in a row above the plot, where no line passes
+    key = ""  # above the plot, where it covers no line
     for number, (name, points) in enumerate(curves.items()):
         colour = COLOURS[number % len(COLOURS)]
-        line = " ".join(place(*point) for point in points)
+        line = " ".join(point(x, y) for x, y in points)
         parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
         key += f'<tspan fill="{colour}" dx="{12 * bool(number)}">{name}</tspan>'
     parts.append(f'<text x="{end}" y="{MARGIN - 12}" text-anchor="end">{key}</text>')

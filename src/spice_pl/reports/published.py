@@ -1,4 +1,4 @@
-"""Results that papers report, to stand beside ours; the numbers are in published.csv."""
+"""Published results to compare with; the numbers are in published.csv."""
 
 import csv
 from dataclasses import dataclass
@@ -10,13 +10,13 @@ class PublishedRow:
     """One published result.
 
     Attributes:
-        method: what was scored.
+        method: name of the method.
         acc: accuracy in [0, 1].
-        nmi: in [0, 1], or None where only ACC is reported.
-        ari: in [-1, 1], or None likewise.
-        protocol: "whole", "split", or "" where the source does not say.
+        nmi: normalised mutual information in [0, 1]; None if it is not reported.
+        ari: adjusted Rand index in [-1, 1]; None if it is not reported.
+        protocol: "whole", "split", or "" if the source does not say.
         spread: standard deviation of ACC over runs, or None.
-        source: where the numbers stand.
+        source: paper and table of the numbers.
     """
 
     method: str
@@ -29,7 +29,7 @@ class PublishedRow:
 
 
 def published_results(dataset: str) -> list[PublishedRow]:
-    """Return what was published for a data set, by its name in conf/dataset; often nothing.
+    """Return the published results on a data set, by its name in conf/dataset; may be empty.
 
     >>> [row.acc for row in published_results("cifar10") if row.method == "SPICE"]
     [0.926]

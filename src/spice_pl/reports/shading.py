@@ -1,9 +1,8 @@
-"""Where the shown images look like their cluster, as small sheets of shade and in words.
+"""Draw where images resemble their cluster, as sheets of shade over them and in words.
 
-Shapes: n images, h x w places of a map, S pixels a side of a tile.
+Shapes: n images, h x w cells of a map, S pixels a side of a tile.
 """
 
-import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,24 +11,26 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-TILE_PIXELS = 24  # a side; the browser scales and smooths the rest
+from spice_pl.reports.wall import data_uri
+
+TILE_PIXELS = 24  # side of a tile; the browser scales and smooths it
 DARKEST = 0.8  # opacity of the shade where a map is 0
-LEVELS = 16  # of shade; more cost bytes and are not seen
-ALIKE = 0.5  # a map that is nowhere below it looks at the whole image
+LEVELS = 16  # levels of shade; more cost bytes and make no visible difference
+ALIKE = 0.5  # a map that is never below it looks at the whole image
 
 Maps = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
 class Attention:
-    """Maps of some images; none where the backbone keeps no map of places.
+    """Attention maps of some images; empty if the backbone has no feature map.
 
     Attributes:
-        index: (n,) positions in the data set.
-        maps: (n, h, w), 255 where the image looks most like its cluster.
+        index: (n,) positions of the images in the data set.
+        maps: (n, h, w) uint8, 255 where the image resembles its cluster most.
 
     Raises:
-        ValueError: their lengths or kinds do not fit.
+        ValueError: shapes or types do not fit.
     """
 
     index: NDArray[np.int64]
@@ -44,14 +45,13 @@ class Attention:
             )
 
     def of(self, images: Sequence[int]) -> Maps:
-        """Return the maps (m, h, w) of those leading images that have one."""
-        place = {image: i for i, image in enumerate(self.index.tolist())}
-        known = [place[image] for image in images if image in place]
-        return self.maps[known]
+        """Return the maps (m, h, w) of those of the images that have one, in their order."""
+        position = {image: i for i, image in enumerate(self.index.tolist())}
+        return self.maps[[position[image] for image in images if image in position]]
 
 
 def shade(maps: Maps) -> str:
-    """Put maps side by side as a black sheet that is opaque where an image does not count.
+    """Put maps side by side as a black sheet, dark where an image does not resemble its cluster.
 
     Args:
         maps: (n, h, w), n > 0.
@@ -69,11 +69,11 @@ def shade(maps: Maps) -> str:
     opacity = bytes(round(255 * DARKEST * (1 - each / (LEVELS - 1))) for each in range(LEVELS))
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG", optimize=True, transparency=opacity, bits=4)
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+    return data_uri("png", buffer)
 
 
 def where(attention: Maps) -> str:
-    """Say of one map (h, w) where it is high, in thirds of the image.
+    """Say in words where one map (h, w) is high, in thirds of the image.
 
     >>> where(np.array([[255, 0, 0], [0, 0, 0], [0, 0, 0]], np.uint8))
     'the upper left'

@@ -1,4 +1,4 @@
-"""Results as text: Markdown for files, rich for the terminal."""
+"""Write results as tables: Markdown for files, rich for the terminal."""
 
 import statistics
 from collections.abc import Sequence
@@ -8,26 +8,26 @@ from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
 
-NO_LABELS = "No labels were given, so no accuracy can be known."
-ORACLE = "Oracle rows used the true labels to choose; compare them with nothing else."
+NO_LABELS = "No labels were given, so no accuracy can be computed."
+ORACLE = "Oracle rows used the true labels; do not compare them with rows that did not."
 _COLUMNS = ("Name", "ACC", "NMI", "ARI", "Protocol", "Seed", "Time")
 
 
 @dataclass(frozen=True)
 class ResultRow:
-    """One scored result, with what is needed to repeat it and what it cost.
+    """One result with its scores, protocol, seed and time.
 
     Attributes:
-        name: what was scored, for example the stage or the baseline.
+        name: name of the stage or baseline.
         acc: accuracy after the best one-to-one match, in [0, 1]; None without labels.
         nmi: normalised mutual information, geometric mean, in [0, 1]; None without labels.
         ari: adjusted Rand index, in [-1, 1]; None without labels.
         protocol: which images were trained on and which were scored.
-        seed: of the run.
+        seed: seed of the run.
         seconds: wall time.
-        oracle: whether labels had a part in choosing this result.
-        purity: share of the images in their cluster's most frequent class, in [0, 1]; None without
-            labels, or with no more clusters than classes.
+        oracle: whether the true labels were used to train or choose this result.
+        purity: share of the images that are of their cluster's most frequent class, in [0, 1]; None
+            without labels, or if there are not more clusters than classes.
     """
 
     name: str
@@ -42,12 +42,12 @@ class ResultRow:
 
     @property
     def has_scores(self) -> bool:
-        """Whether labels were there to score with."""
+        """Whether the result was scored with labels."""
         return self.acc is not None or self.nmi is not None or self.ari is not None
 
 
 def score_text(value: float | None) -> str:
-    """Three decimals, or an en dash where nothing can be known.
+    """Return three decimals, or an en dash for None.
 
     >>> score_text(0.91249), score_text(None)
     ('0.912', '–')
@@ -56,7 +56,7 @@ def score_text(value: float | None) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """Wall time in the two largest units that matter.
+    """Return a duration in its two largest units.
 
     >>> duration_text(4.26), duration_text(125), duration_text(7384)
     ('4.3 s', '2 min 05 s', '2 h 03 min')
@@ -71,7 +71,7 @@ def duration_text(seconds: float) -> str:
 
 
 def mean_std(values: Sequence[float]) -> str:
-    """Mean and sample standard deviation (n - 1) over seeds.
+    """Return mean ± sample standard deviation (n - 1), or the one value.
 
     >>> mean_std([0.908, 0.912, 0.916]), mean_std([0.912])
     ('0.912 ± 0.004', '0.912')
@@ -86,13 +86,13 @@ def mean_std(values: Sequence[float]) -> str:
 
 
 def footnotes(rows: Sequence[ResultRow]) -> list[str]:
-    """What a reader of these rows has to know: purity, missing labels, oracle choices."""
+    """Return notes that the rows need: purity, missing labels, use of labels."""
     notes = []
     for row in rows:
         if row.purity is not None:
             notes.append(
-                f"{row.name}: more clusters than classes. ACC counts one cluster a class; with "
-                f"every cluster counted as its most frequent class, {row.purity:.3f} of the images "
+                f"{row.name}: more clusters than classes. ACC counts one cluster per class; if "
+                f"each cluster counts as its most frequent class, {row.purity:.3f} of the images "
                 "are right (purity)."
             )
     if not all(row.has_scores for row in rows):
@@ -103,14 +103,14 @@ def footnotes(rows: Sequence[ResultRow]) -> list[str]:
 
 
 def results_markdown(rows: Sequence[ResultRow]) -> str:
-    """Rows as a Markdown table, footnotes below, ending with a newline."""
+    """Return a Markdown table with footnotes below; it ends with a newline."""
     lines = [f"| {' | '.join(_COLUMNS)} |", "|:--|--:|--:|--:|:--|--:|--:|"]
     lines += [f"| {' | '.join(_markdown(cell) for cell in _cells(row))} |" for row in rows]
     return "\n".join([*lines, *(f"\n{note}" for note in footnotes(rows))]) + "\n"
 
 
 def results_rich(rows: Sequence[ResultRow]) -> Table:
-    """Rows as a terminal table, footnotes as its caption."""
+    """Return a table for the terminal with the footnotes as its caption."""
     table = Table(
         box=SIMPLE,
         padding=(0, 0, 0, 1),
@@ -121,7 +121,7 @@ def results_rich(rows: Sequence[ResultRow]) -> Table:
     for column in _COLUMNS:
         table.add_column(column, justify="left" if column in {"Name", "Protocol"} else "right")
     for row in rows:
-        # Text, not str: a "[" in a name is no markup.
+        # Text, not str: a "[" in a name is not markup.
         table.add_row(*map(Text, _cells(row)), style="dim" if row.oracle else None)
     return table
 

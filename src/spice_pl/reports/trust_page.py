@@ -1,4 +1,4 @@
-"""One page that says how far to believe a clustering, without labels."""
+"""Render the page of stage=trust: checks, without labels, of how far clusters can be trusted."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from scipy.stats import spearmanr
 
 from spice_pl.reports.html import template_environment, write_page
 
-# A difference of silhouettes that a picture of the clusters would not show.
+# Smallest difference of silhouettes that counts; a smaller one is not visible in a plot.
 NULL_MARGIN = 0.02
 
 NAMES = {
@@ -24,27 +24,27 @@ NAMES = {
     "sure": "Sure images",
 }
 EXPLAINED = {
-    "heads": "Two heads that were trained side by side from other starts put this share of the "
-    "images into the same cluster.",
-    "seeds": "Two runs with other seeds put this share of the images into the same cluster.",
-    "consistency": "This share of an image's nearest neighbours lies in its own cluster.",
-    "views": "This share of the images stays in its cluster when it is shifted, and mirrored where "
-    "mirror images mean the same.",
-    "separation": "Images are this much nearer to their own cluster than to the next (silhouette "
-    "by cosine, from -1 to 1).",
-    "sure": "This share of the images has most of its neighbours in its own cluster.",
+    "heads": "The share of images that two heads put into the same cluster. Heads are trained side "
+    "by side from different random weights.",
+    "seeds": "The share of images that two runs with different seeds put into the same cluster.",
+    "consistency": "The share of an image's nearest neighbours that are in its own cluster.",
+    "views": "The share of images that stay in their cluster when they are shifted, and mirrored "
+    "where mirror images mean the same.",
+    "separation": "How much nearer images are to their own cluster than to the next one "
+    "(silhouette by cosine, from -1 to 1).",
+    "sure": "The share of images with at least half of their neighbours in their own cluster.",
 }
 MISSING = {
-    "heads": "Needs the heads of stage 2 on a frozen encoder; this chain has none.",
-    "seeds": "Needs runs under other seeds: trust.runs=[FOLDER,...].",
-    "views": "Needs a head that this task knows how to build.",
-    "separation": "Needs two clusters with images.",
+    "heads": "Needs the heads of stage 2 on a frozen encoder, and there are none before this run.",
+    "seeds": "Needs runs with other seeds: give trust.runs=[FOLDER,...].",
+    "views": "Needs a head of a kind that this check can load.",
+    "separation": "Needs at least two clusters with images.",
 }
 
 
 @dataclass(frozen=True)
 class Check:
-    """A measure and what it came to, None where it could not be taken; higher is better."""
+    """A measure and its value, None if it could not be taken; higher is better."""
 
     name: str
     value: float | None
@@ -52,30 +52,30 @@ class Check:
 
 @dataclass(frozen=True)
 class NullCheck:
-    """Mean silhouette of k-means on the features, and on clouds that have no clusters."""
+    """Mean silhouettes of k-means on the features, and on clouds of points without groups."""
 
     real: float
     nulls: tuple[float, ...]
 
     @property
     def clear(self) -> bool:
-        """Whether the features part better than every cloud without clusters."""
+        """Whether k-means separates the features better than every cloud without groups."""
         return self.real > max(self.nulls) + NULL_MARGIN
 
 
 @dataclass(frozen=True)
 class TrustData:
-    """Everything the page shows.
+    """Everything that the page shows.
 
     Attributes:
-        title: heading.
-        run: "<stage>/<run>" that is judged.
+        title: heading of the page.
+        run: the checked run, "<stage>/<run>".
         num_images: N.
-        num_sampled: images that the slower checks looked at.
+        num_sampled: number of images that the slower checks used.
         num_clusters: K.
         checks: the measures.
-        null: whether there are clusters at all.
-        record: by measure, its values and the true ACC of labelled runs.
+        null: the check for clusters at all.
+        record: values of each measure and true ACC of labelled runs, by measure.
     """
 
     title: str
@@ -89,31 +89,31 @@ class TrustData:
 
     @property
     def verdict(self) -> str:
-        """What the null check says, in one sentence."""
+        """Result of the null check in one sentence."""
         if self.null.clear:
-            return "There are groups in these features: they part better than any cloud without."
+            return (
+                "There are groups in these features: k-means separates them better than any cloud "
+                "of points without groups."
+            )
         return (
-            "No real clusters here: k-means parts features without any groups as well as these, so "
-            "other borders would do as well."
+            "No real clusters here: k-means separates points without any groups as well as these "
+            "features, so other borders between clusters would be as good."
         )
 
 
 @dataclass(frozen=True)
 class Track:
-    """How a measure went together with true ACC."""
+    """How a measure and true ACC vary together over labelled runs."""
 
     rho: float | None
     num_runs: int
-    points: Sequence[tuple[float, float]]  # of a box of 100 x 100
+    points: Sequence[tuple[float, float]]  # in a box of 100 x 100
     low: float
     high: float
 
 
 def record() -> dict[str, tuple[list[float], list[float]]]:
-    """How measures and true ACC went together on labelled sets: (values, ACC) by measure.
-
-    Written by benchmarks/trust.py.
-    """
+    """Return (values, true ACC) of labelled runs, by measure; benchmarks/trust.py wrote them."""
     text = files("spice_pl.reports").joinpath("trust_record.csv").read_text(encoding="utf-8")
     found: dict[str, tuple[list[float], list[float]]] = {}
     for row in csv.DictReader(text.splitlines()):
@@ -126,12 +126,15 @@ def record() -> dict[str, tuple[list[float], list[float]]]:
 
 
 def track(values: Sequence[float], accuracies: Sequence[float], here: float | None = None) -> Track:
-    """Rank correlation (Spearman) and a scatter; no correlation where a side does not vary.
+    """Return the rank correlation (Spearman) and a scatter plot of a measure and true ACC.
 
     Args:
-        values: a measure of labelled runs.
-        accuracies: of the same runs.
-        here: the measure of the run that is judged, which the scatter has room for.
+        values: the measure of each labelled run.
+        accuracies: true ACC of the same runs.
+        here: the measure of the checked run, which the plot leaves room for.
+
+    Returns:
+        The track; its rho is None if the values or the accuracies are all the same.
     """
     rho = None
     if len(set(values)) > 1 and len(set(accuracies)) > 1:
@@ -151,7 +154,7 @@ def track(values: Sequence[float], accuracies: Sequence[float], here: float | No
 
 
 def render_trust(data: TrustData) -> str:
-    """Return the page as HTML without a script."""
+    """Return the page as HTML; it has no script."""
     own = {check.name: check.value for check in data.checks}
     nulls = (*data.null.nulls, data.null.real)
     low, high = min(*nulls, 0.0), max(nulls)
@@ -165,12 +168,12 @@ def render_trust(data: TrustData) -> str:
             explained=EXPLAINED,
             missing=MISSING,
             tracks={name: track(*pair, own.get(name)) for name, pair in data.record.items()},
-            null_places=[round(100 * (each - low) / span, 1) for each in data.null.nulls],
-            real_place=round(100 * (data.null.real - low) / span, 1),
+            null_positions=[round(100 * (each - low) / span, 1) for each in data.null.nulls],
+            real_position=round(100 * (data.null.real - low) / span, 1),
         )
     )
 
 
 def write_trust(data: TrustData, path: Path) -> Path:
-    """Write the page; the old one stays until the new one is whole."""
+    """Write the page to path; the old page stays until the new one is complete on disk."""
     return write_page(render_trust(data), path)

@@ -1,4 +1,4 @@
-"""Which pictures stand for a cluster, and sheets of them.
+"""Choose the pictures that represent a cluster, and put pictures into sheets.
 
 Shapes: N images, K clusters, n pictures of one sheet, S pixels a side.
 """
@@ -15,21 +15,21 @@ from PIL import Image
 
 Index = NDArray[np.intp]
 
-PIXEL_ART = 32  # pixels a side; smaller pictures keep their pixels and are magnified by the browser
+PIXEL_ART = 32  # pixels a side; smaller pictures are kept and magnified by the browser
 
 
 @dataclass(frozen=True)
 class ClusterWall:
-    """Pictures of one cluster as indices into the N images; none appears twice.
+    """Pictures of one cluster, as positions among the N images; none appears twice.
 
     Attributes:
         cluster: id.
-        size: images in the cluster.
-        prototypes: highest confidence, best first.
-        typical: around the median confidence, higher first.
-        borderline: lowest confidence, lowest first.
-        not_sure: most of their neighbours lie in other clusters, worst first; in no other group.
-        num_not_sure: how many there are, shown or not.
+        size: number of images in the cluster.
+        prototypes: images of highest confidence, best first.
+        typical: images around the median confidence, higher first.
+        borderline: images of lowest confidence, lowest first.
+        not_sure: images with most neighbours in other clusters, worst first; in no other group.
+        num_not_sure: number of such images, shown or not.
     """
 
     cluster: int
@@ -42,7 +42,7 @@ class ClusterWall:
 
     @property
     def shown(self) -> Index:
-        """All of them, in this order."""
+        """All shown pictures, in the order of the groups."""
         return np.concatenate([self.prototypes, self.typical, self.borderline, self.not_sure])
 
 
@@ -51,9 +51,9 @@ class Wall:
     """The chosen pictures of a run.
 
     Attributes:
-        clusters: one entry a cluster, in order of id, empty clusters included.
-        num_not_sure: how many images are below the threshold, shown or not.
-        agreement_threshold: an image is "not sure" below it.
+        clusters: one entry per cluster, by id, empty clusters included.
+        num_not_sure: number of images that are "not sure", shown or not.
+        agreement_threshold: agreement below which an image is "not sure".
     """
 
     clusters: tuple[ClusterWall, ...]
@@ -70,21 +70,21 @@ def choose_wall(
     *,
     agreement_threshold: float = 0.5,
 ) -> Wall:
-    """Choose the pictures a person should see, by the model's own numbers alone.
+    """Choose the pictures to show, by confidence and agreement.
 
-    Images that are "not sure" stand apart. The others of a cluster, where they are fewer than
-    3 * per_row, are divided into thirds. Equal confidence goes by agreement, then by a lot that is
-    the same in every run: many probabilities are exactly 1, and files are often in the order of
-    their classes.
+    Images that are "not sure" are kept apart. If fewer than 3 * per_row others are left in a
+    cluster, they are divided into thirds. Images of equal confidence are ordered by agreement, then
+    by a random key that is the same in every run: many probabilities are exactly 1, and files are
+    often sorted by class.
 
     Args:
         confidence: (N,), in [0, 1].
         agreement: (N,), in [0, 1], share of an image's neighbours in the same cluster.
         clusters: (N,), in [0, num_clusters).
         num_clusters: K, > 0.
-        per_row: most pictures of each kind, > 0.
-        agreement_threshold: in [0, 1]; strictly below it an image is "not sure". With 0.5, most
-            of its neighbours are in other clusters.
+        per_row: largest number of pictures of each kind, > 0.
+        agreement_threshold: in [0, 1]; an image with a lower agreement is "not sure". With 0.5,
+            most of its neighbours are in other clusters.
 
     Raises:
         ValueError: lengths differ, an id is outside [0, num_clusters), or per_row is below 1.
@@ -101,21 +101,21 @@ def choose_wall(
         )
     if per_row < 1:
         raise ValueError(f"per_row {per_row} shows no picture; use at least 1")
-    lot = np.random.default_rng(0).permutation(len(clusters))  # (N,)
+    key = np.random.default_rng(0).permutation(len(clusters))  # (N,)
     # by cluster, most confident first
-    order = np.lexsort((lot, -agreement, -confidence, clusters))
+    order = np.lexsort((key, -agreement, -confidence, clusters))
     bounds = np.searchsorted(clusters[order], np.arange(1, num_clusters))
-    doubtful = agreement < agreement_threshold  # (N,)
+    not_sure = agreement < agreement_threshold  # (N,)
     walls = []
     for cluster, members in enumerate(np.split(order, bounds)):
-        doubted = members[doubtful[members]]
-        worst = doubted[np.lexsort((lot[doubted], confidence[doubted], agreement[doubted]))]
-        walls.append(_cluster_wall(cluster, members[~doubtful[members]], worst, per_row))
-    return Wall(tuple(walls), int(doubtful.sum()), agreement_threshold)
+        apart = members[not_sure[members]]
+        worst_first = apart[np.lexsort((key[apart], confidence[apart], agreement[apart]))]
+        walls.append(_cluster_wall(cluster, members[~not_sure[members]], worst_first, per_row))
+    return Wall(tuple(walls), int(not_sure.sum()), agreement_threshold)
 
 
-def _cluster_wall(cluster: int, members: Index, doubted: Index, per_row: int) -> ClusterWall:
-    """Divide members, most confident first, into top, middle and bottom; add the doubted."""
+def _cluster_wall(cluster: int, members: Index, not_sure: Index, per_row: int) -> ClusterWall:
+    """Divide members, most confident first, into top, middle and bottom."""
     size = len(members)
     top = min(per_row, -(-size // 3))
     bottom = min(per_row, -(-(size - top) // 2))
@@ -123,19 +123,19 @@ def _cluster_wall(cluster: int, members: Index, doubted: Index, per_row: int) ->
     start = min(max((size - middle) // 2, top), size - bottom - middle)
     return ClusterWall(
         cluster=cluster,
-        size=size + len(doubted),
+        size=size + len(not_sure),
         prototypes=members[:top],
         typical=members[start : start + middle],
         borderline=members[size - bottom :][::-1],
-        not_sure=doubted[:per_row],
-        num_not_sure=len(doubted),
+        not_sure=not_sure[:per_row],
+        num_not_sure=len(not_sure),
     )
 
 
 def sprite(images: NDArray[np.uint8], pixels: int | None = None) -> str:
     """Put pictures side by side into one image.
 
-    Pictures below 32 pixels stay as they are, as PNG, to be magnified with
+    Pictures of fewer than 32 pixels a side are kept pixel by pixel, as PNG, to be magnified with
     `image-rendering: pixelated`; larger ones become JPEG.
 
     Args:
@@ -152,53 +152,47 @@ def sprite(images: NDArray[np.uint8], pixels: int | None = None) -> str:
         raise ValueError(
             f"a sheet needs uint8 pictures (n, 3, S, S), n > 0; got {images.dtype} {images.shape}"
         )
-    side = pixels or images.shape[-1]
-    tiles = resized(images, side).transpose(2, 0, 3, 1)  # (S, n, S, 3)
-    sheet = Image.fromarray(np.ascontiguousarray(tiles).reshape(side, -1, 3))
-    buffer = io.BytesIO()
-    if side < PIXEL_ART:
-        kind = "png"
-        grey = bool((tiles == tiles[..., :1]).all())
-        (sheet.convert("L") if grey else sheet).save(buffer, "PNG", optimize=True)
-    else:
-        kind = "jpeg"
-        sheet.save(buffer, "JPEG", quality=85, optimize=True)
-    return _data_uri(kind, buffer)
+    return _sheet(resized(images, pixels or images.shape[-1])[None], quality=85)
 
 
 def atlas(images: NDArray[np.uint8], pixels: int) -> tuple[str, int]:
-    """Put many small pictures into one image of equal rows.
+    """Put many small pictures into one image with several rows of equal length.
 
     Args:
         images: uint8, (n, 3, S, S), n > 0.
         pixels: side of each picture in the sheet.
 
     Returns:
-        A data URI, and how many pictures stand in a row; picture i is in row i // that.
+        A data URI, and the number of pictures per row; picture i is in row i // that number.
     """
-    tiles = resized(images, pixels)
-    per_row = int(np.ceil(np.sqrt(len(tiles))))
-    rows = -(-len(tiles) // per_row)
-    sheet = np.zeros((rows * per_row, 3, pixels, pixels), np.uint8)
-    sheet[: len(tiles)] = tiles
-    sheet = sheet.reshape(rows, per_row, 3, pixels, pixels).transpose(0, 3, 1, 4, 2)
-    picture = Image.fromarray(np.ascontiguousarray(sheet).reshape(rows * pixels, -1, 3))
+    per_row = int(np.ceil(np.sqrt(len(images))))
+    rows = -(-len(images) // per_row)
+    tiles = np.zeros((rows * per_row, 3, pixels, pixels), np.uint8)
+    tiles[: len(images)] = resized(images, pixels)
+    return _sheet(tiles.reshape(rows, per_row, 3, pixels, pixels), quality=70), per_row
+
+
+def _sheet(tiles: NDArray[np.uint8], quality: int) -> str:
+    """Encode rows of tiles (rows, per_row, 3, S, S) as one image; grey tiles get one channel."""
+    side = tiles.shape[-1]
+    pixels = tiles.transpose(0, 3, 1, 4, 2)  # (rows, S, per_row, S, 3)
+    sheet = Image.fromarray(np.ascontiguousarray(pixels).reshape(len(tiles) * side, -1, 3))
     buffer = io.BytesIO()
-    kind = "png" if pixels < PIXEL_ART else "jpeg"
-    if kind == "png":
-        grey = bool((tiles == tiles[:, :1]).all())
-        (picture.convert("L") if grey else picture).save(buffer, "PNG", optimize=True)
-    else:
-        picture.save(buffer, "JPEG", quality=70, optimize=True)
-    return _data_uri(kind, buffer), per_row
+    if side >= PIXEL_ART:
+        sheet.save(buffer, "JPEG", quality=quality, optimize=True)
+        return data_uri("jpeg", buffer)
+    grey = bool((tiles == tiles[:, :, :1]).all())
+    (sheet.convert("L") if grey else sheet).save(buffer, "PNG", optimize=True)
+    return data_uri("png", buffer)
 
 
-def _data_uri(kind: str, buffer: io.BytesIO) -> str:
+def data_uri(kind: str, buffer: io.BytesIO) -> str:
+    """Return the address that holds an encoded image itself; kind is "png" or "jpeg"."""
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
 def resized(images: NDArray[np.uint8], pixels: int) -> NDArray[np.uint8]:
-    """Pictures (n, 3, S, S) as (n, 3, pixels, pixels)."""
+    """Scale pictures (n, 3, S, S) to (n, 3, pixels, pixels)."""
     if images.shape[-1] == pixels:
         return images
     scaled: Sequence[NDArray[np.uint8]] = [

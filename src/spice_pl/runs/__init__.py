@@ -1,1 +1,1 @@
-"""What a run leaves: artifacts, cluster table, scores, page, edits, comparison."""
+"""The files of a run: folder, cluster table, scores, page, edits, comparison."""

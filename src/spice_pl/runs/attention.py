@@ -1,12 +1,11 @@
-"""Where prototypes look like their cluster, written beside a run's results: after SPICE, Fig. 5(b).
+"""Which parts of the prototypes resemble their cluster, as in SPICE, Figure 5(b).
 
-Shapes: N images, n shown prototypes, h x w places, D features, K clusters.
+Shapes: N images, n shown prototypes, h x w positions of a feature map, D features, K clusters.
 """
 
 from __future__ import annotations
 
 import logging
-import zipfile
 from collections.abc import Callable
 
 import numpy as np
@@ -20,28 +19,42 @@ from spice_pl.functional.attention import cosine_attention, stretched
 from spice_pl.functional.prototypes import prototype_means, select_confident
 from spice_pl.reports.page import shown_wall
 from spice_pl.reports.shading import Attention
+from spice_pl.runs.clusters import ClusterTable
 from spice_pl.runs.folder import RunFolder
 from spice_pl.system.files import atomic
 
 logger = logging.getLogger(__name__)
 
 ATTENTION_FILE = "attention.npz"
-ATTENTION_BATCH = 64  # images at a time
+ATTENTION_BATCH = 64  # images per batch
 
-# uint8 images (B, 3, S, S) -> the map (B, D, h, w) that features are pooled from, if there is one
-Places = Callable[[Tensor], Tensor | None]
+# uint8 images (B, 3, S, S) -> the map (B, D, h, w) from which features are pooled, or None
+FeatureMap = Callable[[Tensor], Tensor | None]
 
 
-def write_attention(folder: RunFolder, images: ImageSet, num_clusters: int, places: Places) -> None:
-    """Write where the prototypes that the page shows look like their cluster; reads no label.
+def write_attention(
+    folder: RunFolder,
+    table: ClusterTable,
+    images: ImageSet,
+    num_clusters: int,
+    feature_map: FeatureMap,
+) -> None:
+    """Write which parts of the prototypes on the page resemble their cluster, without labels.
 
-    attention.npz holds index (n,) and maps (n, h, w) uint8; none where the backbone has no map.
+    attention.npz holds index (n,) and maps (n, h, w) uint8, with n = 0 if the backbone has no
+    feature map. It is not written if no cluster has a prototype. stage=report replaces it.
+
+    Args:
+        folder: artifacts of the run, of which features and probabilities are read.
+        table: clusters of the run.
+        images: the data set.
+        num_clusters: K.
+        feature_map: function that returns the feature maps of images.
     """
-    table = folder.read_clusters()
     wall = shown_wall(table.confidence, table.agreement, table.clusters, num_clusters)
     index = np.concatenate([chosen.prototypes for chosen in wall.clusters]).astype(np.int64)  # (n,)
     (folder.path / ATTENTION_FILE).unlink(missing_ok=True)
-    if not len(index):  # every image is "not sure"
+    if not len(index):  # all images are "not sure"
         return
     confident = max(1, len(images) // (2 * num_clusters))  # half of an equal share, as in stage 2
     centres = prototype_means(
@@ -50,9 +63,9 @@ def write_attention(folder: RunFolder, images: ImageSet, num_clusters: int, plac
     )  # (K, D), Eqs. 2 and 3
     parts = []
     for batch in np.split(index, range(ATTENTION_BATCH, len(index), ATTENTION_BATCH)):
-        maps = places(torch.from_numpy(np.array(images.images[batch])))
+        maps = feature_map(torch.from_numpy(np.array(images.images[batch])))
         if maps is None:
-            logger.info("the backbone keeps no map of places; the page shows no attention")
+            logger.info("the backbone has no feature map; the page shows no attention")
             index = index[:0]
             break
         attention = stretched(cosine_attention(maps.cpu(), centres[table.clusters[batch]]))
@@ -63,7 +76,7 @@ def write_attention(folder: RunFolder, images: ImageSet, num_clusters: int, plac
 
 
 def read_attention(folder: RunFolder) -> Attention | None:
-    """Read what `write_attention` wrote; None where nobody did.
+    """Read what `write_attention` wrote; None without that file.
 
     Raises:
         UsageError: the file is damaged.
@@ -72,9 +85,10 @@ def read_attention(folder: RunFolder) -> Attention | None:
     if not file.is_file():
         return None
     try:
-        with np.load(file, allow_pickle=False) as held:
+        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as held:
             return Attention(held["index"], held["maps"])
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    # A damaged archive can cause any exception in the readers of numpy and zlib.
+    except Exception as error:
         raise UsageError(
-            f"{file} is damaged ({error}); stage=report makes it and the page anew"
+            f"{file} is damaged ({error}); stage=report writes it and the page again"
         ) from error

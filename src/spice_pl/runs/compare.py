@@ -1,8 +1,8 @@
-"""Many runs in one table: mean and spread over seeds, what differs, protocol, cost, the papers.
+"""Compare runs in one table: mean and spread over seeds, settings, cost, published results.
 
     python -m spice_pl.runs.compare runs/digits runs/photos/fixmatch [--to DIR]
 
-Rows stand in the order of data set, stage and settings; nothing is sorted by a score.
+Rows are ordered by data set, stage and settings, never by a score.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-import json
 import os
 import statistics
 import sys
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.box import SIMPLE
 from rich.console import Console
@@ -27,8 +26,9 @@ from rich.table import Table
 from rich.text import Text
 
 from spice_pl.errors import UsageError
-from spice_pl.reports.published import published_results
+from spice_pl.reports.published import PublishedRow, published_results
 from spice_pl.reports.tables import NO_LABELS, ResultRow, duration_text, mean_std, score_text
+from spice_pl.runs.folder import RunFolder
 from spice_pl.system.files import atomic
 
 COLUMNS = (
@@ -36,27 +36,27 @@ COLUMNS = (
     *("ACC", "NMI", "ARI", "Time", "Memory", "Source"),
 )
 RIGHT = {"ACC", "NMI", "ARI", "Time", "Memory"}
-# Where a run lies and how it is seeded; a group is what is left.
-NO_SETTING = ("seed", "cache_dir", "on_bad_image", "root", "path", "name")
+# Settings that may differ within a group: the seed, and where images are.
+NOT_COMPARED = ("seed", "cache_dir", "on_bad_image", "root", "path", "name")
 
 
 @dataclass(frozen=True)
 class Line:
-    """Runs that differ in their seed only, or one published result.
+    """Runs that differ only in their seed, or one published result.
 
     Attributes:
-        dataset: its name.
-        method: what was scored.
-        settings: those in which the runs of one data set and method differ.
+        dataset: name of the data set.
+        method: name of the stage or baseline.
+        settings: settings in which the runs of this data set and method differ.
         protocol: which images were trained on and which were scored.
-        seeds: one a run; empty where published.
-        acc: one a run that had labels, in [0, 1].
-        nmi: likewise.
-        ari: likewise.
-        seconds: one a run, with the stages before it.
-        memory_mb: one a run, the largest.
+        seeds: seed of each run; empty for a published result.
+        acc: ACC of each run that had labels, in [0, 1].
+        nmi: NMI of each run that had labels, in [0, 1].
+        ari: ARI of each run that had labels, in [-1, 1].
+        seconds: time of each run, with the stages before it.
+        memory_mb: largest memory of each run.
         spread: published standard deviation of ACC.
-        source: where a published result stands.
+        source: paper of a published result; "here" for runs.
     """
 
     dataset: str
@@ -74,7 +74,7 @@ class Line:
 
     @property
     def cells(self) -> tuple[str, ...]:
-        """One text a column."""
+        """Text of each column."""
         acc = _scores(self.acc) + (f" ± {self.spread:.3f}" if self.spread is not None else "")
         return (
             *(self.dataset, self.method),
@@ -88,18 +88,31 @@ class Line:
         )
 
 
+class GroupKey(NamedTuple):
+    """What the runs of one line have in common."""
+
+    dataset: str
+    method: str
+    protocol: str
+    settings: tuple[tuple[str, str], ...]
+
+
+Group = list[tuple[ResultRow, Mapping[str, Any]]]  # each row with the run that it is from
+
+
 def finished_runs(paths: Iterable[str | os.PathLike[str]]) -> list[dict[str, Any]]:
-    """Return metrics.json of every finished stage in or below some folders.
+    """Return the metrics.json of every finished stage in or below some folders.
 
     Raises:
-        UsageError: a path is no folder, or there is no scored run below any of them.
+        UsageError: a path is not a folder, no run below any of them has scores, or a
+            metrics.json is damaged.
     """
     found: dict[Path, dict[str, Any]] = {}
     for path in map(Path, paths):
         if not path.is_dir():
-            raise UsageError(f"{path} is no folder; give folders of runs, for example runs/digits")
+            raise UsageError(f"{path} is not a folder; give folders of runs, such as runs/digits")
         for file in sorted(path.rglob("metrics.json")):
-            metrics = json.loads(file.read_text(encoding="utf-8"))
+            metrics = RunFolder(file.parent).metrics
             if metrics.get("rows"):  # tasks may leave none
                 found[file.resolve()] = metrics
     if not found:
@@ -111,58 +124,14 @@ def finished_runs(paths: Iterable[str | os.PathLike[str]]) -> list[dict[str, Any
 
 
 def compare(runs: Sequence[Mapping[str, Any]]) -> list[Line]:
-    """Group runs that differ in their seed only; add what was published for their data sets."""
-    groups: dict[tuple[str, ...], list[tuple[ResultRow, Mapping[str, Any]]]] = {}
-    for run in runs:
-        for row in _own_rows(run):
-            settings = {} if "pixels" in row.name else _settings(run)
-            key = (str(run["dataset"]), row.name, row.protocol, json.dumps(settings))
-            group = groups.setdefault(key, [])
-            if settings or all(row.seed != other.seed for other, _ in group):
-                group.append((row, run))  # k-means on pixels is the same whatever the settings
-    lines = []
-    for (dataset, method, protocol, packed), group in sorted(groups.items(), key=_order(groups)):
-        settings = json.loads(packed)
-        others = [
-            json.loads(key[3]) for key in groups if key[:2] == (dataset, method) and key[3] != "{}"
-        ]
-        differ = {
-            name: value
-            for name, value in sorted(settings.items())
-            if any(other.get(name) != value for other in others)
-        }
-        group = sorted(group, key=lambda each: each[0].seed)
-        rows = [row for row, _ in group]
-        line = Line(
-            dataset=dataset,
-            method=method,
-            settings=differ,
-            protocol=protocol,
-            seeds=tuple(row.seed for row in rows),
-            acc=tuple(row.acc for row in rows if row.acc is not None),
-            nmi=tuple(row.nmi for row in rows if row.nmi is not None),
-            ari=tuple(row.ari for row in rows if row.ari is not None),
-            seconds=tuple(row.seconds for row in rows),
-            memory_mb=tuple(float(run["peak_memory_mb"]) for _, run in group),
-        )
-        lines.append(line)
-    for dataset in sorted({line.dataset for line in lines}):
-        lines += [
-            Line(
-                dataset=dataset,
-                method=row.method,
-                settings={},
-                protocol=row.protocol,
-                seeds=(),
-                acc=(row.acc,),
-                nmi=() if row.nmi is None else (row.nmi,),
-                ari=() if row.ari is None else (row.ari,),
-                spread=row.spread,
-                source=row.source,
-            )
-            for row in published_results(dataset)
-        ]
-    return lines
+    """Group runs that differ only in their seed; add the published results of their data sets."""
+    groups = _grouped(runs)
+    lines = [
+        _line(key, group, _differing(key, groups))
+        for key, group in sorted(groups.items(), key=_order)
+    ]
+    datasets = sorted({line.dataset for line in lines})
+    return lines + [_published(name, row) for name in datasets for row in published_results(name)]
 
 
 def markdown(lines: Sequence[Line]) -> str:
@@ -176,7 +145,7 @@ def markdown(lines: Sequence[Line]) -> str:
 
 
 def table_csv(lines: Sequence[Line]) -> str:
-    """Return the numbers as CSV, one line a row: mean, spread, and count over seeds."""
+    """Return the table as CSV, with means, spreads and the number of runs."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     scores = [f"{name}_{what}" for name in ("acc", "nmi", "ari") for what in ("mean", "std")]
@@ -197,8 +166,8 @@ def table_csv(lines: Sequence[Line]) -> str:
 
 
 def page(lines: Sequence[Line]) -> str:
-    """Return the table as a page that opens offline; columns that say nothing are left out."""
-    shown = _telling(lines)
+    """Return the table as a page that opens offline, without empty columns."""
+    shown = _filled(lines)
 
     def row(cells: Sequence[str], tag: str, kind: str = "") -> str:
         made = (
@@ -223,19 +192,19 @@ def page(lines: Sequence[Line]) -> str:
 """
 
 
-def _telling(lines: Sequence[Line]) -> list[int]:
-    """Columns in which some line says something."""
+def _filled(lines: Sequence[Line]) -> list[int]:
+    """Return the columns that are not empty in every line."""
     return [
         i for i, _ in enumerate(COLUMNS) if any(line.cells[i] not in ("", "–") for line in lines)
     ]
 
 
 def notes(lines: Sequence[Line]) -> list[str]:
-    """What a reader of the table has to know."""
+    """Return what a reader of the table needs to know."""
     said = [
-        "ACC, NMI, ARI: mean ± sample standard deviation over seeds. Time: mean, with the stages"
+        "ACC, NMI, ARI: mean ± sample standard deviation over seeds. "
+        "Time: mean, with the stages before. Memory: largest."
     ]
-    said[0] += " before. Memory: largest."
     if any(not line.acc for line in lines):
         said.append(NO_LABELS)
     return said
@@ -253,11 +222,11 @@ def write(lines: Sequence[Line], folder: Path) -> list[Path]:
 def show(lines: Sequence[Line], folder: Path, console: Console | None = None) -> None:
     """Print the table and write its files."""
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
-    shown = _telling(lines)
+    shown = _filled(lines)
     for i in shown:
         table.add_column(COLUMNS[i], justify="right" if COLUMNS[i] in RIGHT else "left")
     for line in lines:
-        # Text, not str: a "[" in a name is no markup.
+        # Text, not str: rich would read a "[" in a name as markup.
         style = None if line.seeds else "dim"
         table.add_row(*(Text(line.cells[i]) for i in shown), style=style)
     console = console or Console(width=None if sys.stdout.isatty() else 160)
@@ -269,12 +238,12 @@ def show(lines: Sequence[Line], folder: Path, console: Console | None = None) ->
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Compare the runs that the command line names."""
+    """Compare the runs in the folders that the command line names."""
     parser = argparse.ArgumentParser(prog="python -m spice_pl.runs.compare", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("runs", nargs="+", help="folders of runs, searched with their subfolders")
     parser.add_argument(
-        "--to", help="folder for compare.md, .csv and .html; the runs' own if not given"
+        "--to", help="folder for compare.md, .csv and .html; by default, the one of the runs"
     )
     given = parser.parse_args(arguments)
     try:
@@ -286,7 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _own_rows(run: Mapping[str, Any]) -> list[ResultRow]:
-    """What this stage added to the rows before it: its clusters, or k-means on its features."""
+    """Return the rows that this stage added: its clusters', or k-means on pixels and features."""
     rows = [ResultRow(**row) for row in run["rows"]]
     return rows[-1:] if "cluster_sizes" in run else rows[-2:]
 
@@ -296,22 +265,76 @@ def _settings(run: Mapping[str, Any]) -> dict[str, str]:
     return {
         key: str(value)
         for key, value in sorted(settings.items())
-        if key.rpartition(".")[2] not in NO_SETTING
+        if key.rpartition(".")[2] not in NOT_COMPARED
     }
 
 
-def _order(groups: Mapping[tuple[str, ...], Sequence[tuple[ResultRow, Mapping[str, Any]]]]) -> Any:
-    """By data set, then by the length of the chain of stages, then by name and settings."""
+def _grouped(runs: Sequence[Mapping[str, Any]]) -> dict[GroupKey, Group]:
+    groups: dict[GroupKey, Group] = {}
+    for run in runs:
+        for row in _own_rows(run):
+            settings = {} if "pixels" in row.name else _settings(run)
+            key = GroupKey(str(run["dataset"]), row.name, row.protocol, tuple(settings.items()))
+            group = groups.setdefault(key, [])
+            if settings or all(row.seed != other.seed for other, _ in group):
+                group.append((row, run))  # k-means on pixels is the same whatever the settings
+    return groups
 
-    def order(item: tuple[tuple[str, ...], Any]) -> tuple[Any, ...]:
-        (dataset, method, protocol, settings), group = item
-        depth = min(
-            next(i for i, row in enumerate(run["rows"]) if row["name"] == method)
-            for _, run in group
-        )
-        return dataset, protocol, depth, method, settings
 
-    return order
+def _differing(key: GroupKey, groups: Iterable[GroupKey]) -> dict[str, str]:
+    """Return the settings in which a group differs from others of its data set and method."""
+    others = [
+        dict(other.settings)
+        for other in groups
+        if (other.dataset, other.method) == (key.dataset, key.method) and other.settings
+    ]
+    return {
+        name: value
+        for name, value in key.settings
+        if any(other.get(name) != value for other in others)
+    }
+
+
+def _line(key: GroupKey, group: Group, settings: Mapping[str, str]) -> Line:
+    group = sorted(group, key=lambda each: each[0].seed)
+    rows = [row for row, _ in group]
+    return Line(
+        dataset=key.dataset,
+        method=key.method,
+        settings=settings,
+        protocol=key.protocol,
+        seeds=tuple(row.seed for row in rows),
+        acc=tuple(row.acc for row in rows if row.acc is not None),
+        nmi=tuple(row.nmi for row in rows if row.nmi is not None),
+        ari=tuple(row.ari for row in rows if row.ari is not None),
+        seconds=tuple(row.seconds for row in rows),
+        memory_mb=tuple(float(run["peak_memory_mb"]) for _, run in group),
+    )
+
+
+def _published(dataset: str, row: PublishedRow) -> Line:
+    return Line(
+        dataset=dataset,
+        method=row.method,
+        settings={},
+        protocol=row.protocol,
+        seeds=(),
+        acc=(row.acc,),
+        nmi=() if row.nmi is None else (row.nmi,),
+        ari=() if row.ari is None else (row.ari,),
+        spread=row.spread,
+        source=row.source,
+    )
+
+
+def _order(item: tuple[GroupKey, Group]) -> tuple[Any, ...]:
+    """Sort by data set and protocol, then along the chain of stages, then by name and settings."""
+    key, group = item
+    depth = min(
+        next(i for i, row in enumerate(run["rows"]) if row["name"] == key.method)
+        for _, run in group
+    )
+    return key.dataset, key.protocol, depth, key.method, key.settings
 
 
 def _scores(values: Sequence[float]) -> str:

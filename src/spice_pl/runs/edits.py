@@ -1,15 +1,16 @@
-"""What a person changed in a clustering, and the probabilities that follow from it.
+"""The user's changes to a clustering, and the probabilities after them.
 
-Edits speak of the clusters as they were reviewed. They are taken in this order: images are moved,
-clusters are merged, clusters are split. The clusters that are left keep their order and are
-numbered anew from 0; the further parts of split ones come last. docs/review.md describes the file.
+Edits refer to the clusters as they were reviewed. They are applied in this order: images are moved,
+clusters are merged, clusters are split. The remaining clusters keep their order and are numbered
+from 0. The first part of a split cluster has its place, the other parts come last.
+docs/how-to/review.md describes the file.
 
 Shapes: N images, K clusters before and L after, D features.
 """
 
 from __future__ import annotations
 
-import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spice_pl.errors import UsageError
+from spice_pl.runs.small_files import is_cluster, is_text, is_whole, parse_object, read_text
 
 FORMAT = "spice-pl edits 1"
 MAX_PARTS = 20
@@ -35,13 +37,16 @@ class Edits:
 
     Attributes:
         reviewed: "<stage>/<run>" of the clustering.
-        fingerprint: of its data set.
-        digest: of what it handed on.
+        fingerprint: fingerprint of its data set.
+        digest: digest that identifies the run.
         num_clusters: K.
-        names: what a cluster is called.
-        merge: groups of clusters that become one.
-        split: cluster to number of parts.
-        move: key of an image to the cluster it belongs to.
+        names: name of each named cluster.
+        merge: groups of clusters; each group becomes one cluster.
+        split: number of parts of each cluster to split.
+        move: cluster of each moved image, by the image's key.
+
+    Raises:
+        UsageError: the edits contradict each other or name clusters that do not exist.
     """
 
     reviewed: str
@@ -63,17 +68,17 @@ class Edits:
                 )
         if len(set(merged)) != len(merged) or any(len(group) < 2 for group in self.merge):
             raise UsageError(
-                f"edits merge {list(self.merge)}: a group has two clusters or more, and a cluster "
-                "stands in one group"
+                f"edits merge {reprlib.repr(self.merge)}; a group has two clusters or more, and "
+                "each cluster is in one group"
             )
         for cluster, parts in self.split.items():
             if not 2 <= parts <= MAX_PARTS:
                 raise UsageError(
-                    f"edits split cluster {cluster} into {parts}; 2 to {MAX_PARTS} can be"
+                    f"edits split cluster {cluster} into {parts} parts; give 2 to {MAX_PARTS}"
                 )
             if any(cluster in group and cluster != min(group) for group in self.merge):
                 raise UsageError(
-                    f"edits split cluster {cluster}, which becomes part of another; split that one"
+                    f"edits split cluster {cluster}, which is merged into another; split that one"
                 )
         if any(not name.strip() or len(name) > MAX_NAME for name in self.names.values()):
             raise UsageError(f"edits give an empty name, or one above {MAX_NAME} characters")
@@ -94,7 +99,7 @@ class Edits:
 
     @property
     def names_after(self) -> dict[int, str]:
-        """Names by their new number; further parts of a split cluster get a number to theirs."""
+        """Names by new number; the other parts of a split cluster are called "name 2" and so on."""
         names: dict[int, str] = {}
         parts: dict[int, int] = {}
         for number, sources in enumerate(self.origins):
@@ -106,7 +111,7 @@ class Edits:
         return names
 
     def as_json(self) -> dict[str, Any]:
-        """Return what the file holds."""
+        """Return the content of the file."""
         return {
             "format": FORMAT,
             "reviewed": self.reviewed,
@@ -121,22 +126,26 @@ class Edits:
 
 
 def parse_edits(content: Any, source: str) -> Edits:
-    """Check what a file or a browser says.
+    """Check edits that come from a file or a browser.
+
+    Args:
+        content: parsed JSON.
+        source: name of the file or of the sender, for messages.
 
     Raises:
-        UsageError: it is no such object, or contradicts itself.
+        UsageError: the content is not edits, or contradicts itself.
     """
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UsageError(f"{source} is not what the report saves: no object of format {FORMAT!r}")
+        raise UsageError(f"{source} is not what the report saves, an object of format {FORMAT!r}")
     try:
         return Edits(
             reviewed=_text(content["reviewed"]),
             fingerprint=_text(content["fingerprint"]),
             digest=_text(content["digest"]),
             num_clusters=_number(content["num_clusters"]),
-            names={int(key): _text(name) for key, name in content["names"].items()},
+            names={_cluster(key): _text(name) for key, name in content["names"].items()},
             merge=[[_number(cluster) for cluster in group] for group in content["merge"]],
-            split={int(key): _number(parts) for key, parts in content["split"].items()},
+            split={_cluster(key): _number(parts) for key, parts in content["split"].items()},
             move={_text(key): _number(cluster) for key, cluster in content["move"].items()},
         )
     except UsageError as error:
@@ -149,10 +158,10 @@ def read_edits(path: str | Path) -> Edits:
     """Read a file that the report saved.
 
     Raises:
-        UsageError: it is not there, no JSON, or not what `parse_edits` takes.
+        UsageError: the file cannot be read, or does not hold edits.
     """
     try:
-        content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        content = parse_object(read_text(Path(path).expanduser()))
     except (OSError, ValueError) as error:
         raise UsageError(f"edits={path} cannot be read: {error}") from error
     return parse_edits(content, f"edits={path}")
@@ -161,24 +170,24 @@ def read_edits(path: str | Path) -> Edits:
 def edited_probs(
     edits: Edits, probs: Tensor, features: Tensor, keys: Sequence[str], seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Probabilities of the clusters after the edits.
+    """Return the probabilities of the clusters after the edits.
 
-    A moved image has probability one for its cluster. Merged clusters add their probabilities. The
-    probability of a split cluster goes to the part whose centre is nearest; the centres are those
-    of k-means on the embeddings of its images.
+    A moved image has probability one for its new cluster. The probabilities of merged clusters are
+    added. The probability of a split cluster goes to the part with the nearest centre; the centres
+    are those of k-means on the embeddings of the images in the cluster.
 
     Args:
-        edits: of a clustering of these images.
+        edits: changes to a clustering of these images.
         probs: (N, K).
         features: (N, D).
-        keys: (N,) of the images.
-        seed: of k-means.
+        keys: (N,), keys of the images.
+        seed: seed of k-means.
 
     Returns:
-        Probabilities (N, L), and a mask (N,) of the images that a person moved.
+        Probabilities (N, L), and a mask (N,) of the images that the user moved.
 
     Raises:
-        UsageError: K differs, or a split cluster has too few images.
+        UsageError: K differs, or a split cluster has fewer images than parts.
     """
     if probs.shape[1] != edits.num_clusters:
         raise UsageError(
@@ -189,9 +198,17 @@ def edited_probs(
     for key, cluster in edits.move.items():
         probs[row[key]] = F.one_hot(torch.tensor(cluster), edits.num_clusters).to(probs.dtype)
         moved[row[key]] = True
-    origins = edits.origins
-    first = [sources[0] for sources in origins]
-    after = torch.stack([probs[:, sources].sum(dim=1) for sources in origins], dim=1)  # (N, L)
+    after = torch.stack([probs[:, each].sum(dim=1) for each in edits.origins], dim=1)  # (N, L)
+    _split_(after, edits, features, seed)
+    return after, moved
+
+
+def _split_(after: Tensor, edits: Edits, features: Tensor, seed: int) -> None:
+    """Divide the probabilities (N, L) of split clusters among their parts, in place.
+
+    On entry, each column of a split cluster holds the whole probability of that cluster.
+    """
+    first = [sources[0] for sources in edits.origins]
     embeddings = F.normalize(features).numpy()
     before_split = after[:, : len(set(first))].argmax(dim=1)
     for cluster, parts in edits.split.items():
@@ -205,11 +222,10 @@ def edited_probs(
         mass = after[:, columns[0]].clone()
         for part, column in enumerate(columns):
             after[:, column] = torch.where(nearest == part, mass, 0.0)
-    return after, moved
 
 
 def edited_rows(edits: Edits, probs: Tensor) -> list[int]:
-    """For each cluster after the edits, the largest of the clusters it comes from."""
+    """Return, for each cluster after the edits, the largest of the clusters it comes from."""
     sizes = torch.bincount(probs.argmax(dim=1), minlength=edits.num_clusters)
     return [max(sources, key=lambda cluster: int(sizes[cluster])) for sources in edits.origins]
 
@@ -217,11 +233,22 @@ def edited_rows(edits: Edits, probs: Tensor) -> list[int]:
 def check_reviewed(
     edits: Edits, fingerprint: str, digest: str, num_clusters: int, keys: Sequence[str]
 ) -> None:
-    """Refuse edits of another clustering, or of images that are not in this one."""
+    """Check that edits are of this clustering and of its images.
+
+    Args:
+        edits: the edits.
+        fingerprint: fingerprint of the data set.
+        digest: digest that identifies the run.
+        num_clusters: K of the run.
+        keys: (N,), keys of the images.
+
+    Raises:
+        UsageError: they are of another clustering, or move an image that it does not have.
+    """
     if (edits.digest, edits.fingerprint) != (digest, fingerprint):
         raise UsageError(
-            f"the edits belong to another clustering than {edits.reviewed} is now, which was made "
-            "anew since; review it again"
+            f"the edits belong to another clustering: {edits.reviewed} was run again since; "
+            "review it again"
         )
     if edits.num_clusters != num_clusters:
         raise UsageError(f"the edits are of {edits.num_clusters} clusters, not of {num_clusters}")
@@ -234,7 +261,7 @@ def check_reviewed(
 def _nearest_part(
     embeddings: NDArray[np.float32], members: NDArray[np.bool_], parts: int, seed: int
 ) -> Tensor:
-    """(N,) the part of every image; part 0 is the largest."""
+    """Return the nearest part (N,) of each image; part 0 is the largest."""
     model = KMeans(parts, n_init=10, random_state=seed).fit(embeddings[members])
     order = np.bincount(model.labels_, minlength=parts).argsort()[::-1]
     rank = np.empty(parts, dtype=np.int64)
@@ -243,12 +270,18 @@ def _nearest_part(
 
 
 def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} is no text")
-    return value
+    if not is_text(value):
+        raise TypeError(f"{reprlib.repr(value)} is not text")
+    return str(value)
 
 
 def _number(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{value!r} is no whole number")
-    return value
+    if not is_whole(value):
+        raise TypeError(f"{reprlib.repr(value)} is not a whole number")
+    return int(value)
+
+
+def _cluster(key: str) -> int:
+    if not is_cluster(key):
+        raise TypeError(f"{reprlib.repr(key)} is not the number of a cluster")
+    return int(key)

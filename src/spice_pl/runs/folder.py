@@ -1,9 +1,10 @@
-"""Where files live and what is in them: one folder a stage and run.
+"""The folder of one stage's run: its files, how they are written, and how they are checked.
 
 `runs/<dataset>/<stage>/<run>/` holds encoder.safetensors, head.safetensors, features.npy,
-probs.npy, dataset.json, clusters.csv, last.ckpt, .hydra/ and, written last of all, metrics.json:
-a folder is finished when it is there. Every file appears under its name when it is whole and on
-the disk; metrics.json holds the digests of what is handed on.
+probs.npy, dataset.json, clusters.csv, last.ckpt, .hydra/ and metrics.json. metrics.json is written
+last, so a folder that has it is finished. A file gets its name once it is complete and on the disk.
+metrics.json holds digests of the files that are read later, and each file is compared with its
+digest where it is read.
 
 Shapes: N images, D features, K clusters.
 """
@@ -15,12 +16,14 @@ import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
+import reprlib
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,67 +33,133 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from spice_pl.errors import UsageError
+from spice_pl.functional.embeddings import smoothed_embeddings
 from spice_pl.nn.weights import load_strictly
+from spice_pl.runs.clusters import FILE_NAME as CLUSTERS
+from spice_pl.runs.clusters import ClusterTable, fits_probs, read_table, write_table
+from spice_pl.runs.small_files import (
+    METRICS,
+    STAMP,
+    Kind,
+    check_fields,
+    is_cluster,
+    is_text,
+    parse_object,
+    read_text,
+)
 from spice_pl.system.files import atomic, sync_folder
 
 logger = logging.getLogger(__name__)
 
+EMBEDDINGS = "embeddings.npy"
+# Files that the next stage reads. Their digests together identify a run.
 HANDED_ON = ("encoder.safetensors", "head.safetensors", "features.npy", "probs.npy")
+# Files whose digests are in metrics.json. attention.npz has none, since stage=report writes it
+# again, and names.json has none, since the user may edit it.
+WITH_DIGEST = (*HANDED_ON, "heads.safetensors", CLUSTERS, "model.spice", "moved.npy")
 
 
-@dataclass(frozen=True)
-class ClusterTable:
-    """What clusters.csv holds; every array is (N,), in the order of the data set."""
+class Metrics(dict[str, Any]):
+    """The fields of a metrics.json.
 
-    keys: Sequence[str]
-    clusters: NDArray[np.int64]
-    confidence: NDArray[np.float32]
-    agreement: NDArray[np.float32]
-    reliable: NDArray[np.bool_]
+    Raises:
+        UsageError: a field is read that is missing, or there are more clusters than images.
+    """
+
+    def __init__(self, file: Path, content: Mapping[str, Any]) -> None:
+        super().__init__(content)
+        self._file = file
+        if self.get("num_clusters", 0) > self.get("num_images", math.inf):
+            raise _damaged(file, ValueError("it has more clusters than images"))
+
+    def __missing__(self, name: str) -> Any:
+        raise _damaged(self._file, ValueError(f"it lacks {name!r}"))
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The artifacts of one stage's run."""
+    """The artifacts of one stage's run.
+
+    Attributes:
+        path: the folder, runs/<dataset>/<stage>/<run>.
+        similarity: which images count as alike, "cosine" or "smoothed"; see `embeddings`.
+    """
 
     path: Path
+    similarity: str = "cosine"
+    _compared: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
 
     @property
     def finished(self) -> bool:
-        """True when every artifact was written."""
+        """Whether all artifacts have been written."""
         return (self.path / "metrics.json").is_file()
 
     @property
     def checkpoint(self) -> Path:
-        """Where training is saved at the end of an epoch."""
+        """The checkpoint of training."""
         return self.path / "last.ckpt"
 
     @property
     def features(self) -> NDArray[np.float32]:
         """(N, D) raw features of the plain images, memory-mapped."""
-        return self._array("features.npy")
+        return self._array("features.npy", np.dtype(np.float32), 2)
+
+    def embeddings(self, train_index: NDArray[np.int64]) -> Tensor:
+        """Return embeddings (N, d), l2-normalised: which images are alike, by their cosine.
+
+        With similarity "cosine" they are the l2-normalised features, as in the paper (D = d). With
+        "smoothed" they are those of `functional.embeddings.smoothed_embeddings`, read from
+        embeddings.npy if it was written.
+
+        Args:
+            train_index: images to fit the smoothed embeddings on; the others join them.
+        """
+        if self.similarity == "cosine":
+            return F.normalize(torch.from_numpy(np.array(self.features)))
+        if (self.path / EMBEDDINGS).is_file():
+            return as_tensor(self._array(EMBEDDINGS, np.dtype(np.float32), 2))
+        return smoothed_embeddings(
+            as_tensor(self.features), fit_index=_fit_index(train_index, self)
+        )
+
+    def write_embeddings(self, train_index: NDArray[np.int64], upstream: RunFolder | None) -> None:
+        """Write embeddings.npy, or remove it where similarity is "cosine".
+
+        A stage that hands its upstream's features on unchanged takes its embeddings too.
+        """
+        (self.path / EMBEDDINGS).unlink(missing_ok=True)
+        if self.similarity == "cosine":
+            return
+        source = self
+        if upstream is not None and _same_features(self, upstream):
+            source = upstream
+        embeddings = source.embeddings(train_index)
+        with atomic(self.path / EMBEDDINGS) as temporary, temporary.open("wb") as file:
+            np.save(file, embeddings.numpy())
 
     @property
     def probs(self) -> NDArray[np.float32]:
         """(N, K) cluster probabilities of the plain images, memory-mapped."""
-        return self._array("probs.npy")
+        return self._array("probs.npy", np.dtype(np.float32), 2)
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """What metrics.json holds.
+        """The content of metrics.json.
 
         Raises:
-            UsageError: the file is damaged.
+            UsageError: the file is missing or damaged, or later, a field that is read is missing.
         """
-        return self._json("metrics.json")
+        return Metrics(self.path / "metrics.json", self._json("metrics.json", METRICS))
 
     @contextmanager
     def lock(self) -> Iterator[int]:
-        """Hold the folder for one run at a time; a second waits. Gives a handle to pass on.
+        """Lock the folder for one run; a second run waits. Yield a handle for child processes.
 
-        The system opens the lock when the last process that has the handle ends, however it ends.
+        The system releases the lock when the last process with the handle ends, even if it is
+        killed.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         handle = os.open(self.path, os.O_RDONLY)
@@ -98,25 +167,32 @@ class RunFolder:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                logger.info("%s: another run works in it; waiting for its end", self.path)
+                logger.info("%s: another run uses this folder; waiting until it ends", self.path)
                 fcntl.flock(handle, fcntl.LOCK_EX)
             except OSError as error:
-                logger.warning("%s cannot be locked (%s); start one run in it", self.path, error)
+                logger.warning(
+                    "%s cannot be locked (%s); start one run at a time in it", self.path, error
+                )
             yield handle
         finally:
             os.close(handle)
 
     def clear_temporary(self) -> None:
-        """Remove what a killed run had begun to write; for the one who holds the lock."""
+        """Remove incomplete files of a run that was killed. Call it only with the lock."""
         for file in self.path.glob(".*.*"):
             if file.is_file():
                 file.unlink()
 
+    def forget(self) -> None:
+        """Remove the files that mark the run as finished or let it continue."""
+        for name in ("metrics.json", "metrics.csv", self.checkpoint.name):
+            (self.path / name).unlink(missing_ok=True)
+
     def check_space(self, num_bytes: int) -> None:
-        """Check that a run's files fit on the disk.
+        """Check that the disk has room for a run's files.
 
         Raises:
-            UsageError: they do not.
+            UsageError: it has not.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.path).free
@@ -128,50 +204,68 @@ class RunFolder:
 
     @property
     def names(self) -> dict[int, str]:
-        """What a person called clusters, from names.json; empty where nobody did."""
-        if not (self.path / "names.json").is_file():
+        """Names that the user gave to clusters, from names.json; empty without that file.
+
+        Raises:
+            UsageError: the file does not have this form.
+        """
+        file = self.path / "names.json"
+        if not file.is_file():
             return {}
-        found = self._json("names.json")
         try:
-            return {int(cluster): str(name) for cluster, name in found.items()}
+            found = parse_object(read_text(file))
+            for key, name in found.items():
+                if not (is_cluster(key) and is_text(name)):
+                    pair = reprlib.repr({key: name})
+                    raise ValueError(f"{pair} is not the number of a cluster and its name")
         except ValueError as error:
             raise UsageError(
-                f"{self.path / 'names.json'} names what is no cluster ({error}); its form is "
-                '{"0": "cats", "1": "dogs"}'
+                f"{file} does not name clusters ({error}); its form is "
+                '{"0": "cats", "1": "dogs"}, correct it or delete it'
             ) from error
+        return {int(key): name for key, name in found.items()}
 
     def moved(self, num_images: int) -> NDArray[np.bool_]:
-        """(N,) images that a person put into their cluster; none in a run without edits."""
-        file = self.path / "moved.npy"
-        return np.load(file) if file.is_file() else np.zeros(num_images, dtype=np.bool_)
+        """Return a mask (N,) of the images that the user moved; all false in a run without edits.
+
+        Raises:
+            UsageError: moved.npy is damaged, has changed, or has another length.
+        """
+        file = self.checked("moved.npy")
+        if not file.is_file():
+            return np.zeros(num_images, dtype=np.bool_)
+        mask = np.array(self._array(file.name, np.dtype(np.bool_), 1))
+        if len(mask) != num_images:
+            raise _damaged(file, ValueError(f"{len(mask)} values for {num_images} images"))
+        return mask
 
     def create(self, name: str, shape: tuple[int, ...]) -> None:
-        """Make an empty float32 array on disk for the ranks to fill; `publish` makes it whole."""
+        """Create a float32 array on disk for the ranks to fill; `publish` gives it its name."""
         self.path.mkdir(parents=True, exist_ok=True)
         array = np.lib.format.open_memmap(
             self._part(name), mode="w+", dtype=np.float32, shape=shape
         )
         size = self._part(name).stat().st_size
         del array
-        # Writing to a map of a full disk kills the process; asking for the space first says so.
+        # Writing to a memory map on a full disk kills the process; allocating first raises OSError.
         with self._part(name).open("r+b") as file:
             os.posix_fallocate(file.fileno(), 0, size)
 
     def write_rows(self, name: str, index: NDArray[np.int64], rows: NDArray[np.float32]) -> None:
-        """Fill rows of an array that `create` made."""
+        """Fill rows of an array that was made by `create`."""
         array = np.lib.format.open_memmap(self._part(name), mode="r+")
         array[index] = rows
         array.flush()
 
     def publish(self, name: str) -> None:
-        """Give a filled array its name."""
+        """Give an array its name after all rows are filled."""
         with self._part(name).open("rb") as file:
             os.fsync(file.fileno())
         os.replace(self._part(name), self.path / name)
         sync_folder(self.path)
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        """Write a JSON file, readable for people."""
+        """Write an indented JSON file."""
         with atomic(self.path / name) as temporary:
             temporary.write_text(json.dumps(content, indent=2, default=float) + "\n")
 
@@ -187,8 +281,8 @@ class RunFolder:
         """Load weights that `write_weights` wrote.
 
         Raises:
-            UsageError: the weights belong to another architecture; lists every key that differs;
-                or the file is damaged.
+            UsageError: the file is missing, damaged or has changed; or the weights belong to
+                another architecture, with a list of every key that differs.
         """
         load_strictly(module, self.read_weights(name), str(self.path / name))
 
@@ -196,9 +290,9 @@ class RunFolder:
         """Read weights that `write_weights` wrote.
 
         Raises:
-            UsageError: the file is missing or damaged.
+            UsageError: the file is missing, damaged or has changed.
         """
-        file = self.path / name
+        file = self.checked(name)
         if not file.is_file():
             raise UsageError(f"{file} is missing; run its stage again with overwrite=true")
         try:
@@ -206,80 +300,82 @@ class RunFolder:
         except (SafetensorError, OSError, ValueError, KeyError) as error:
             raise _damaged(file, error) from error
 
-    def write_clusters(
-        self,
-        keys: Sequence[str],
-        clusters: NDArray[np.int64],
-        confidence: NDArray[np.float32],
-        agreement: NDArray[np.float32],
-        reliable: NDArray[np.bool_],
-    ) -> None:
-        """Write clusters.csv: one line an image, in the order of the data set."""
-        with (
-            atomic(self.path / "clusters.csv") as temporary,
-            # A path may hold bytes that are no UTF-8; they come out as they are on disk.
-            temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
-        ):
-            writer = csv.writer(file)
-            writer.writerow(["image", "cluster", "confidence", "agreement", "reliable"])
-            for row in zip(keys, clusters, confidence, agreement, reliable, strict=True):
-                image, cluster, sure, agrees, kept = row
-                writer.writerow([image, int(cluster), f"{sure:.4f}", f"{agrees:.4f}", int(kept)])
+    def write_clusters(self, table: ClusterTable) -> None:
+        """Write clusters.csv."""
+        write_table(table, self.path / CLUSTERS)
 
     def read_clusters(self) -> ClusterTable:
-        """Read what `write_clusters` wrote; confidence and agreement hold four decimals."""
-        file = self.path / "clusters.csv"
+        """Read clusters.csv.
+
+        Rows must be in the order of the other arrays, so a sorted or edited table is refused.
+
+        Raises:
+            UsageError: the file is missing, damaged or has changed.
+        """
+        self.check_digests(CLUSTERS)
+        file = self.path / CLUSTERS
         if not file.is_file():
             raise UsageError(f"{file} is missing; run its stage again with overwrite=true")
         try:
-            with file.open(newline="", encoding="utf-8", errors="surrogateescape") as lines:
-                rows = list(csv.DictReader(lines))
-            return ClusterTable(
-                keys=[row["image"] for row in rows],
-                clusters=np.array([row["cluster"] for row in rows], dtype=np.int64),
-                confidence=np.array([row["confidence"] for row in rows], dtype=np.float32),
-                agreement=np.array([row["agreement"] for row in rows], dtype=np.float32),
-                reliable=np.array([row["reliable"] == "1" for row in rows], dtype=np.bool_),
-            )
+            table = read_table(file)
         except (ValueError, KeyError, TypeError, OverflowError, csv.Error) as error:
             raise _damaged(file, error) from error
+        # Runs made before 0.2 have no digest of their table.
+        without_digest = self.finished and CLUSTERS not in self._kept_digests()
+        if without_digest and not fits_probs(table, self.probs):
+            raise self._changed(CLUSTERS, "its rows do not fit those of probs.npy")
+        return table
 
-    def digests(self) -> dict[str, str]:
-        """Digest of each file that is handed on, 16 hexadecimal digits (BLAKE2b)."""
-        found = {}
-        for name in HANDED_ON:
-            if (self.path / name).is_file():
-                digest = hashlib.blake2b(digest_size=8)
-                with (self.path / name).open("rb") as file:
-                    while chunk := file.read(1 << 24):
-                        digest.update(chunk)
-                found[name] = digest.hexdigest()
-        return found
+    def digests(self, names: Sequence[str] = WITH_DIGEST) -> dict[str, str]:
+        """Return the BLAKE2b digests of the files that exist, 16 hexadecimal digits each."""
+        return {name: _digest(self.path / name) for name in names if (self.path / name).is_file()}
 
     def digest(self) -> str:
-        """Digest of all that is handed on, 16 hexadecimal digits."""
-        return hashlib.blake2b(repr(self.digests()).encode(), digest_size=8).hexdigest()
+        """Return the digest that identifies the run, 16 hexadecimal digits; see `identity`."""
+        return identity(self.digests(HANDED_ON))
 
-    def check_digests(self) -> None:
-        """Compare the files that are handed on with the digests in metrics.json.
+    def checked(self, name: str) -> Path:
+        """Return the path of a file after comparing it with its digest in metrics.json.
+
+        Each file is compared once per `RunFolder` object, since it can be large.
+
+        Raises:
+            UsageError: the file is missing or not what the stage wrote.
+        """
+        if name not in self._compared:
+            self.check_digests(name)
+        return self.path / name
+
+    def check_digests(self, *names: str) -> None:
+        """Compare files with their digests in metrics.json; by default those of `HANDED_ON`.
+
+        Files without a digest pass: those of a run that is not finished, and some of older runs.
 
         Raises:
             UsageError: a file is missing or not what the stage wrote.
         """
-        kept = self.metrics.get("digests")
-        if not isinstance(kept, dict):  # made before digests were kept
-            return
-        found = self.digests()
-        for name in kept:
-            if kept[name] != found.get(name):
-                what = "has changed since it was written" if name in found else "is missing"
-                raise UsageError(
-                    f"{self.path / name} {what} (digest {found.get(name)}, {kept[name]} in "
-                    "metrics.json); make its stage anew with overwrite=true"
-                )
+        kept = self._kept_digests()
+        for name in names or HANDED_ON:
+            if name not in kept:
+                continue
+            found = self.digests([name]).get(name)
+            if found != kept[name]:
+                raise self._changed(name, f"digest {found}, {kept[name]} in metrics.json")
+            self._compared.add(name)
+
+    def _kept_digests(self) -> dict[str, str]:
+        return dict(self.metrics.get("digests", {})) if self.finished else {}
+
+    def _changed(self, name: str, difference: str) -> UsageError:
+        file = self.path / name
+        changed = f"has changed since it was written ({difference})"
+        return UsageError(
+            f"{file} {changed if file.is_file() else 'is missing'}; put the original back and keep "
+            f"a sorted or edited copy under another name, or {_written_again(self.path)}"
+        )
 
     def stamp(self, fingerprint: str, num_images: int, upstream: RunFolder | None) -> None:
-        """Write which data set and which upstream run the artifacts are made from."""
+        """Write dataset.json: the data set and the upstream run behind the artifacts."""
         self.write_json(
             "dataset.json",
             {
@@ -290,7 +386,7 @@ class RunFolder:
         )
 
     def check_dataset(self, fingerprint: str, num_images: int) -> None:
-        """Compare the stamp with the present data set.
+        """Compare dataset.json with the data set of this job.
 
         Raises:
             UsageError: the artifacts were made from other images or another order.
@@ -300,65 +396,107 @@ class RunFolder:
             raise UsageError(
                 f"{self.path} was made from other images or another order of them "
                 f"(fingerprint {stamp['fingerprint']}, {stamp['num_images']} images; now "
-                f"{fingerprint}, {num_images} images); give the same data set, or make it anew "
-                "with overwrite=true or under another run=NAME"
+                f"{fingerprint}, {num_images} images); give the same data set, or run the stage "
+                "again with overwrite=true or under another run=NAME"
             )
+        held = self.metrics.get("num_images", num_images) if self.finished else num_images
+        if not stamp["num_images"] == held == num_images:
+            name = "metrics.json" if held != num_images else "dataset.json"
+            reason = ValueError(f"the number of images is not the data set's, {num_images}")
+            raise _damaged(self.path / name, reason)
 
     def check_upstream(self, upstream: RunFolder) -> None:
-        """Compare the stamp with the present upstream run.
+        """Compare dataset.json with the upstream run as it is now.
 
         Raises:
-            UsageError: the upstream was made anew since.
+            UsageError: the upstream run was run again since.
         """
         stamp = self._stamp()
         if stamp["upstream"] != upstream.metrics.get("digest"):
             raise UsageError(
-                f"{self.path} was made from another {upstream.path}, which was made anew since; "
-                "make it anew too with overwrite=true, or use another run=NAME"
+                f"{self.path} was made from an earlier {upstream.path}, which was run again since; "
+                "run this stage again too with overwrite=true, or use another run=NAME"
             )
 
-    def _array(self, name: str) -> NDArray[np.float32]:
-        file = self.path / name
+    def _array(self, name: str, dtype: np.dtype[Any], num_dimensions: int) -> NDArray[Any]:
+        file = self.checked(name)
         if not file.is_file():
             raise UsageError(f"{file} is missing; run its stage again with overwrite=true")
         try:
-            array: NDArray[np.float32] = np.load(file, mmap_mode="r", allow_pickle=False)
-            if array.dtype != np.float32 or array.ndim != 2:
-                raise ValueError(f"{array.dtype} of {array.ndim} dimensions, not float32 of 2")
-        # A damaged header can break numpy's reader in any way.
+            array: NDArray[Any] = np.load(file, mmap_mode="r", allow_pickle=False)
+            if array.dtype != dtype or array.ndim != num_dimensions:
+                raise ValueError(
+                    f"{array.dtype} of {array.ndim} dimensions, not {dtype} of {num_dimensions}"
+                )
+        # A damaged header can cause any exception in numpy's reader.
         except Exception as error:
             raise _damaged(file, error) from error
         return array
 
-    def _json(self, name: str) -> dict[str, Any]:
+    def _json(self, name: str, fields: Mapping[str, Kind]) -> dict[str, Any]:
         file = self.path / name
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-            if not isinstance(content, dict):
-                raise ValueError("it holds no names")
+            content = parse_object(read_text(file))
+            check_fields(content, fields)
         except FileNotFoundError:
-            raise UsageError(f"{file} is missing; make its stage anew") from None
-        except (ValueError, RecursionError) as error:
+            raise UsageError(f"{file} is missing; run its stage again") from None
+        except ValueError as error:
             raise _damaged(file, error) from error
         return content
 
     def _stamp(self) -> dict[str, Any]:
-        stamp = self._json("dataset.json")
-        if not {"fingerprint", "num_images", "upstream"} <= stamp.keys():
-            raise _damaged(self.path / "dataset.json", ValueError("it lacks its names"))
+        stamp = self._json("dataset.json", STAMP)
+        if absent := [name for name in STAMP if name not in stamp]:
+            raise _damaged(self.path / "dataset.json", ValueError(f"it lacks {absent[0]!r}"))
         return stamp
 
     def _part(self, name: str) -> Path:
         return self.path / f".{name}.part"
 
 
+def identity(digests: Mapping[str, str]) -> str:
+    """Return the digest that identifies a run: the digest of its digests of `HANDED_ON`."""
+    handed_on = {name: digests[name] for name in HANDED_ON if name in digests}
+    return hashlib.blake2b(repr(handed_on).encode(), digest_size=8).hexdigest()
+
+
+def _digest(file: Path) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    with file.open("rb") as opened:
+        while chunk := opened.read(1 << 24):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
 def _damaged(file: Path, error: Exception) -> UsageError:
     reason = str(error).partition("\n")[0]
-    return UsageError(f"{file} is damaged ({reason}); make its stage anew with overwrite=true")
+    way = _written_again(file.parent)
+    if file.name == "dataset.json":  # read before a stage resumes
+        way = "run its stage again with overwrite=true"
+    return UsageError(f"{file} is damaged ({reason}); {way}")
+
+
+def _written_again(folder: Path) -> str:
+    """Return the cheapest way to restore a file, for messages."""
+    return (
+        f"delete {folder / 'metrics.json'} and run its stage with resume=true: it writes its files "
+        "again, without training if last.ckpt is there"
+    )
+
+
+def _same_features(one: RunFolder, other: RunFolder) -> bool:
+    """Whether two runs have the same features, bit by bit."""
+    file = other.path / "features.npy"
+    return file.is_file() and np.array_equal(one.features, other.features)
+
+
+def _fit_index(train_index: NDArray[np.int64], folder: RunFolder) -> Tensor | None:
+    """Return the images to fit on, None for all of them."""
+    return None if len(train_index) == len(folder.features) else torch.from_numpy(train_index)
 
 
 def as_tensor(array: NDArray[np.float32]) -> Tensor:
-    """Read a memory-mapped array as a tensor without a copy; never write to it."""
+    """Return a memory-mapped array as a tensor without a copy; do not write to it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(array)

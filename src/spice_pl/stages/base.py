@@ -1,21 +1,23 @@
-"""What all stages share: how they meet data and upstream, what they predict, what they log.
+"""The base of all stages: data, upstream, prediction and logging.
 
 Shapes: B images, N images of the whole data set, D features, K clusters, S pixels a side.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from spice_pl.data.datamodule import Stream, Views
+from spice_pl.data.datamodule import Stream, Views, ViewsDataModule
 from spice_pl.data.images import ImageSet
+from spice_pl.errors import UsageError
 from spice_pl.functional.reliability import local_consistency
+from spice_pl.nn.heads import ClusterHead, LinearHead, head_of
 from spice_pl.runs.folder import RunFolder
 
 WATCHED_NEIGHBORS = 10  # of some 2,000 watched images, the image itself counted
@@ -23,28 +25,34 @@ WATCHED_NEIGHBORS = 10  # of some 2,000 watched images, the image itself counted
 
 @dataclass
 class Prediction:
-    """What a stage says of the plain view of some images.
+    """What a stage predicts from the plain view of some images.
 
     Attributes:
         index: (B,) positions in the data set.
         features: (B, D) raw features.
         probs: (B, K) cluster probabilities; None from a stage that has no clusters.
+        head_clusters: (H, B) clusters by each head of a stage that trains many, in validation;
+            else None.
     """
 
     index: Tensor
     features: Tensor
     probs: Tensor | None
+    head_clusters: Tensor | None = None
 
 
 class Stage(pl.LightningModule):
-    """A LightningModule that meets the data set and the upstream stage before it trains.
+    """A LightningModule that is prepared with the data set and the upstream stage.
 
-    A stage whose predictions carry probabilities logs `val/*` of the watched images. No method
-    receives a label: truth is a callback's business.
+    The job calls `check`, `prepare`, Lightning's fit and predict, then writes `weights`. A stage
+    whose predictions have probabilities logs `val/*` of the watched images. No method receives a
+    true label: only a callback reads them, to log `truth/*`.
     """
 
+    name = ""  # key of its settings, such as moco, for messages; the job may set another
     has_clusters = True
-    oracle = False  # whether true labels are trained on, which every result must say
+    oracle = False  # whether it trains on true labels, which every result must say
+    chosen_head: int | None = None  # of many, the one chosen without labels after the last epoch
     encoder: nn.Module
     _sizes: Tensor
     _seen: list[tuple[Tensor, Tensor]]
@@ -56,13 +64,19 @@ class Stage(pl.LightningModule):
 
     @property
     def resumable(self) -> bool:
-        """Whether the state between these two batches is all in a checkpoint."""
+        """Whether a checkpoint between these two batches would hold the whole state."""
         return True
 
     @property
     def feature_dim(self) -> int:
-        """D, the width of the encoder's features."""
-        return int(self.encoder.num_features)  # type: ignore[arg-type]
+        """D, the width of the features."""
+        return width_of(self.encoder)
+
+    @property
+    def datamodule(self) -> ViewsDataModule:
+        """Data module of the trainer."""
+        datamodule: ViewsDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
+        return datamodule
 
     def check(self, images: ImageSet, streams: Mapping[str, Stream]) -> None:
         """Check the settings against the data, before any stage starts.
@@ -77,7 +91,7 @@ class Stage(pl.LightningModule):
         """Load what the upstream stage made; complete the streams.
 
         Returns:
-            The streams to train on, completed with what only the data can tell.
+            The streams to train on, with the settings that depend on the data.
 
         Raises:
             UsageError: the upstream does not fit.
@@ -92,8 +106,16 @@ class Stage(pl.LightningModule):
         """Return features, and probabilities if there are any, of the plain view."""
         raise NotImplementedError
 
+    def labelled(self) -> tuple[Tensor, Tensor] | None:
+        """Return the images (n,) that have a label to train on, and these labels (n,).
+
+        None from a stage that trains on no labels. Labels are pseudo-labels, or true ones where
+        `oracle` is set.
+        """
+        return None
+
     def validation_step(self, batch: Views, batch_idx: int) -> Any:
-        """Watch confidence and cluster sizes; returns the prediction for callbacks."""
+        """Collect confidences and cluster sizes; return the prediction, for callbacks."""
         prediction = self.predict(batch)
         if prediction.probs is not None:
             probs = prediction.probs
@@ -105,12 +127,12 @@ class Stage(pl.LightningModule):
         return prediction
 
     def on_validation_epoch_start(self) -> None:
-        """Forget the cluster sizes of the last time."""
+        """Forget the images of the validation before."""
         self._seen = []
         self._sizes = torch.zeros((), dtype=torch.long, device=self.device)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the share of the largest and of the smallest cluster."""
+        """Log the shares of the largest and the smallest cluster, and the mean agreement."""
         if self._sizes.ndim:
             sizes = self.across_ranks(self._sizes[None]).sum(dim=0).float()  # (K,)
             shares = sizes / sizes.sum()
@@ -118,7 +140,7 @@ class Stage(pl.LightningModule):
             self.record("val/smallest_cluster_fraction", shares.min())
         if self._seen:
             features, clusters = (
-                self.across_ranks(torch.cat(parts))  # once: ranks may have unequal batches
+                self.across_ranks(torch.cat(parts))  # not by batch: ranks may have fewer batches
                 for parts in zip(*self._seen, strict=True)
             )
             neighbors = min(WATCHED_NEIGHBORS, len(clusters))
@@ -127,24 +149,24 @@ class Stage(pl.LightningModule):
             self._seen = []
 
     def predict_step(self, batch: Views, batch_idx: int) -> Prediction:
-        """Return the prediction of a batch; a callback writes it."""
+        """Return the prediction of a batch; `PredictionWriter` writes it."""
         return self.predict(batch)
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        """Log the epoch's means."""
+        """Return the callback that logs the means of an epoch."""
         return [EpochMeans()]
 
     def on_train_end(self) -> None:
-        """Give every rank rank 0's buffers: running BatchNorm statistics are local to ranks."""
+        """Copy the buffers of rank 0 to all ranks: each has its own BatchNorm statistics."""
         if self.trainer.world_size > 1:
             for buffer in self.buffers():
                 buffer.copy_(self.gathered(buffer)[0])
 
     def record(self, name: str, value: Tensor | float, weight: int = 1) -> None:
-        """Log the weighted mean of a value over an epoch's batches and over ranks.
+        """Log the weighted mean of a value over the batches of an epoch and over ranks.
 
-        While training, the sums are ours and not Lightning's: a checkpoint inside an epoch holds
-        them.
+        In training the sums are kept here and not by Lightning, so that a checkpoint inside an
+        epoch holds them.
         """
         if self.trainer.training:
             value = torch.as_tensor(value, dtype=torch.float32, device=self.device).detach()
@@ -153,6 +175,10 @@ class Stage(pl.LightningModule):
             self.epoch_sums[name] = sums if before is None else before.to(sums.device) + sums
             return
         self.log(name, value, on_step=False, on_epoch=True, batch_size=weight, sync_dist=True)
+
+    def epoch_means(self) -> dict[str, float]:
+        """Return the mean so far of each value recorded in this epoch, on this rank alone."""
+        return {name: float(total / weight) for name, (total, weight) in self.epoch_sums.items()}
 
     def across_ranks(self, rows: Tensor) -> Tensor:
         """Join the rows of all ranks in the order of the global batch, (b, ...) -> (B, ...).
@@ -170,23 +196,75 @@ class Stage(pl.LightningModule):
 
     def gathered(self, tensor: Tensor) -> Tensor:
         """Stack a tensor of one shape over the ranks, (...) -> (R, ...)."""
-        stacked = self.all_gather(tensor)
-        assert isinstance(stacked, Tensor)  # noqa: S101 - Lightning answers in kind
-        return stacked
+        return cast(Tensor, self.all_gather(tensor))
+
+
+def as_stage(module: pl.LightningModule) -> Stage:
+    """Return the module that Lightning passes to a callback, typed as a `Stage`.
+
+    Raises:
+        TypeError: the module is not a `Stage`, and lacks what the callbacks read.
+    """
+    if not isinstance(module, Stage):
+        raise TypeError(
+            f"{type(module).__name__} is not a {Stage.__module__}.Stage; derive it from that class"
+        )
+    return module
+
+
+def width_of(backbone: nn.Module) -> int:
+    """Return D, the width of a backbone's features."""
+    return int(backbone.num_features)  # type: ignore[arg-type]
+
+
+def load_clustering(
+    upstream: RunFolder, encoder: nn.Module, head: ClusterHead | LinearHead, way_out: str
+) -> ClusterHead | LinearHead:
+    """Load encoder and head of an upstream stage that clusters.
+
+    Args:
+        upstream: run of that stage.
+        encoder: network that gets the weights of the encoder.
+        head: head that gets the weights, if the upstream's is of the same kind.
+        way_out: end of the message where the upstream has no head.
+
+    Returns:
+        `head`, or a new head where the upstream's is of the other kind.
+
+    Raises:
+        UsageError: weights are missing or of another architecture.
+    """
+    upstream.load_weights("encoder.safetensors", encoder)
+    if not (upstream.path / "head.safetensors").is_file():
+        raise UsageError(f"{upstream.path} has no head.safetensors; {way_out}")
+    given = head_of(upstream.read_weights("head.safetensors"))
+    if type(given) is not type(head):
+        head = given
+    upstream.load_weights("head.safetensors", head)
+    return head
+
+
+def check_word(setting: str, word: str, words: Sequence[str]) -> None:
+    """Check that a setting is one of the words it may be.
+
+    Raises:
+        UsageError: `word` is none of `words`.
+    """
+    if word not in words:
+        raise UsageError(f"{setting} {word!r} is none of {', '.join(words)}")
 
 
 class EpochMeans(pl.callbacks.Checkpoint):
-    """Log what a stage recorded in an epoch; carry its sums over a stop inside the epoch.
+    """Log the means of what a stage recorded in an epoch; keep its sums in checkpoints.
 
-    Lightning calls checkpoint callbacks last: what the stage's own hook at the end of an epoch
-    records is logged too.
-
-    A checkpoint holds the sums of each rank, so that a resumed run adds in the same order.
+    Derived from Checkpoint because Lightning calls such callbacks last, after the stage's own
+    `on_train_epoch_end`, which may record too. A checkpoint holds the sums of each rank, so that a
+    resumed run adds in the same order.
     """
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log the means of all ranks and start anew."""
-        stage: Stage = pl_module  # type: ignore[assignment]
+        """Log the means over all ranks and clear the sums."""
+        stage = as_stage(pl_module)
         if not stage.epoch_sums:
             return
         sums = torch.stack(list(stage.epoch_sums.values()))  # (n, 2)
@@ -200,7 +278,7 @@ class EpochMeans(pl.callbacks.Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Write the sums of all ranks, (R, 2) each."""
-        stage: Stage = pl_module  # type: ignore[assignment]
+        stage = as_stage(pl_module)
         sums = {
             name: stage.gathered(each).reshape(-1, 2) for name, each in stage.epoch_sums.items()
         }
@@ -210,6 +288,6 @@ class EpochMeans(pl.callbacks.Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Take this rank's sums."""
-        stage: Stage = pl_module  # type: ignore[assignment]
+        stage = as_stage(pl_module)
         saved = checkpoint.get("epoch_sums", {})
         stage.epoch_sums = {name: each[trainer.global_rank] for name, each in saved.items()}

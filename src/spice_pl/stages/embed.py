@@ -1,4 +1,4 @@
-"""Stage 1 without training: the features of an encoder that somebody else has trained."""
+"""Stage 1 without training: the features of a pretrained encoder."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ logger = logging.getLogger(__name__)
 
 
 class EmbedModule(Stage):
-    """Embed every image once; stage 2 starts from what it leaves (`proto.upstream=embed`).
+    """Embed every image once, for a stage 2 with `proto.upstream=embed`.
 
     Args:
         backbone: (B, 3, S, S) -> (B, D), with `num_features`.
-        weights: local file for it, .safetensors or .pth; None keeps what the backbone came with.
-        partial: load what fits where a file does not fit whole.
+        weights: local file of its weights, .safetensors or .pth; None keeps those it was built
+            with.
+        partial: whether a file may fit in part; then only that part is loaded.
     """
 
     has_clusters = False
@@ -41,7 +42,7 @@ class EmbedModule(Stage):
 
     @cached_property
     def frozen(self) -> Frozen:
-        """The encoder as it is when first asked for, which is after `prepare`."""
+        """A fast copy of the encoder, made at its first use, which is after `prepare`."""
         return Frozen(self.encoder)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -50,9 +51,12 @@ class EmbedModule(Stage):
         return features
 
     def check(self, images: ImageSet, streams: Mapping[str, Stream]) -> None:
-        """Check that the file is there and that the network takes images of this size."""
+        """Check that the file exists and that the network takes images of this size."""
         if self.file is not None and not Path(self.file).expanduser().is_file():
-            raise UsageError(f"embed.module.weights={self.file} is no file")
+            raise UsageError(
+                f"embed.module.weights={self.file} is not a file; give a .safetensors or .pth "
+                "file, or null for the weights that the backbone was built with"
+            )
         pixels, width = images.images.shape[-1], self.feature_dim
         try:
             with torch.no_grad():
@@ -60,12 +64,12 @@ class EmbedModule(Stage):
         except (RuntimeError, AssertionError) as error:
             raise UsageError(
                 f"the backbone does not take images of {pixels} pixels "
-                f"({str(error).splitlines()[0]}); set dataset.image_size to what it was made for"
+                f"({str(error).splitlines()[0]}); set dataset.image_size to the size that it takes"
             ) from error
         if shape != (1, width):
             raise UsageError(
-                f"the backbone gives {shape} for one image and says num_features {width}; it must "
-                "give (1, num_features): timm's do with num_classes=0"
+                f"the backbone gives {shape} for one image and its num_features is {width}; it "
+                "must give (1, num_features), as networks of timm do with num_classes=0"
             )
 
     def prepare(
@@ -73,13 +77,13 @@ class EmbedModule(Stage):
     ) -> Mapping[str, Stream]:
         """Load the weights."""
         if self.file is None:
-            logger.info("no embed.module.weights: the backbone keeps those it came with")
+            logger.info("no embed.module.weights: the backbone keeps those it was built with")
         else:
             logger.info(load_backbone_weights(self.encoder, self.file, partial=self.partial))
         return streams
 
     def weights(self) -> Mapping[str, nn.Module]:
-        """Return the encoder, which is what stage 2 reads."""
+        """Return the encoder, which stage 2 reads."""
         return {"encoder": self.encoder}
 
     def predict(self, batch: Views) -> Prediction:

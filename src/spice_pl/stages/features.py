@@ -1,4 +1,4 @@
-"""What every stage that learns features without clusters shares: how it is fitted and watched.
+"""The base of stages that learn features without clusters: training by SGD, and validation.
 
 Shapes: B images, W watched images, D features, K clusters, S pixels a side.
 """
@@ -28,31 +28,30 @@ from spice_pl.stages.base import Prediction, Stage
 
 logger = logging.getLogger(__name__)
 
-COLLAPSED = 0.1  # of an even spread
-NUM_NEIGHBORS = 20  # of the watched images
-NUM_STEM_IMAGES = 2000  # that a stem is fitted to
+COLLAPSED = 0.1  # share of an even spread below which embeddings count as collapsed
+NUM_NEIGHBORS = 20  # neighbours of a watched image among the watched images, itself counted
+NUM_STEM_IMAGES = 2000  # images that a stem is fitted to
 
 
 class FeatureStage(Stage):
-    """Stage 1, whatever its loss: an encoder with a projection, trained by SGD.
+    """An encoder with a projection, trained by SGD: stage 1 with any loss.
 
     Args:
         backbone: (B, 3, S, S) -> (B, D), with `num_features`.
         projection: (B, D) -> (B, P), dropped when training ends.
-        num_clusters: K, for watching; None watches nothing.
-        sizes: pixels a side that views are scaled to, each for an equal share of the epochs; None
-            leaves them as they are.
-        lr: of SGD; falls to 0 by a cosine per epoch.
-        warmup_epochs: epochs in which lr rises evenly before.
-        sgd_momentum: of SGD.
-        weight_decay: of SGD, on all parameters.
+        num_clusters: K of the k-means that validation logs; None logs none.
+        sizes: sides in pixels that views are scaled to in turn, each for an equal share of the
+            epochs; None leaves views as they are.
+        lr: learning rate of SGD after the warm-up; falls to 0 by a cosine per epoch.
+        warmup_epochs: epochs at the start in which the learning rate rises evenly.
+        sgd_momentum: momentum of SGD.
+        weight_decay: weight decay of SGD, on all parameters.
 
     Raises:
-        UsageError: `sizes` is empty or holds one below 8 pixels.
+        UsageError: `sizes` is empty or holds a side below 8 pixels.
     """
 
     has_clusters = False
-    name: str  # of the stage, for messages
 
     def __init__(
         self,
@@ -78,27 +77,27 @@ class FeatureStage(Stage):
         self.sgd_momentum, self.weight_decay = sgd_momentum, weight_decay
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return raw features (B, D) of the trained encoder, without projection."""
+        """Return raw features (B, D) of the trained encoder, without the projection."""
         features: Tensor = self.encoder(images)
         return features
 
     def validation_step(self, batch: Views, batch_idx: int) -> Any:
-        """Keep the features of the watched images; returns them for callbacks."""
+        """Keep the features of the watched images; return the prediction, for callbacks."""
         prediction = self.predict(batch)
         self._watched.append(prediction.features)
         return prediction
 
     def on_validation_epoch_start(self) -> None:
-        """Forget the features of the last time."""
+        """Forget the features of the validation before."""
         self._watched: list[Tensor] = []
 
     def on_validation_epoch_end(self) -> None:
-        """Log how far two k-means agree, and how far neighbours share a cluster; no label read."""
+        """Log how far two k-means agree, and how far neighbours share a cluster, without labels."""
         features = self.across_ranks(torch.cat(self._watched)).cpu()  # (W, D)
         if self.num_clusters is None or len(features) <= max(self.num_clusters, NUM_NEIGHBORS):
             return
         if not bool(features.isfinite().all()):
-            return  # the loss is not a number either, and the guard against that says so
+            return  # the loss is not finite either, and `NanGuard` stops the run
         embeddings = F.normalize(features)
         first, second = (
             torch.from_numpy(kmeans_clusters(embeddings.numpy(), self.num_clusters, seed))
@@ -110,7 +109,7 @@ class FeatureStage(Stage):
         )
 
     def configure_optimizers(self) -> Any:
-        """SGD with a cosine per epoch, after a warm-up if there is one."""
+        """Return SGD, and its cosine per epoch after the warm-up."""
         optimizer = torch.optim.SGD(
             [*self.encoder.parameters(), *self.projection.parameters()],
             lr=self.lr,
@@ -124,19 +123,19 @@ class FeatureStage(Stage):
         }
 
     def on_train_epoch_end(self) -> None:
-        """Say so when all images have come to the same place."""
-        if self._spread < COLLAPSED * self._evenly:
+        """Warn if the embeddings of all images are nearly the same."""
+        if self._spread < COLLAPSED * self._even_spread:
             logger.warning(
-                "the embeddings have collapsed, their deviation is %.4f where %.4f is even; lower "
-                "the lr or raise the temperature of this stage",
+                "the embeddings have collapsed: their standard deviation is %.4f, and %.4f when "
+                "spread evenly; lower the lr or raise the temperature of this stage",
                 self._spread,
-                self._evenly,
+                self._even_spread,
             )
 
     def prepare(
         self, images: ImageSet, upstream: RunFolder | None, streams: Mapping[str, Stream]
     ) -> Mapping[str, Stream]:
-        """Fit a stem that depends on the images; return the streams. Stage 1 has no upstream."""
+        """Fit the stem to some of the images, if the encoder has one that must be fitted."""
         self.check(images, streams)
         fit_stem = getattr(self.encoder, "fit_stem", None)
         if fit_stem is not None:
@@ -149,7 +148,7 @@ class FeatureStage(Stage):
         return streams
 
     def weights(self) -> Mapping[str, nn.Module]:
-        """Return the trained encoder, which is what stage 2 reads."""
+        """Return the trained encoder, which stage 2 reads."""
         return {"encoder": self.encoder}
 
     def predict(self, batch: Views) -> Prediction:
@@ -167,11 +166,10 @@ class FeatureStage(Stage):
         return first, second
 
     def record_step(self, loss: Tensor, query: Tensor, key: Tensor) -> None:
-        """Log loss and geometry of a step's embeddings (B, P)."""
+        """Log the loss of a step, and the geometry of its embeddings (B, P)."""
         query, key = query.detach(), key.detach()
-        spread = query.std(dim=0).mean()
-        # 0 when collapsed, 1/sqrt(P) when spread evenly
-        self._spread, self._evenly = float(spread), 1 / math.sqrt(query.shape[1])
+        spread = query.std(dim=0).mean()  # 0 when collapsed
+        self._spread, self._even_spread = float(spread), 1 / math.sqrt(query.shape[1])
         self.record("train/loss", loss)
         self.record("train/embedding_std", spread)
         self.record("train/alignment", alignment(query, key))

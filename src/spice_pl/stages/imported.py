@@ -1,4 +1,4 @@
-"""A published checkpoint as one of our stages: its features, and its clusters if it has any."""
+"""A stage that reads a published checkpoint: its features, and its clusters if it has any."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ logger = logging.getLogger(__name__)
 
 
 class ImportModule(Stage):
-    """Predict every image with a checkpoint's own network; trains nothing.
+    """Predict every image with the network of a checkpoint, without training.
 
-    Stage 1 leaves encoder and features, as `stage=moco` does; stages 2 and 3 leave head,
-    probabilities, clusters and reliable images besides, as `stage=proto` and `stage=fixmatch` do.
+    A checkpoint of stage 1 gives encoder and features, as `stage=moco` does. One of stage 2 or 3
+    also gives head, probabilities, clusters and reliable images, as `stage=proto` and
+    `stage=fixmatch` do.
 
     Args:
-        path: of the checkpoint.
-        num_clusters: K of the data set; must be the checkpoint's.
+        path: file of the checkpoint.
+        num_clusters: K of the data set, which must be that of the checkpoint.
         pixels: side of the images.
-        stem: where the file cannot tell: conv3, conv3_pool or conv7.
-        partial: load what fits where the file does not fit whole.
+        stem: conv3, conv3_pool or conv7, where the file cannot tell.
+        partial: whether the file may fit in part; then only that part is loaded.
 
     Raises:
         UsageError: the file cannot be read, does not fit, or has another number of clusters.
@@ -46,7 +47,7 @@ class ImportModule(Stage):
     ) -> None:
         super().__init__()
         if path is None:
-            raise UsageError("stage=import reads a checkpoint; give path=FILE")
+            raise UsageError("stage=import reads a checkpoint and path is null; give path=FILE")
         model = read_reference(path, pixels, stem=stem, partial=partial)
         found = model.num_clusters
         if found is not None and found != num_clusters:
@@ -67,9 +68,9 @@ class ImportModule(Stage):
     def prepare(
         self, images: ImageSet, upstream: RunFolder | None, streams: Mapping[str, Stream]
     ) -> Mapping[str, Stream]:
-        """Say what was read, and how the stages after this one read it."""
+        """Log what was read, and the settings with which later stages continue from it."""
         logger.info(self.summary)
-        logger.info("to go on from it: backbone=checkpoint backbone.path=%s", self.path)
+        logger.info("to continue from it: backbone=checkpoint backbone.path=%s", self.path)
         return streams
 
     def weights(self) -> Mapping[str, nn.Module]:

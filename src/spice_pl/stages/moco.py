@@ -2,7 +2,7 @@
 
 Niu et al. 2022 (SPICE), Section III-A; He et al. 2020 (MoCo); Chen et al. 2020 (MoCo v2).
 
-Shapes: B images, D features, Q queue, P projection.
+Shapes: B images of a batch, b of them on this rank, D features, Q queue, P projection.
 """
 
 from __future__ import annotations
@@ -21,28 +21,29 @@ from spice_pl.functional.contrastive import info_nce
 from spice_pl.functional.momentum import ema_update_
 from spice_pl.nn.queue import Queue
 from spice_pl.runs.folder import RunFolder
+from spice_pl.stages.base import width_of
 from spice_pl.stages.features import FeatureStage
 
 
 class MoCoModule(FeatureStage):
-    """Contrast two views of an image against a queue of earlier keys.
+    """Contrast two views of each image with a queue of earlier keys.
 
     Args:
         backbone: (B, 3, S, S) -> (B, D), with `num_features`.
         projection_dim: P, width of queries and keys.
         queue_size: Q, number of negatives.
         temperature: tau in Eq. 1.
-        momentum: m of the key branch.
-        symmetric: whether each view is query and key in turn (Chen et al. 2021, MoCo v3); a step
-            costs twice as much.
-        bn_groups: parts of the global batch that BatchNorm normalises by themselves, queries and
-            shuffled keys alike, as that many processes would; at least the number of processes.
+        momentum: m, share of the key branch that stays at each step.
+        symmetric: whether each view is query and key in turn (Chen et al. 2021, MoCo v3), which
+            doubles the cost of a step.
+        bn_groups: number of parts of the global batch that BatchNorm normalises separately, queries
+            and shuffled keys alike; with several processes there is at least one part per process.
         num_clusters: as in `FeatureStage`.
         sizes: as in `FeatureStage`.
-        lr: of SGD at the start; falls to 0 by a cosine per epoch.
+        lr: as in `FeatureStage`.
         warmup_epochs: as in `FeatureStage`.
-        sgd_momentum: of SGD.
-        weight_decay: of SGD, on all parameters.
+        sgd_momentum: as in `FeatureStage`.
+        weight_decay: as in `FeatureStage`.
     """
 
     name = "moco"
@@ -65,8 +66,10 @@ class MoCoModule(FeatureStage):
         weight_decay: float = 1e-4,
     ) -> None:
         if temperature <= 0:
-            raise UsageError(f"moco.module.temperature {temperature} is not positive; MoCo v2: 0.2")
-        width = int(backbone.num_features)  # type: ignore[arg-type]
+            raise UsageError(
+                f"moco.module.temperature {temperature} is not positive; MoCo v2 uses 0.2"
+            )
+        width = width_of(backbone)
         super().__init__(
             backbone,
             nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, projection_dim)),
@@ -84,7 +87,7 @@ class MoCoModule(FeatureStage):
         self.symmetric, self.bn_groups = symmetric, bn_groups
 
     def training_step(self, batch: Views, batch_idx: int) -> Tensor:
-        """Return the loss of one batch; move the key branch and the queue."""
+        """Return the loss of a batch; update the key branch and the queue."""
         one, other = self.pair(batch)
         ema_update_(self.key_encoder, self.encoder, self.momentum)
         ema_update_(self.key_projection, self.projection, self.momentum)
@@ -107,7 +110,7 @@ class MoCoModule(FeatureStage):
         if queue_size > num_train:
             raise UsageError(
                 f"moco.module.queue_size {queue_size} exceeds the {num_train} training images, so "
-                "an image would meet older keys of itself as negatives; lower it to at most "
+                "older keys of an image would be negatives of itself; lower it to at most "
                 f"{num_train}"
             )
         for stream in streams.values():
@@ -134,12 +137,12 @@ class MoCoModule(FeatureStage):
 
     @torch.no_grad()
     def _keys(self, images: Tensor) -> Tensor:
-        """Keys (B, P); BatchNorm sees them in another grouping than the queries (shuffle-BN)."""
+        """Return keys (b, P); BatchNorm groups them differently from the queries (shuffle-BN)."""
         world_size, rank = self.trainer.world_size, self.trainer.global_rank
         if max(world_size, self.bn_groups) == 1:
             return self._in_groups(self.key_encoder, self.key_projection, images)
         everyone = self.across_ranks(images)
-        # The same order on every rank; it only has to mix groups.
+        # The same order on every rank; any order that mixes the groups will do.
         generator = torch.Generator().manual_seed(self.global_step)
         order = torch.randperm(len(everyone), generator=generator).to(images.device)
         mine = everyone[order[rank::world_size]]
@@ -147,7 +150,7 @@ class MoCoModule(FeatureStage):
         return shuffled[order.argsort()[rank::world_size]]
 
     def _in_groups(self, encoder: nn.Module, projection: nn.Module, images: Tensor) -> Tensor:
-        """Embeddings (B, P); group g of G is rows g, g + G, ... as rank g of G ranks holds them."""
+        """Return embeddings (b, P); group g of G is rows g, g + G, ... as on rank g of G ranks."""
         groups = max(1, self.bn_groups // self.trainer.world_size)
         parts = [projection(encoder(images[group::groups])) for group in range(groups)]
-        return F.normalize(torch.stack(parts, dim=1).flatten(0, 1).float())  # (B/G, G, P) -> (B, P)
+        return F.normalize(torch.stack(parts, dim=1).flatten(0, 1).float())  # (b/G, G, P) -> (b, P)

@@ -13,46 +13,38 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from spice_pl.data.datamodule import Stream, Views
 from spice_pl.data.images import ImageSet
 from spice_pl.data.keyed import keyed_generator
 from spice_pl.errors import UsageError
-from spice_pl.functional.losses import (
-    double_softmax_cross_entropy,
-    double_softmax_cross_entropy_per_head,
-    double_softmax_floor,
-    mean_prediction_entropy,
-    mutual_information,
-    tempered_cross_entropy_per_head,
-)
+from spice_pl.functional.losses import double_softmax_floor, mean_prediction_entropy
 from spice_pl.functional.prototypes import prototype_pseudo_labels, prototype_shares
 from spice_pl.nn.heads import ParallelHeads
+from spice_pl.runs.evidence import check_features
 from spice_pl.runs.folder import RunFolder, as_tensor
-from spice_pl.stages.base import Prediction, Stage
+from spice_pl.stages.base import Prediction, Stage, width_of
+from spice_pl.stages.proto_choice import score_heads
+from spice_pl.stages.proto_settings import check_settings, head_losses, initial_shares
 from spice_pl.stages.proto_views import BankedViews, FrozenViews, MovingEncoder
 
 logger = logging.getLogger(__name__)
 
-BN_MODES = ("frozen", "reference")
-JOINT = ("none", "single_head", "multi_head")
-SELECTION = ("loss", "mutual_information")
-PRIORS = ("uniform", "estimated")
-SHARES_RATE = 0.1  # of the moving average of estimated shares, a cycle
-HeadLosses = Callable[[Tensor, Tensor], Tensor]  # logits (H, B, K), label (B,) or (H, B) -> (H,)
+SHARES_RATE = 0.1  # weight of a cycle in the moving average of estimated shares
 
 
 class ProtoHeadModule(Stage):
-    """Train H heads at once in an expectation-maximisation loop; keep one, chosen without labels.
+    """Train H heads at once by expectation-maximisation; keep one, chosen without labels.
 
-    The encoder is frozen: no gradient, BatchNorm in eval mode. So every view passes it once, and
-    all heads and repeats read the same features. Ranks share the encoder's work; the heads, which
-    are small, take the same steps on every rank. The E-step reads the stream's view `weak`, the
-    M-step `strong`; what these names show is the stream's business (Table VIII).
+    The encoder is frozen: it gets no gradient and its BatchNorm is in eval mode. So every view
+    passes it once, and all heads and repeats read the same features. Ranks share the work of the
+    encoder; the heads are small and take the same steps on every rank. The E-step reads the view
+    `weak`, the M-step `strong`; conf/stage/proto.yaml decides which augmentation each name means
+    (Table VIII).
 
     Args:
         backbone: (B, 3, S, S) -> (B, D), with `num_features`.
@@ -60,36 +52,35 @@ class ProtoHeadModule(Stage):
         num_heads: H.
         first_head: number of the first head; `num_heads=1 first_head=3` trains head 3 alone.
         hidden_dim: width of a head's hidden layer; None means D.
-        lr: of Adam, constant.
-        buffer_size: M, images of an E-step; at most the data set.
+        lr: learning rate of Adam, constant.
+        buffer_size: M, images of an E-step; at most all training images.
         repeats: passes over the labelled slots in an M-step.
-        head_batch_size: B, slots of a step for every head.
-        confident_ratio: share of M/K whose mean is the prototype.
-        select_ratio: share of M/K that gets the label.
+        head_batch_size: B, slots of an optimizer step, for every head.
+        confident_ratio: share of M/K images whose mean embedding is the prototype.
+        select_ratio: share of M/K images that get the label of a cluster, in (0, 1].
         overlap: whether an image may carry several labels (Table VII).
-        loss: "double_softmax" (Eq. 5), "ce" or "tce", what the M-step minimises (Table VII). Head
-            and epoch are chosen by `selection` whatever it is.
-        temperature: of "tce".
+        loss: loss of the M-step: "double_softmax" (Eq. 5), "ce" or "tce" (Table VII). The choice of
+            head and epoch does not depend on it.
+        temperature: temperature of "tce".
         entropy: weight of the entropy of a batch's mean prediction, which is maximised (Table VII).
         bn_mode: "frozen", or "reference" for BatchNorm in train mode as in the authors' code.
         joint: "none"; "single_head" and "multi_head" train the encoder too (Table VII), at `lr`.
-        view_bank: n weak and n strong views an image, embedded once; None makes them anew each
-            cycle.
-        selection: what chooses head and epoch: "loss", the lowest Eq. 5 on all training images
+        view_bank: number n of weak and of strong views per image that are embedded once; None makes
+            new views in each cycle.
+        selection: criterion for head and epoch on all training images: "loss", the lowest Eq. 5
             (the paper), or "mutual_information", the highest between images and clusters, which
             favours even clusters.
-        prior: "uniform", as the paper: clusters of equal size; K shares, which all heads follow; or
-            "estimated", a moving average of each head's `prototype_shares`. Ours.
-        seed: of the run; head h starts from 1000 · seed + h, so that runs share no head.
+        prior: shares of the clusters: "uniform", equal as in the paper; K numbers, which all heads
+            follow; or "estimated", a moving average of each head's `prototype_shares`. Ours.
+        seed: seed of the run; head h starts from 1000 · seed + h, so that runs share no head.
     """
 
-    best_cost: Tensor  # what `selection` minimises: the loss, or minus the information
-    best_loss: Tensor  # of the head that is kept
-    best_head: Tensor
-    best_epoch: Tensor
-    shares: Tensor | None
-    epoch_head = 0  # the one chosen after this epoch
-    warned = False  # of empty clusters, once a run
+    best_cost: Tensor  # of the kept head: its loss, or minus its information, by `selection`
+    best_loss: Tensor  # of the kept head
+    best_head: Tensor  # number of the kept head
+    best_epoch: Tensor  # epoch of the kept head
+    shares: Tensor | None  # (H, K)
+    warned = False  # whether the run has warned of empty clusters
 
     def __init__(
         self,
@@ -117,25 +108,20 @@ class ProtoHeadModule(Stage):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if not 0 < select_ratio <= 1:  # above 1 the slots of Eq. 4 outnumber the images
-            raise UsageError(f"proto.module.select_ratio {select_ratio} is not in (0, 1]")
-        losses = _losses(temperature)
-        _check_word("loss", loss, tuple(losses))
-        _check_word("bn_mode", bn_mode, BN_MODES)
-        _check_word("joint", joint, JOINT)
-        _check_word("selection", selection, SELECTION)
+        check_settings(
+            loss=loss,
+            bn_mode=bn_mode,
+            joint=joint,
+            selection=selection,
+            select_ratio=select_ratio,
+            entropy=entropy,
+            view_bank=view_bank,
+        )
         moves = joint != "none" or bn_mode == "reference"
-        if view_bank is not None and (view_bank < 1 or moves):
-            raise UsageError(
-                f"proto.module.view_bank {view_bank} needs 1 or more views of a frozen encoder; "
-                "use null for fresh views, or joint=none and bn_mode=frozen"
-            )
-        if entropy < 0:
-            raise UsageError(f"proto.module.entropy {entropy} would empty clusters; use 0 or more")
         if joint == "single_head":
             num_heads = 1
         self.automatic_optimization = False
-        width = int(backbone.num_features)  # type: ignore[arg-type]
+        width = width_of(backbone)
         self.encoder = backbone.requires_grad_(joint != "none")
         if moves:
             self.kept_encoder = copy.deepcopy(backbone).requires_grad_(False)
@@ -152,64 +138,69 @@ class ProtoHeadModule(Stage):
         self.select_ratio, self.view_bank = select_ratio, view_bank
         self.selection = selection
         self.joint, self.moves, self.entropy = joint != "none", moves, entropy
-        self.head_losses, self.has_floor = losses[loss], loss == "double_softmax"
-        self.pseudo_labels = partial(
-            prototype_pseudo_labels,
-            confident_ratio=confident_ratio,
-            select_ratio=select_ratio,
-            overlap=overlap,
+        self.head_losses = head_losses(loss, temperature)
+        self.has_floor = loss == "double_softmax"
+        settings: Any = {
+            "confident_ratio": confident_ratio,
+            "select_ratio": select_ratio,
+            "overlap": overlap,
+        }
+        self.prototype_pseudo_labels: Callable[..., tuple[Tensor, Tensor]] = partial(
+            prototype_pseudo_labels, **settings
         )
-        self.estimate = partial(
-            prototype_shares,
-            confident_ratio=confident_ratio,
-            select_ratio=select_ratio,
-            overlap=overlap,
-        )
-        shares = _shares(prior, num_clusters)
-        # (H, K), kept in checkpoints; None for equal shares, which need no memory.
+        self.prototype_shares: Callable[..., Tensor] = partial(prototype_shares, **settings)
+        shares = initial_shares(prior, num_clusters)
         self.register_buffer("shares", None if shares is None else shares.repeat(num_heads, 1))
         self.estimated = prior == "estimated"
-        self._views: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._cycle: list[tuple[Tensor, Tensor, Tensor]] = []
 
     @property
     def resumable(self) -> bool:
-        """Between two cycles: the embedded views of a buffer are in no checkpoint."""
-        return not self._views
+        """Whether a cycle has ended: checkpoints do not hold the views embedded so far."""
+        return not self._cycle
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the selected head's probabilities (B, K) of images (B, 3, S, S)."""
+        """Return the probabilities (B, K) of images (B, 3, S, S) by the kept head."""
         probs: Tensor = self.selected(self.weights()["encoder"](images).float())
         return probs
 
     def training_step(self, batch: Views, batch_idx: int) -> Tensor | None:
-        """Embed views; when the buffer is full take an E-step and an M-step (Algorithm 1)."""
-        self._views.append((batch.index, *self.branches.embed(batch)))
+        """Embed views; take an E-step and an M-step once the buffer is full (Algorithm 1)."""
+        self._cycle.append((batch.index, *self.view_features.embed(batch)))
         if (batch_idx + 1) % self.batches_per_cycle:
             return None
         index, weak, strong = (
-            self.across_buffer(list(part)) for part in zip(*self._views, strict=True)
+            self.across_buffer(list(part)) for part in zip(*self._cycle, strict=True)
         )
-        self._views.clear()
+        self._cycle.clear()
         with torch.no_grad():
             probs = self.heads(weak)  # (H, M, K)
-        # E-step, Eqs. 2-4: prototypes live in the embeddings of the untransformed images.
+        # E-step, Eqs. 2-4: prototypes are means of embeddings of the plain images.
         embeddings = self.embeddings[index]
         if self.estimated and self.shares is not None:
-            found = self.estimate(embeddings, probs, shares=self.shares)  # (H, K)
+            found = self.prototype_shares(embeddings, probs, shares=self.shares)  # (H, K)
             self.shares.lerp_(found.to(self.shares.dtype), SHARES_RATE)
-        slots, label = self.pseudo_labels(embeddings, probs, shares=self.shares)
+        slots, label = self.prototype_pseudo_labels(embeddings, probs, shares=self.shares)
         losses = self._maximise(strong, slots, label, batch_idx)  # (H,)
         if batch_idx + 1 == self.trainer.num_training_batches:
-            self._select()
+            self._choose()
         return losses.mean()
 
+    def validation_step(self, batch: Views, batch_idx: int) -> Any:
+        """Watch the kept head; add the clusters of all heads, if the kept encoder is theirs."""
+        prediction: Prediction = super().validation_step(batch, batch_idx)
+        if self.moves:
+            return prediction
+        clusters = self.heads(prediction.features).argmax(dim=-1)  # (H, B)
+        return replace(prediction, head_clusters=clusters)
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam at a constant rate; one optimizer for all heads, and for a `joint` encoder."""
+        """Return Adam at a constant rate for all heads, and for the encoder if it is trained."""
         trained = [*self.heads.parameters(), *(self.encoder.parameters() if self.joint else ())]
         return torch.optim.Adam(trained, lr=self.lr, fused=True)
 
     def check(self, images: ImageSet, streams: Mapping[str, Stream]) -> None:
-        """Check that the E-step buffer is large enough."""
+        """Check that the buffer of the E-step holds enough images."""
         num_train = len(images.train_index)
         size = min(self.buffer_size, num_train)
         per_cluster = size // self.num_clusters
@@ -234,14 +225,14 @@ class ProtoHeadModule(Stage):
             raise UsageError("stage=proto needs an upstream stage; set proto.upstream=moco")
         upstream.load_weights("encoder.safetensors", self.encoder)
         self.features = as_tensor(upstream.features)  # (N, D), memory-mapped
-        if not bool(self.features.isfinite().all()):
-            raise UsageError(f"{upstream.path}/features.npy holds NaN; make it anew")
+        check_features(upstream.features, len(images), f"{upstream.path}/features.npy")
         if bool((self.features == self.features[0]).all()):
             raise UsageError(
-                f"{upstream.path}/features.npy holds the same feature for every image, so nothing "
-                f"tells them apart; train stage={upstream.path.parent.name} anew with another seed "
-                "or a lower lr"
+                f"{upstream.path}/features.npy holds the same feature for every image, so they "
+                f"cannot be told apart; train stage={upstream.path.parent.name} again with another "
+                "seed or a lower lr"
             )
+        self.embeddings = upstream.embeddings(images.train_index)  # of the plain images, (N, d)
         num_train = len(images.train_index)
         size = min(self.buffer_size, num_train)
         self.check(images, streams)
@@ -250,9 +241,9 @@ class ProtoHeadModule(Stage):
         stream = streams["images"]
         self.batches_per_cycle = math.ceil(size / stream.batch_size)
         self.train_index = torch.from_numpy(images.train_index)
-        self.branches = self._branches(upstream)
+        self.view_features = self._make_view_features(upstream)
         complete = replace(
-            self.branches.stream(stream),
+            self.view_features.stream(stream),
             num_samples=num_train // size * size,
             group_size=size,
             drop_last=False,
@@ -260,43 +251,39 @@ class ProtoHeadModule(Stage):
         return {"images": complete}
 
     def weights(self) -> Mapping[str, nn.Module]:
-        """Return the selected head and its encoder: the frozen one, or a copy of that epoch's.
+        """Return the kept head and its encoder: the frozen one, or a copy from the same epoch.
 
-        On a frozen encoder all heads go with them, to judge the selected one by.
+        With a frozen encoder all heads are handed on too, so that the kept one can be judged.
         """
         if self.moves:
             return {"encoder": self.kept_encoder, "head": self.selected}
         return {"encoder": self.encoder, "head": self.selected, "heads": self.heads}
 
     def predict(self, batch: Views) -> Prediction:
-        """Return features, those stored if the encoder is frozen, and the kept head's probs."""
-        features = self.branches.predict(batch)
+        """Return features, stored ones if the encoder is frozen, and probs of the kept head."""
+        features = self.view_features.predict(batch)
         return Prediction(batch.index, features, self.selected(features))
 
-    def head_clusters(self, prediction: Prediction) -> Tensor | None:
-        """Return each head's clusters (H, B); none where the kept encoder is not theirs."""
-        return None if self.moves else self.heads(prediction.features).argmax(dim=-1)
-
     def on_fit_start(self) -> None:
-        """Put the embeddings of the untransformed images (N, D) where the heads are."""
-        self.embeddings = F.normalize(self.features.to(self.device))
-        self.branches.on_fit_start()
+        """Move the embeddings (N, d) of the plain images to the device of the heads."""
+        self.embeddings = self.embeddings.to(self.device)
+        self.view_features.on_fit_start()
         if self.has_floor:
             floor = double_softmax_floor(self.num_clusters)
             logger.info("the double-softmax loss cannot fall below %.3f nats", floor)
 
     def on_train_epoch_start(self) -> None:
-        """Set the encoder's mode anew: Lightning has just put every module in train mode."""
-        self.branches.on_epoch_start()
-        self._views.clear()
+        """Set the mode of the encoder again: Lightning has put every module in train mode."""
+        self.view_features.on_epoch_start()
+        self._cycle.clear()
 
     def on_train_end(self) -> None:
-        """End what the branches began."""
+        """Remove what the source of features left on disk."""
         super().on_train_end()
-        self.branches.on_train_end()
+        self.view_features.on_train_end()
 
     def across_buffer(self, parts: list[Tensor]) -> Tensor:
-        """Join a cycle's batches of all ranks in the order in which they were drawn."""
+        """Join the batches of a cycle from all ranks in the order in which they were drawn."""
         return torch.cat([self.across_ranks(part) for part in parts])
 
     def _maximise(self, strong: Tensor, slots: Tensor, label: Tensor, batch_idx: int) -> Tensor:
@@ -309,9 +296,9 @@ class ProtoHeadModule(Stage):
             for chosen in torch.split(order, self.head_batch_size):
                 if len(chosen) < self.head_batch_size:
                     break  # the incomplete last batch is dropped
-                logits = self.heads.logits(self.branches.read(strong, slots[:, chosen]))
+                logits = self.heads.logits(self.view_features.read(strong, slots[:, chosen]))
                 losses = self.head_losses(logits, label[..., chosen])  # (H, B, K) -> (H,), Eq. 5
-                loss = losses.sum()  # each head learns as if alone: Adam forgets a factor 1/H
+                loss = losses.sum()  # not the mean: each head learns as if it were the only one
                 if self.entropy:
                     spread = mean_prediction_entropy(logits.softmax(dim=-1))  # (H,)
                     loss = loss - self.entropy * spread.sum()
@@ -325,67 +312,59 @@ class ProtoHeadModule(Stage):
             self.record(f"train/loss_head_{head}", loss)
         return losses
 
-    @torch.no_grad()
-    def _select(self) -> None:
+    def _choose(self) -> None:
         """Keep head and epoch of the lowest loss on all training images (Section III-B, Remark).
 
         Or, with `selection="mutual_information"`, those of the highest information.
         """
-        train_index = self.train_index.to(self.device)
-        features = self.branches.plain(self.train_index)  # (N, D)
-        embeddings = self.embeddings[train_index]
-        losses, information, num_empty = [], [], []
-        for head in range(self.heads.num_heads):  # one at a time: (N, K) and not (H, N, K)
-            probs = self.heads.head(head)(features)
-            shares = None if self.shares is None else self.shares[head]
-            slots, label = self.pseudo_labels(embeddings, probs, shares=shares)
-            # Clusters count alike: a head must not win by clusters that it emptied.
-            balanced = shares is not None
-            losses.append(double_softmax_cross_entropy(probs[slots], label, balanced=balanced))
-            if self.selection == "mutual_information":
-                information.append(mutual_information(probs))
-                self.record(f"val/mutual_information_head_{head}", information[-1])
-            num_empty.append(self.num_clusters - len(probs.argmax(dim=1).unique()))
-        costs = -torch.stack(information) if information else torch.stack(losses)  # (H,)
-        cost, head_index = costs.min(dim=0)
-        self.epoch_head = int(head_index)
-        loss = losses[self.epoch_head]
-        self._warn_of_empty(num_empty[self.epoch_head])
+        scores = score_heads(
+            self.heads,
+            self.view_features.plain(self.train_index),
+            self.embeddings[self.train_index.to(self.device)],
+            self.prototype_pseudo_labels,
+            self.shares,
+        )
+        by_loss = self.selection == "loss"
+        cost, chosen = (scores.losses if by_loss else -scores.information).min(dim=0)
+        loss, num_empty = scores.losses[chosen], scores.num_empty[chosen]
+        self.chosen_head = int(chosen)
+        self._warn_of_empty(int(num_empty))
         self.record("val/selection_loss", loss)
-        empty = torch.tensor(float(num_empty[self.epoch_head]), device=self.device)
-        self.record("val/empty_clusters", empty)
-        for head, each in enumerate(losses):
-            self.record(f"val/selection_loss_head_{head}", each)
+        self.record("val/empty_clusters", num_empty)
+        for head in range(self.heads.num_heads):
+            self.record(f"val/selection_loss_head_{head}", scores.losses[head])
+            if not by_loss:
+                self.record(f"val/mutual_information_head_{head}", scores.information[head])
         if cost < self.best_cost:
             self.best_cost.copy_(cost)
             self.best_loss.copy_(loss)
-            self.best_head.copy_(head_index)
+            self.best_head.copy_(chosen)
             self.best_epoch.fill_(self.current_epoch)
-            self.selected.load_state_dict(self.heads.head(self.epoch_head).state_dict())
-            self.branches.keep()
+            self.selected.load_state_dict(self.heads.head(self.chosen_head).state_dict())
+            self.view_features.keep()
         self.record("val/best_selection_loss", self.best_loss)
 
     def _warn_of_empty(self, num_empty: int) -> None:
-        """Say once that most clusters are empty, and what fills them."""
+        """Warn once that most clusters are empty, and say what fills them."""
         if self.warned or 2 * num_empty <= self.num_clusters:
             return
         self.warned = True
-        # Appendix A: an unsure head gets 1/K of the gradient, an empty cluster hardly any.
+        # Appendix A: an unsure head gets 1/K of the gradient, and an empty cluster hardly any.
         way = (
             "proto.module.entropy=0.03 does, the term that the paper has for 200 clusters"
             if self.has_floor and not self.entropy
             else "lower dataset.num_clusters or proto.module.lr, or raise proto.module.buffer_size"
         )
         logger.warning(
-            "epoch %d leaves %d of %d clusters empty; if later ones do not fill them, %s",
+            "epoch %d leaves %d of %d clusters empty; if later epochs do not fill them, %s",
             self.current_epoch,
             num_empty,
             self.num_clusters,
             way,
         )
 
-    def _branches(self, upstream: RunFolder) -> FrozenViews:
-        """Choose where features of views come from."""
+    def _make_view_features(self, upstream: RunFolder) -> FrozenViews:
+        """Return the source of features that the settings ask for."""
         if self.moves:
             upstream.load_weights("encoder.safetensors", self.kept_encoder)
             return MovingEncoder(self, self.features, self.kept_encoder, joint=self.joint)
@@ -394,36 +373,3 @@ class ProtoHeadModule(Stage):
                 self, self.features, self.train_index, self.view_bank, self.seed, upstream
             )
         return FrozenViews(self, self.features)
-
-
-def _losses(temperature: float) -> dict[str, HeadLosses]:
-    """Losses of the M-step by their word, as `HeadLosses`."""
-
-    def double_softmax(logits: Tensor, label: Tensor) -> Tensor:
-        return double_softmax_cross_entropy_per_head(logits.softmax(dim=-1), label)
-
-    return {
-        "double_softmax": double_softmax,
-        "ce": tempered_cross_entropy_per_head,
-        "tce": partial(tempered_cross_entropy_per_head, temperature=temperature),
-    }
-
-
-def _shares(prior: str | Sequence[float], num_clusters: int) -> Tensor | None:
-    """Shares (K,) of the clusters that training starts with; None where they stay equal."""
-    if isinstance(prior, str):
-        _check_word("prior", prior, PRIORS)
-        return None if prior == "uniform" else torch.full((num_clusters,), 1 / num_clusters)
-    shares = torch.tensor(prior, dtype=torch.float32)  # (K,)
-    fits = shares.shape == (num_clusters,) and bool((shares >= 0).all())
-    if not fits or not 0 < float(shares.sum()) < math.inf:
-        raise UsageError(
-            f"proto.module.prior {list(prior)} must hold one share for each of {num_clusters} "
-            "clusters, none negative and not all 0; or give the word uniform or estimated"
-        )
-    return shares / shares.sum()
-
-
-def _check_word(name: str, word: str, words: tuple[str, ...]) -> None:
-    if word not in words:
-        raise UsageError(f"proto.module.{name} {word!r} is none of {', '.join(words)}")

@@ -1,8 +1,8 @@
-"""Where the heads of stage 2 get their features: the branches of SPICE, Fig. 3(b).
+"""Where the heads of stage 2 get their features: the three branches of SPICE, Fig. 3(b).
 
-The first branch, embeddings of plain images, is always that of stage 1. The other two, weak and
-strong views, pass an encoder that is frozen (`FrozenViews`, `BankedViews`) or moves
-(`MovingEncoder`).
+The first branch, embeddings of plain images, always uses the encoder of stage 1. The other two
+branches, weak and strong views, pass an encoder that is frozen (`FrozenViews`, `BankedViews`) or
+changes during stage 2 (`MovingEncoder`).
 
 Shapes: N images, n views of an image, b images of a batch, M images of a cycle, H heads, B slots of
 a step, D features.
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spice_pl.data.datamodule import Stream, Views, ViewsDataModule
+from spice_pl.data.datamodule import Stream, Views
 from spice_pl.data.keyed import keyed_uniform
 from spice_pl.errors import UsageError
 from spice_pl.nn.frozen import Frozen
@@ -30,73 +30,73 @@ from spice_pl.runs.folder import RunFolder, as_tensor
 from spice_pl.stages.base import Stage
 from spice_pl.system.progress import PAUSE, Bar
 
-VIEWS = ("weak", "strong")  # of the E-step, of the M-step
+VIEWS = ("weak", "strong")  # for the E-step, for the M-step
 
 
 class FrozenViews:
-    """Fresh views of a frozen encoder: no gradient, BatchNorm in eval mode.
+    """New views in each cycle by a frozen encoder: no gradient, BatchNorm in eval mode.
 
-    Every view passes the encoder once, in its cycle; all heads and repeats read the same features.
-    Plain features are those that stage 1 stored.
+    Every view passes the encoder once; all heads and repeats of its cycle read the same features.
+    Features of plain images are those that stage 1 stored.
 
     Args:
-        stage: with the encoder.
-        features: (N, D) of the plain images.
+        stage: stage whose encoder is used.
+        features: (N, D) features of the plain images.
     """
 
     def __init__(self, stage: Stage, features: Tensor) -> None:
         self.stage, self.features = stage, features
 
     def stream(self, stream: Stream) -> Stream:
-        """Return the stream with the views that training batches need."""
+        """Return the stream with the views that training batches need: all of them here."""
         return stream
 
     def on_fit_start(self) -> None:
-        """Make the copy of the encoder that views pass, once its weights are where they stay."""
+        """Copy the encoder for the views, now that its weights are on their device."""
         self.encode = Frozen(self.stage.encoder)
 
     def on_epoch_start(self) -> None:
-        """Keep the frozen encoder frozen: Lightning has just put every module in train mode."""
+        """Put the encoder in eval mode again: Lightning has put every module in train mode."""
         self.stage.encoder.eval()
 
     def embed(self, batch: Views) -> tuple[Tensor, Tensor]:
-        """Return features (b, D) of the weak views, and what `read` needs of the strong ones."""
+        """Return features (b, D) of the weak views, and what `read` needs for the strong views."""
         weak, strong = (self.encode(batch.views[name]).float() for name in VIEWS)
         return weak, strong
 
     def read(self, strong: Tensor, slots: Tensor) -> Tensor:
-        """Return the strong views' features (H, B, D) of slots (H, B)."""
-        return F.embedding(slots, strong)  # copies rows; `strong[slots]` is four times as slow
+        """Return features (H, B, D) of the strong views in slots (H, B)."""
+        return F.embedding(slots, strong)  # `strong[slots]` takes four times as long
 
     def plain(self, index: Tensor) -> Tensor:
-        """Return the plain images' features (b, D)."""
+        """Return features (b, D) of plain images."""
         return self.features[index].to(self.stage.device)
 
     def predict(self, batch: Views) -> Tensor:
-        """Return the plain images' features (b, D) that belong to the kept head."""
+        """Return features (b, D) of plain images by the encoder that belongs to the kept head."""
         return self.plain(batch.index.cpu())
 
     def keep(self) -> None:
-        """Remember the encoder of this moment beside the kept head."""
+        """Keep the present encoder with the kept head; a frozen one is the same all the time."""
 
     def on_train_end(self) -> None:
-        """Do what comes after the last epoch."""
+        """Remove what was stored for training."""
 
 
 class BankedViews(FrozenViews):
-    """A frozen encoder and n weak and n strong views of each training image, embedded once.
+    """n weak and n strong views of each training image, embedded once by a frozen encoder.
 
-    Each cycle draws one of the n by a keyed hash, so the encoder works n times for an image and
-    kind of view, whatever the number of epochs. Banks lie on disk in half precision, memory-mapped;
-    a run that goes on reuses its banks, and they are removed after the last epoch.
+    Each cycle draws one of the n by a keyed hash, so 2n views per image pass the encoder, whatever
+    the number of epochs. The banks are memory-mapped files in half precision, in the folder of the
+    run: a resumed run reuses them, and they are removed after the last epoch.
 
     Args:
-        stage: with the encoder; its trainer's `default_root_dir` is the run's folder.
-        features: (N, D) of the plain images.
-        train_index: images that training may see.
+        stage: stage whose encoder is used; `default_root_dir` of its trainer is the folder.
+        features: (N, D) features of the plain images.
+        train_index: positions of the training images.
         num_views: n, at least 1.
-        seed: of the run.
-        upstream: whose encoder and features these are.
+        seed: seed of the run.
+        upstream: run that encoder and features are from.
     """
 
     def __init__(
@@ -114,13 +114,13 @@ class BankedViews(FrozenViews):
         self.made_from |= {"shape": [num_views, *features.shape]}
 
     def stream(self, stream: Stream) -> Stream:
-        """Return a stream of positions only; its views are what the banks hold."""
+        """Return the stream without views: batches hold positions, and the banks hold the views."""
         self.made_from["views"] = {name: repr(stream.views[name]) for name in VIEWS}
         self.views = {name: stream.views[name] for name in VIEWS}
         return Stream({}, **{k: v for k, v in vars(stream).items() if k != "views"})
 
     def on_fit_start(self) -> None:
-        """Fill the banks, unless an earlier part of this run did."""
+        """Fill the banks, unless an earlier part of this run has filled them."""
         super().on_fit_start()
         trainer = self.stage.trainer
         self.folder = Path(trainer.default_root_dir) / "view_bank"
@@ -144,7 +144,7 @@ class BankedViews(FrozenViews):
         }
 
     def embed(self, batch: Views) -> tuple[Tensor, Tensor]:
-        """Draw one of the n embedded views of each image, (b, D) and (b, D)."""
+        """Return one weak and one strong view per image out of the n, (b, D) each."""
         index, epoch = batch.index.cpu(), self.stage.current_epoch
         weak, strong = (
             as_tensor(self.banks[name][self._drawn(key, epoch, index), index.numpy()])
@@ -153,7 +153,7 @@ class BankedViews(FrozenViews):
         return weak.to(self.stage.device).float(), strong.to(self.stage.device).float()
 
     def on_train_end(self) -> None:
-        """Remove the banks: nothing reads them any more."""
+        """Remove the banks."""
         self.banks.clear()
         self.stage.trainer.strategy.barrier("banks read")
         if self.stage.trainer.is_global_zero:
@@ -163,7 +163,7 @@ class BankedViews(FrozenViews):
             self.folder.rmdir()
 
     def _drawn(self, key: int, epoch: int, index: Tensor) -> NDArray[np.int64]:
-        """Which of the n views (b,) an image shows in an epoch."""
+        """Return the numbers (b,), 0 to n - 1, of the views that the images have in an epoch."""
         uniform = keyed_uniform(self.seed, epoch, index, key, 1)[:, 0]
         drawn: NDArray[np.int64] = (uniform * self.num_views).long().numpy()
         return drawn
@@ -176,7 +176,7 @@ class BankedViews(FrozenViews):
         enabled = trainer.is_global_zero
         with Bar("views, once", total, enabled=enabled, pause=PAUSE) as bar:
             for part, number in product(torch.split(mine, 256), range(self.num_views)):
-                batch = _datamodule(stage).make(part, stage.device, self.views, number)
+                batch = stage.datamodule.make(part, stage.device, self.views, number)
                 for name in VIEWS:
                     with _precision(stage):
                         features = self.encode(batch.views[name])  # (b, D)
@@ -197,17 +197,17 @@ class BankedViews(FrozenViews):
 
 
 class MovingEncoder(FrozenViews):
-    """An encoder that changes during stage 2: what SPICE warns of, and its authors' code does.
+    """An encoder that changes during stage 2; the paper freezes it, its authors' code does not.
 
-    BatchNorm is in train mode. Without `joint` no weight moves, only BatchNorm's statistics do, as
-    in the authors' code; with it the M-step trains the encoder too (Table VII, Joint). The encoder
-    that belongs to the kept head is kept with it.
+    BatchNorm is in train mode. Without `joint` its running statistics change and no weight does, as
+    in the authors' code; with `joint` the M-step trains the encoder too (Table VII, Joint). A copy
+    of the encoder is kept together with the kept head.
 
     Args:
-        stage: with the encoder.
-        features: (N, D) of the plain images by the encoder of stage 1.
-        kept: a copy of the encoder, for the result.
-        joint: whether the encoder's weights are trained.
+        stage: stage whose encoder is used.
+        features: (N, D) features of the plain images by the encoder of stage 1.
+        kept: copy of the encoder, which gets the weights that belong to the kept head.
+        joint: whether the weights of the encoder are trained.
     """
 
     def __init__(self, stage: Stage, features: Tensor, kept: nn.Module, *, joint: bool) -> None:
@@ -215,27 +215,27 @@ class MovingEncoder(FrozenViews):
         self.kept, self.joint = kept, joint
 
     def on_fit_start(self) -> None:
-        """Refuse several processes: each would have an encoder of its own."""
+        """Refuse several processes: the encoder of each would change differently."""
         if self.stage.trainer.world_size > 1:
             raise UsageError(
-                "an encoder that moves in stage 2 runs in one process; use trainer=auto, or "
+                "an encoder that changes in stage 2 runs in one process; use trainer=auto, or "
                 "proto.module.joint=none with proto.module.bn_mode=frozen"
             )
 
     def on_epoch_start(self) -> None:
-        """Put the encoder in train mode, the kept one in eval mode."""
+        """Put the encoder in train mode and the kept one in eval mode."""
         self.stage.encoder.train()
         self.kept.eval()
 
     @torch.no_grad()
     def embed(self, batch: Views) -> tuple[Tensor, Tensor]:
-        """Return weak features (b, D), and strong ones or, to be trained on, strong images."""
+        """Return features (b, D) of the weak views, and of the strong ones; images with `joint`."""
         weak, strong = (batch.views[name] for name in VIEWS)
         encode = self.stage.encoder
         return encode(weak).float(), strong if self.joint else encode(strong).float()
 
     def read(self, strong: Tensor, slots: Tensor) -> Tensor:
-        """Return features (H, B, D); `joint` encodes each image of a step once, with gradient."""
+        """Return features (H, B, D); `joint` encodes each image of the step once, with gradient."""
         if not self.joint:
             return super().read(strong, slots)
         images, place = torch.unique(slots, return_inverse=True)  # (u,), (H, B)
@@ -244,10 +244,10 @@ class MovingEncoder(FrozenViews):
 
     @torch.no_grad()
     def plain(self, index: Tensor) -> Tensor:
-        """Return the plain images' features (b, D) by the encoder as it is now, in eval mode."""
+        """Return features (b, D) of plain images by the present encoder, in eval mode."""
         self.stage.encoder.eval()
-        device, make = self.stage.device, _datamodule(self.stage).make
-        plain = {"plain": _datamodule(self.stage).plain}
+        device, make = self.stage.device, self.stage.datamodule.make
+        plain = {"plain": self.stage.datamodule.plain}
         features = [
             self.stage.encoder(make(part, device, plain).views["plain"]).float()
             for part in torch.split(index, 256)
@@ -256,20 +256,15 @@ class MovingEncoder(FrozenViews):
         return torch.cat(features)
 
     def predict(self, batch: Views) -> Tensor:
-        """Return the plain images' features (b, D) by the kept encoder."""
+        """Return features (b, D) of plain images by the kept encoder."""
         features: Tensor = self.kept(batch.views["plain"]).float()
         return features
 
     def keep(self) -> None:
-        """Copy the encoder."""
+        """Copy the present encoder."""
         self.kept.load_state_dict(self.stage.encoder.state_dict())
 
 
-def _datamodule(stage: Stage) -> ViewsDataModule:
-    datamodule: ViewsDataModule = stage.trainer.datamodule  # type: ignore[attr-defined]
-    return datamodule
-
-
 def _precision(stage: Stage) -> AbstractContextManager[Any]:
-    """The trainer's precision, which Lightning enters for steps only."""
+    """Return the context of the trainer's precision, which Lightning enters for steps alone."""
     return stage.trainer.strategy.precision_plugin.forward_context()

@@ -1,6 +1,6 @@
 """SCAN's clustering step: neighbours in the feature space of stage 1 share a cluster.
 
-Van Gansbeke et al. 2020 (SCAN), Section 2.2. A system that SPICE is compared with.
+Van Gansbeke et al. 2020 (SCAN), Section 2.2. SPICE is compared with it.
 
 Shapes: N images, n watched, B images of a batch, D features, K clusters.
 """
@@ -23,25 +23,25 @@ from spice_pl.functional.neighbors import nearest_neighbors
 from spice_pl.functional.scan import scan_loss
 from spice_pl.nn.heads import LinearHead
 from spice_pl.runs.evidence import check_features
-from spice_pl.runs.folder import RunFolder, as_tensor
+from spice_pl.runs.folder import RunFolder
 from spice_pl.stages.base import Prediction, Stage
 
-NUM_WATCHED_NEIGHBORS = 5  # of a watched image among the watched ones
+NUM_WATCHED_NEIGHBORS = 5  # neighbours of a watched image among the watched images
 
 
 class ScanModule(Stage):
-    """Train encoder and a linear head; keep the epoch of the lowest loss on watched images.
+    """Train encoder and a linear head; keep the epoch of the lowest loss on the watched images.
 
-    That choice reads no label: consistency of the plain views of neighbours, minus the entropy of
-    the mean prediction.
+    The choice of the epoch reads no label. Its loss is the consistency of the plain views of
+    neighbours, minus the entropy of the mean prediction.
 
     Args:
         backbone: (B, 3, S, S) -> (B, D), with `num_features`.
         num_clusters: K.
-        num_neighbors: nearest images that may accompany an image, besides itself.
-        entropy_weight: λ.
-        lr: of Adam, constant.
-        weight_decay: of Adam.
+        num_neighbors: nearest images from which the partner of an image is drawn, besides itself.
+        entropy_weight: λ, weight of the entropy.
+        lr: learning rate of Adam, constant.
+        weight_decay: weight decay of Adam.
     """
 
     best_loss: Tensor
@@ -58,7 +58,7 @@ class ScanModule(Stage):
     ) -> None:
         super().__init__()
         self.encoder = backbone
-        self.head = LinearHead(int(backbone.num_features), num_clusters)  # type: ignore[arg-type]
+        self.head = LinearHead(self.feature_dim, num_clusters)
         self.best_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
         self.best_head = copy.deepcopy(self.head).requires_grad_(False)
         self.register_buffer("best_loss", torch.tensor(math.inf))
@@ -67,12 +67,12 @@ class ScanModule(Stage):
         self._watched: list[tuple[Tensor, Tensor]] = []
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the kept epoch's probabilities (B, K)."""
+        """Return the probabilities (B, K) of the kept epoch."""
         probs: Tensor = self.best_head(self.best_encoder(images).float())
         return probs
 
     def training_step(self, batch: Views, batch_idx: int) -> Tensor:
-        """Return the loss of anchors and their neighbours, the two halves of a batch."""
+        """Return the loss of a batch, whose halves are anchors and their neighbours."""
         logits = self.head.logits(self.encoder(batch.views["strong"])).float()  # (2B, K)
         anchors, neighbors = logits.chunk(2)
         loss, consistency, entropy = scan_loss(anchors, neighbors, self.entropy_weight)
@@ -81,39 +81,39 @@ class ScanModule(Stage):
         return loss
 
     def validation_step(self, batch: Views, batch_idx: int) -> Any:
-        """Watch the present epoch's predictions."""
+        """Keep the predictions of the present epoch; return them, for callbacks."""
         prediction = super().validation_step(batch, batch_idx)
         self._watched.append((prediction.index, prediction.probs))
         return prediction
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam at a constant rate."""
+        """Return Adam at a constant rate."""
         trained = [*self.encoder.parameters(), *self.head.parameters()]
         return torch.optim.Adam(trained, lr=self.lr, weight_decay=self.weight_decay)
 
     def prepare(
         self, images: ImageSet, upstream: RunFolder | None, streams: Mapping[str, Stream]
     ) -> Mapping[str, Stream]:
-        """Load stage 1; find every training image's neighbours."""
+        """Load the encoder of stage 1; find the neighbours of each training image."""
         if upstream is None:
             raise UsageError("stage=scan needs an upstream stage; set scan.upstream=moco")
         upstream.load_weights("encoder.safetensors", self.encoder)
         check_features(upstream.features, len(images), f"{upstream.path}/features.npy")
-        self.features = as_tensor(upstream.features)  # (N, D), memory-mapped
+        self.embeddings = upstream.embeddings(images.train_index)  # (N, d)
         train_index = torch.from_numpy(images.train_index)
-        features = self.features[train_index]
+        embeddings = self.embeddings[train_index]  # (n, d)
         count = min(self.num_neighbors + 1, len(train_index))  # the image itself counted
-        _, nearest = nearest_neighbors(features, features, count)
+        _, nearest = nearest_neighbors(embeddings, embeddings, count)
         partners = torch.full((len(images), count), -1)
         partners[train_index] = train_index[nearest]
         return {"images": replace(streams["images"], partners=partners)}
 
     def weights(self) -> Mapping[str, nn.Module]:
-        """Return the kept epoch's encoder and head."""
+        """Return encoder and head of the kept epoch."""
         return {"encoder": self.best_encoder, "head": self.best_head}
 
     def predict(self, batch: Views) -> Prediction:
-        """Return the kept epoch's predictions; those of the present one while training."""
+        """Return predictions of the kept epoch; in validation those of the present epoch."""
         if self.trainer.predicting:
             encoder, head = self.best_encoder, self.best_head
         else:
@@ -122,19 +122,19 @@ class ScanModule(Stage):
         return Prediction(batch.index, features, head(features).float())
 
     def on_validation_epoch_start(self) -> None:
-        """Forget what was watched before."""
+        """Forget the predictions of the validation before."""
         super().on_validation_epoch_start()
         self._watched.clear()
 
     def on_validation_epoch_end(self) -> None:
-        """Keep this epoch if its loss on the watched images is the lowest so far."""
+        """Keep this epoch if it has the lowest loss on the watched images so far."""
         super().on_validation_epoch_end()
         index, probs = (
             self.across_ranks(torch.cat(list(part))) for part in zip(*self._watched, strict=True)
         )
-        features = self.features[index.cpu()].to(self.device)  # (n, D), of stage 1
+        embeddings = self.embeddings[index.cpu()].to(self.device)  # (n, d)
         count = min(NUM_WATCHED_NEIGHBORS + 1, len(index))
-        _, nearest = nearest_neighbors(features, features, count)
+        _, nearest = nearest_neighbors(embeddings, embeddings, count)
         logits = probs.clamp_min(torch.finfo(probs.dtype).tiny).log()  # (n, K)
         pairs = logits.repeat_interleave(count, dim=0), logits[nearest.flatten()]
         loss, _, _ = scan_loss(*pairs, entropy_weight=1.0)
@@ -149,7 +149,7 @@ class ScanModule(Stage):
         self.best_head.eval()
 
     def on_train_end(self) -> None:
-        """Without watched images, keep the last epoch."""
+        """Keep the last epoch if there was no validation."""
         super().on_train_end()
         if not bool(self.best_loss.isfinite()):
             self._keep(self.best_loss)

@@ -1,4 +1,4 @@
-"""SCAN's last step: the model learns its own confident labels.
+"""SCAN's self-labelling step: the model learns its own confident labels.
 
 Van Gansbeke et al. 2020 (SCAN), Section 2.3.
 
@@ -16,20 +16,20 @@ from spice_pl.data.datamodule import Stream, Views
 from spice_pl.data.images import ImageSet
 from spice_pl.errors import UsageError
 from spice_pl.functional.scan import self_label_loss
-from spice_pl.nn.heads import ClusterHead, LinearHead, head_of
+from spice_pl.nn.heads import ClusterHead, LinearHead
 from spice_pl.runs.folder import RunFolder
-from spice_pl.stages.base import Prediction, Stage
+from spice_pl.stages.base import Prediction, Stage, load_clustering, width_of
 
 
 class SelfLabelModule(Stage):
-    """Go on from encoder and head of any clustering, with its own labels.
+    """Train encoder and head of any clustering on its own confident labels.
 
     Args:
         backbone: (B, 3, S, S) -> (B, D), with `num_features`.
         num_clusters: K.
-        confidence: more than this of the plain view makes a label.
-        lr: of Adam, constant.
-        weight_decay: of Adam.
+        confidence: probability in the plain view above which its cluster becomes a label.
+        lr: learning rate of Adam, constant.
+        weight_decay: weight decay of Adam.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class SelfLabelModule(Stage):
     ) -> None:
         super().__init__()
         self.encoder = backbone
-        width = int(backbone.num_features)  # type: ignore[arg-type]
+        width = width_of(backbone)
         self.head: ClusterHead | LinearHead = LinearHead(width, num_clusters)
         self.confidence, self.lr, self.weight_decay = confidence, lr, weight_decay
 
@@ -53,7 +53,7 @@ class SelfLabelModule(Stage):
         return probs
 
     def training_step(self, batch: Views, batch_idx: int) -> Tensor:
-        """Return the loss of the strong views of images whose plain view is sure."""
+        """Return the loss of the strong views of images whose plain view is confident."""
         images = torch.cat([batch.views["plain"], batch.views["strong"]])  # (2B, 3, S, S)
         plain, strong = self.head.logits(self.encoder(images)).float().chunk(2)
         loss, mask = self_label_loss(strong, plain.detach().softmax(dim=1), self.confidence)
@@ -62,23 +62,17 @@ class SelfLabelModule(Stage):
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam at a constant rate."""
+        """Return Adam at a constant rate."""
         return torch.optim.Adam(self.parameters(), lr=self.lr, weight_decay=self.weight_decay)
 
     def prepare(
         self, images: ImageSet, upstream: RunFolder | None, streams: Mapping[str, Stream]
     ) -> Mapping[str, Stream]:
-        """Load encoder and head of the upstream, whichever kind the head is."""
+        """Load encoder and head of the upstream; the head may be of either kind."""
         if upstream is None:
             raise UsageError("stage=selflabel needs an upstream stage; set selflabel.upstream=scan")
-        if not (upstream.path / "head.safetensors").is_file():
-            raise UsageError(
-                f"{upstream.path} has no head.safetensors; set selflabel.upstream to a stage that "
-                "clusters (scan, proto, fixmatch)"
-            )
-        upstream.load_weights("encoder.safetensors", self.encoder)
-        self.head = head_of(upstream.read_weights("head.safetensors"))
-        upstream.load_weights("head.safetensors", self.head)
+        way_out = "set selflabel.upstream to a stage that clusters (scan, proto, fixmatch)"
+        self.head = load_clustering(upstream, self.encoder, self.head, way_out)
         return streams
 
     def weights(self) -> Mapping[str, nn.Module]:

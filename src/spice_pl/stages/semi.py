@@ -1,8 +1,9 @@
-"""One core for every method that learns from some labelled and all unlabelled images.
+"""Semi-supervised training: one module for every method, some images labelled, all images used.
 
-A method is a selector (who is labelled, `functional/selectors.py`), a threshold (whose guess is
-learnt, `nn/thresholds.py`) and extra losses (`LOSSES` below). Same for all: a weak and a strong
-view, one concatenated forward, an averaged model as result, FixMatch's cosine.
+A method is a selector (which images are labelled, `functional/selectors.py`), a threshold (which
+predictions on unlabelled images are trained on, `nn/thresholds.py`) and extra losses (`LOSSES` in
+`stages/semi_losses.py`). All methods share the rest: a weak and a strong view, one concatenated
+forward pass, the learning rate of FixMatch, and an averaged model as result.
 
 Shapes: N images, n of them for training, L labelled and U unlabelled images of a batch,
 D features, K clusters.
@@ -11,16 +12,12 @@ D features, K clusters.
 from __future__ import annotations
 
 import copy
-import logging
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -29,105 +26,51 @@ from spice_pl.data.images import ImageSet
 from spice_pl.data.keyed import keyed_generator
 from spice_pl.errors import UsageError
 from spice_pl.functional.assignment import count_table, match_clusters
-from spice_pl.functional.consistency import (
-    negative_cross_entropy,
-    self_adaptive_fairness,
-    weighted_cross_entropy,
-)
+from spice_pl.functional.consistency import weighted_cross_entropy
 from spice_pl.functional.kmeans import cosine_kmeans
 from spice_pl.functional.momentum import ema_update_
 from spice_pl.functional.selectors import OracleLabels
-from spice_pl.nn.heads import ClusterHead, LinearHead, head_of
+from spice_pl.nn.heads import ClusterHead, LinearHead
 from spice_pl.nn.thresholds import Threshold
-from spice_pl.runs.evidence import check_features, check_probs, read_array
-from spice_pl.runs.folder import RunFolder, as_tensor
-from spice_pl.stages.base import Prediction, Stage
-
-logger = logging.getLogger(__name__)
+from spice_pl.runs.folder import RunFolder
+from spice_pl.stages.base import Prediction, Stage, check_word, load_clustering, width_of
+from spice_pl.stages.semi_labels import LabelSource, Selector
+from spice_pl.stages.semi_losses import LOSSES, Unlabelled
 
 INIT = ("joint", "encoder", "scratch")
 
-Selector = Callable[..., Tensor]
-
-
-@dataclass
-class Step:
-    """What an extra loss sees of a batch's unlabelled images.
-
-    Attributes:
-        logits: (U, K) of the strong view, float32; all gradients flow through it.
-        probs: (U, K) of the weak view, without gradient.
-        label: (U,) the weak view's most probable cluster.
-        weight: (U,) what the threshold makes of it, 0 to 1.
-        kmeans_label: (U,) from k-means on the averaged model's features, -1 without.
-        threshold: for its statistics.
-    """
-
-    logits: Tensor
-    probs: Tensor
-    label: Tensor
-    weight: Tensor
-    kmeans_label: Tensor
-    threshold: Threshold
-
-
-def _kmeans_loss(step: Step) -> Tensor:
-    """L_kpl of ClusMatch: confident images learn their k-means label too."""
-    known = step.kmeans_label >= 0  # extra images have no k-means label
-    return weighted_cross_entropy(step.logits, step.kmeans_label, step.weight * known)
-
-
-def _negative_loss(step: Step) -> Tensor:
-    """L_npl of ClusMatch: no image is in the clusters that its weak view rules out."""
-    ruled_out = step.threshold.negatives(step.probs, step.kmeans_label)  # (U, K)
-    return negative_cross_entropy(step.logits, ruled_out)
-
-
-def _fairness_loss(step: Step) -> Tensor:
-    """L_saf of FreeMatch, over the images that have a label."""
-    shares = step.threshold.shares
-    return self_adaptive_fairness(
-        step.logits.softmax(dim=1), step.weight > 0, shares.mean_probs, shares.histogram
-    )
-
-
-LOSSES: Mapping[str, Callable[[Step], Tensor]] = {
-    "kmeans": _kmeans_loss,
-    "negative": _negative_loss,
-    "fairness": _fairness_loss,
-}
-
 
 class SemiSupervisedModule(Stage):
-    """Learn the labels of selected images, and to cluster all images alike under two views.
+    """Learn the labels of selected images, and the same cluster for both views of every image.
 
     The result is the exponential moving average of the weights at the last step.
 
     Args:
         backbone: (B, 3, S, S) -> (B, D), with `num_features`.
         num_clusters: K.
-        selector: `functional/selectors.py`; (embeddings (n, D), probs (n, K), num_clusters,
-            generator) -> labels (n,), -1 for an image that stays unlabelled.
+        selector: one of `functional/selectors.py`: (embeddings (n, D), probs (n, K), num_clusters,
+            generator) -> `SelectedLabels`.
         threshold: weight of the label that the weak view gives, and its statistics.
         losses: name in `LOSSES` to weight.
-        init: "joint" goes on from encoder and head of the upstream stage; "encoder" from its
-            encoder, with a new linear head; "scratch" trains a fresh encoder and linear head, only
+        init: "joint" starts from encoder and head of the upstream stage; "encoder" from its
+            encoder, with a new linear head; "scratch" trains a new encoder and linear head, so only
             the labels carry over.
         hidden_dim: width of the head's hidden layer with "joint"; None means D.
-        steps_per_epoch: optimizer steps between checkpoints.
+        steps_per_epoch: optimizer steps of an epoch.
         kmeans_steps: optimizer steps between refreshed k-means labels, for losses that read them.
         unlabeled_weight: weight of the consistency loss.
-        ema_decay: of the moving average.
-        lr: of SGD with Nesterov momentum at the start; lr·cos(7πt/16T) at step t of T.
-        encoder_lr: of the encoder, where it differs from the head's.
-        momentum: of SGD.
-        weight_decay: of SGD, none on one-dimensional parameters.
+        ema_decay: share of the averaged weights that stays at each step.
+        lr: learning rate of SGD with Nesterov momentum at the start; lr·cos(7πt/16T) at step t of
+            T.
+        encoder_lr: learning rate of the encoder, where it differs from the head's.
+        momentum: momentum of SGD.
+        weight_decay: weight decay of SGD; parameters of one dimension have none.
         features_file: features (N, D) from elsewhere to select on: .npy, .safetensors or .csv.
         probs_file: cluster probabilities (N, K) from elsewhere to select on, likewise.
-        name: of the stage, for messages.
-        seed: of draws.
+        seed: seed of the selector's draws and of k-means.
     """
 
+    name = "semi"
     kmeans_labels: Tensor
 
     def __init__(
@@ -150,49 +93,39 @@ class SemiSupervisedModule(Stage):
         weight_decay: float = 5e-4,
         features_file: str | None = None,
         probs_file: str | None = None,
-        name: str = "semi",
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if init not in INIT:
-            raise UsageError(f"{name}.module.init {init!r} is none of {INIT}")
-        self.losses = {key: weight for key, weight in (losses or {}).items() if weight}
-        if unknown := sorted(self.losses.keys() - LOSSES.keys()):
-            raise UsageError(f"{name}.module.losses {unknown} are none of {sorted(LOSSES)}")
-        if lacking := sorted(self.losses.keys() - threshold.supports - {"kmeans"}):
-            raise UsageError(
-                f"{name}.module.losses {lacking} need statistics that {type(threshold).__name__} "
-                "does not keep; drop these losses or take another threshold"
-            )
-        width = int(backbone.num_features)  # type: ignore[arg-type]
+        width = width_of(backbone)
         head: ClusterHead | LinearHead
         if init == "joint":
             head = ClusterHead(width, hidden_dim or width, num_clusters)
         else:
-            head = LinearHead(width, num_clusters)
-        if init == "encoder":
-            nn.init.xavier_uniform_(head.weight)  # type: ignore[arg-type]
-            nn.init.zeros_(head.bias)  # type: ignore[arg-type]
+            head = linear = LinearHead(width, num_clusters)
+            if init == "encoder":
+                nn.init.xavier_uniform_(linear.weight)
+                nn.init.zeros_(linear.bias)
         self.encoder, self.head = backbone, head
         self.ema_encoder = copy.deepcopy(backbone).requires_grad_(False)
         self.ema_head = copy.deepcopy(head).requires_grad_(False)
-        self.threshold, self.selector = threshold, selector
-        self.oracle = isinstance(selector, OracleLabels)
+        self.threshold = threshold
+        self.losses = {key: weight for key, weight in (losses or {}).items() if weight}
+        self.label_source = LabelSource(selector, num_clusters, features_file, probs_file, seed)
+        self.oracle = self.label_source.oracle
         self.init, self.steps_per_epoch, self.num_clusters = init, steps_per_epoch, num_clusters
         self.kmeans_steps = kmeans_steps
         self.unlabeled_weight, self.ema_decay = unlabeled_weight, ema_decay
         self.lr, self.encoder_lr = lr, encoder_lr
         self.momentum, self.weight_decay = momentum, weight_decay
-        self.features_file, self.probs_file = features_file, probs_file
-        self.name, self.seed = name, seed
+        self.seed = seed
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the averaged model's probabilities (B, K)."""
+        """Return the probabilities (B, K) of the averaged model."""
         probs: Tensor = self.ema_head(self.ema_encoder(images).float())
         return probs
 
     def training_step(self, batch: dict[str, Views], batch_idx: int) -> Tensor:
-        """Return the joint loss: one forward of all views together."""
+        """Return the joint loss of a batch; one forward pass takes all its views."""
         labelled, unlabelled = batch["labelled"], batch["unlabelled"]
         num_labelled, num_unlabelled = len(labelled.index), len(unlabelled.index)
         images = torch.cat(
@@ -204,28 +137,29 @@ class SemiSupervisedModule(Stage):
         )
         supervised = F.cross_entropy(on_labelled, self.pseudo_labels[labelled.index])
         probs = on_weak.detach().softmax(dim=1)  # (U, K)
-        if self.threshold.learns:  # from the batches of all ranks, before its use
+        if self.threshold.learns:  # from the batches of all ranks, before it is applied
             self.threshold.update(self.across_ranks(unlabelled.index), self.across_ranks(probs))
+        # Eq. 8: the label of the weak view, of weight 0 where it is not sure enough
         weight, label = self.threshold(probs), probs.max(dim=1).indices  # (U,) each
         consistency = weighted_cross_entropy(on_strong, label, weight)
-        loss = supervised + self.unlabeled_weight * consistency
+        loss = supervised + self.unlabeled_weight * consistency  # Eq. 9
         values = {
             "loss_labelled": supervised,
             "loss_unlabelled": consistency,
             "confident_fraction": weight.mean(),
         }
-        step = Step(
+        read = Unlabelled(
             on_strong, probs, label, weight, self._kmeans_label(unlabelled.index), self.threshold
         )
         for name, loss_weight in self.losses.items():
-            values[f"loss_{name}"] = LOSSES[name](step)
+            values[f"loss_{name}"] = LOSSES[name](read)
             loss = loss + loss_weight * values[f"loss_{name}"]
         for name, value in {"loss": loss, **values}.items():
             self.record(f"train/{name}", value)
         return loss
 
     def configure_optimizers(self) -> Any:
-        """SGD with Nesterov momentum and FixMatch's cosine per step."""
+        """Return SGD with Nesterov momentum, and FixMatch's cosine per step."""
         if self.encoder_lr is None:
             rates = [([*self.encoder.parameters(), *self.head.parameters()], self.lr)]
         else:
@@ -247,26 +181,34 @@ class SemiSupervisedModule(Stage):
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def check(self, images: ImageSet, streams: Mapping[str, Stream]) -> None:
+        """Check `init`, and that the losses exist and have the statistics that they read."""
+        check_word(f"{self.name}.module.init", self.init, INIT)
+        if unknown := sorted(self.losses.keys() - LOSSES.keys()):
+            raise UsageError(f"{self.name}.module.losses {unknown} are none of {sorted(LOSSES)}")
+        if lacking := sorted(self.losses.keys() - self.threshold.supports - {"kmeans"}):
+            raise UsageError(
+                f"{self.name}.module.losses {lacking} need statistics that "
+                f"{type(self.threshold).__name__} does not keep; drop these losses or take another "
+                "threshold"
+            )
+
     def prepare(
         self, images: ImageSet, upstream: RunFolder | None, streams: Mapping[str, Stream]
     ) -> Mapping[str, Stream]:
-        """Start from the upstream's weights as `init` says; select the labelled images."""
+        """Start from the weights of the upstream as `init` says; select the labelled images."""
+        self.check(images, streams)
         self._load(upstream)
         for average, model in ((self.ema_encoder, self.encoder), (self.ema_head, self.head)):
             average.load_state_dict(model.state_dict())
         self.train_index = torch.from_numpy(images.train_index)
-        label = self._select(images, upstream)  # (n,)
-        if upstream is not None:  # what a person put into a cluster goes before any selection
-            moved = torch.from_numpy(upstream.moved(len(images)))[self.train_index]
-            if moved.any():
-                by_hand = as_tensor(upstream.probs)[self.train_index[moved]].argmax(dim=1)
-                label[moved] = by_hand
+        label = self.label_source.labels(images, upstream, self.name)  # (n,)
         self.reliable_index = self.train_index[label >= 0]
         self.pseudo_labels = torch.full((len(images),), -1)  # (N,), -1 where unlabelled
         self.pseudo_labels[self.reliable_index] = label[label >= 0]
         drawn = len(images) + (0 if images.extra is None else len(images.extra))
         self.threshold.begin(drawn)
-        if "kmeans" in self.losses:  # a buffer: a resumed run goes on with the labels it had
+        if "kmeans" in self.losses:  # a buffer, so that a resumed run keeps its labels
             self.register_buffer("kmeans_labels", torch.full((drawn,), -1))
         return {
             name: replace(
@@ -286,19 +228,23 @@ class SemiSupervisedModule(Stage):
         features = self.ema_encoder(batch.views["plain"]).float()
         return Prediction(batch.index, features, self.ema_head(features).float())
 
+    def labelled(self) -> tuple[Tensor, Tensor]:
+        """Return the images (n,) that the selector labelled, and their labels (n,)."""
+        return self.reliable_index, self.pseudo_labels[self.reliable_index]
+
     def on_fit_start(self) -> None:
-        """Put the labels where the images will be."""
+        """Move the labels to the device of the images."""
         self.pseudo_labels = self.pseudo_labels.to(self.device)
 
     def on_train_epoch_start(self) -> None:
-        """Keep the averaged model in eval mode; log how many labels it learns from."""
+        """Keep the averaged model in eval mode; log the share of images that have a label."""
         self.ema_encoder.eval()
         self.ema_head.eval()
         fraction = len(self.reliable_index) / len(self.pseudo_labels)
         self.record("train/reliable_fraction", fraction)
 
     def on_train_batch_start(self, *_: Any) -> None:
-        """Refresh the k-means labels, if a loss reads them and it is time."""
+        """Refresh the k-means labels every `kmeans_steps`, if a loss reads them."""
         if "kmeans" in self.losses and self.global_step % self.kmeans_steps == 0:
             self._refresh_kmeans()
 
@@ -308,7 +254,7 @@ class SemiSupervisedModule(Stage):
         ema_update_(self.ema_head, self.head, self.ema_decay)
 
     def on_train_epoch_end(self) -> None:
-        """Log what the threshold asks for, cluster by cluster."""
+        """Log the confidence that the threshold asks of each cluster."""
         if self.threshold.learns:
             for cluster, level in enumerate(self.threshold.levels()):
                 self.record(f"train/threshold_{cluster}", level)
@@ -320,8 +266,8 @@ class SemiSupervisedModule(Stage):
 
     @torch.no_grad()
     def _refresh_kmeans(self) -> None:
-        """Cluster the averaged model's features; name clusters by the labelled images alone."""
-        batches = self.trainer.datamodule.plain_batches(self.train_index, self.device)  # type: ignore[attr-defined]
+        """Cluster the features of the averaged model; the labelled images alone name clusters."""
+        batches = self.datamodule.plain_batches(self.train_index, self.device)
         features = torch.cat([self.ema_encoder(batch.views["plain"]).float() for batch in batches])
         features = self.across_ranks(features)  # (n, D)
         clusters, _ = cosine_kmeans(
@@ -340,90 +286,15 @@ class SemiSupervisedModule(Stage):
             return
         if upstream is None:
             raise UsageError(
-                f"{self.name}.module.init={self.init} starts from an upstream's encoder and "
+                f"{self.name}.module.init={self.init} starts from the encoder of an upstream and "
                 f"{self.name}.upstream is null; name one or use {self.name}.module.init=scratch"
             )
-        upstream.load_weights("encoder.safetensors", self.encoder)
-        if self.init == "joint":
-            if not (upstream.path / "head.safetensors").is_file():
-                raise UsageError(
-                    f"{upstream.path} has no head.safetensors, which {self.name}.module.init=joint "
-                    f"goes on from; use {self.name}.module.init=encoder"
-                )
-            state = upstream.read_weights("head.safetensors")
-            if ("hidden.weight" in state) != isinstance(self.head, ClusterHead):
-                self.head = head_of(state)
-                self.ema_head = copy.deepcopy(self.head).requires_grad_(False)
-            upstream.load_weights("head.safetensors", self.head)
-
-    def _evidence(
-        self, images: ImageSet, upstream: RunFolder | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Read features (n, D) and probs (n, K) of the training images, from files or upstream."""
-        # Features of one clustering and probabilities of another would not agree.
-        files = {"features": self.features_file, "probs": self.probs_file}
-        from_upstream = {"features"} if self.features_file else {"features", "probs"}
-        found: dict[str, NDArray[np.float32] | None] = {"features": None, "probs": None}
-        where = {}
-        for what, file in files.items():
-            where[what] = file or f"{upstream and upstream.path}/{what}.npy"
-            if file is not None:
-                found[what] = read_array(file, images.keys, images.fingerprint)
-            elif upstream and what in from_upstream and Path(where[what]).is_file():
-                found[what] = getattr(upstream, what)
-        features, probs = found["features"], found["probs"]
-        if features is not None:
-            check_features(features, len(images), where["features"])
-        if probs is not None:
-            check_probs(probs, len(images), self.num_clusters, where["probs"])
-        if features is None and probs is None:
-            raise UsageError(
-                f"stage={self.name} has nothing to select labelled images on; set "
-                f"{self.name}.upstream=proto, or {self.name}.module.probs_file or "
-                f"{self.name}.module.features_file to a file"
-            )
-        index = torch.from_numpy(images.train_index)
-        return (
-            None if features is None else as_tensor(features)[index],
-            None if probs is None else as_tensor(probs)[index],
+        if self.init == "encoder":
+            upstream.load_weights("encoder.safetensors", self.encoder)
+            return
+        way_out = (
+            f"{self.name}.module.init=joint continues from a head; use "
+            f"{self.name}.module.init=encoder"
         )
-
-    def _select(self, images: ImageSet, upstream: RunFolder | None) -> Tensor:
-        """Return the labels (n,) of the selected training images, -1 of the others."""
-        generator = keyed_generator(self.seed)
-        if isinstance(self.selector, OracleLabels):
-            if images.labels is None:
-                raise UsageError(
-                    f"{images.name} has no true labels, which {self.name}.selector asks for; take "
-                    "a selector that needs none (reliable, centroid, variance, confident)"
-                )
-            logger.warning("ORACLE: %s trains on true labels; no unsupervised result", self.name)
-            truth = torch.from_numpy(images.labels)[self.train_index]
-            if int(truth.max()) >= self.num_clusters:
-                raise UsageError(
-                    f"true labels reach {int(truth.max())} and dataset.num_clusters is "
-                    f"{self.num_clusters}; give as many clusters as classes"
-                )
-            label = self._asked(self.selector, truth, generator)
-        else:
-            features, probs = self._evidence(images, upstream)
-            embeddings = None if features is None else F.normalize(features)
-            label = self._asked(self.selector, embeddings, probs, self.num_clusters, generator)
-        counts = torch.bincount(label[label >= 0], minlength=self.num_clusters)
-        found = f"{int(counts.sum())} of {len(label)} images are labelled, per cluster"
-        if not counts.any():
-            raise UsageError(
-                f"{found} {counts.tolist()}; there is nothing to learn from: loosen the settings "
-                f"of {self.name}.selector under selectors, or train the upstream longer"
-            )
-        logger.info("%s %s", found, counts.tolist())
-        if without := (counts == 0).nonzero()[:, 0].tolist():
-            logger.warning("clusters %s have no labelled image and start without one", without)
-        return label
-
-    def _asked(self, selector: Selector | OracleLabels, *evidence: Any) -> Tensor:
-        try:
-            label: Tensor = selector(*evidence)
-        except ValueError as error:
-            raise UsageError(f"{self.name}.selector: {error}") from error
-        return label
+        self.head = load_clustering(upstream, self.encoder, self.head, way_out)
+        self.ema_head = copy.deepcopy(self.head).requires_grad_(False)

@@ -1,13 +1,14 @@
-"""Stage 1 by contrast within the batch, for budgets in which a queue of keys stays stale.
+"""Stage 1 by contrast within the batch, for runs too short to renew MoCo's queue of keys.
 
-Chen et al. 2020 (SimCLR). Not SPICE's: its features take the place of MoCo's.
+Chen et al. 2020 (SimCLR). SPICE uses MoCo; these features replace those of MoCo.
 
-Shapes: B images, D features, P projection.
+Shapes: B images of a batch, b of them on this rank, D features, P projection.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -17,23 +18,24 @@ from spice_pl.data.datamodule import Stream, Views
 from spice_pl.data.images import ImageSet
 from spice_pl.errors import UsageError
 from spice_pl.functional.contrastive import nt_xent
+from spice_pl.stages.base import width_of
 from spice_pl.stages.features import FeatureStage
 
 
 class SimCLRModule(FeatureStage):
-    """Contrast two views of an image against the views of all other images of the batch.
+    """Contrast two views of each image with the views of all other images of the batch.
 
     Args:
         backbone: (B, 3, S, S) -> (B, D), with `num_features`.
         projection_dim: P.
-        hidden_dim: width of the projection's hidden layer, which has BatchNorm.
+        hidden_dim: width of the hidden layer of the projection, which has BatchNorm.
         temperature: tau in Eq. 1.
         num_clusters: as in `FeatureStage`.
         sizes: as in `FeatureStage`.
-        lr: of SGD after the warm-up; falls to 0 by a cosine per epoch.
+        lr: as in `FeatureStage`.
         warmup_epochs: as in `FeatureStage`.
-        sgd_momentum: of SGD.
-        weight_decay: of SGD, on all parameters.
+        sgd_momentum: as in `FeatureStage`.
+        weight_decay: as in `FeatureStage`.
     """
 
     name = "simclr"
@@ -53,8 +55,10 @@ class SimCLRModule(FeatureStage):
         weight_decay: float = 1e-4,
     ) -> None:
         if temperature <= 0:
-            raise UsageError(f"simclr.module.temperature {temperature} is not positive; ours: 0.2")
-        width = int(backbone.num_features)  # type: ignore[arg-type]
+            raise UsageError(
+                f"simclr.module.temperature {temperature} is not positive; our default is 0.2"
+            )
+        width = width_of(backbone)
         super().__init__(
             backbone,
             nn.Sequential(
@@ -73,11 +77,11 @@ class SimCLRModule(FeatureStage):
         self.temperature = temperature
 
     def training_step(self, batch: Views, batch_idx: int) -> Tensor:
-        """Return the loss of one batch; both views get a gradient."""
+        """Return the loss of a batch; both views get a gradient."""
         features = self.encoder(torch.cat(self.pair(batch)))  # (2b, D)
         query, key = F.normalize(self.projection(features).float()).chunk(2)  # (b, P) each
         everyone = (query, key)
-        if self.trainer.world_size > 1:  # every rank has the whole loss of all ranks' views
+        if self.trainer.world_size > 1:  # every rank computes the loss of the global batch
             everyone = (self._everyone(query), self._everyone(key))
         loss = nt_xent(*everyone, self.temperature)
         self.record_step(loss, query, key)
@@ -88,12 +92,10 @@ class SimCLRModule(FeatureStage):
         for stream in streams.values():
             if stream.batch_size < 2:
                 raise UsageError(
-                    f"simclr.streams.images.batch_size {stream.batch_size} leaves an image no "
-                    "other to be told from; give at least 2"
+                    f"simclr.streams.images.batch_size {stream.batch_size} leaves no negatives for "
+                    "an image; give at least 2"
                 )
 
     def _everyone(self, rows: Tensor) -> Tensor:
-        """Gather (b, P) to (B, P); the gradient goes back to the rank that the rows are from."""
-        gathered = self.all_gather(rows, sync_grads=True)  # (R, b, P)
-        assert isinstance(gathered, Tensor)  # noqa: S101 - Lightning answers in kind
-        return gathered.flatten(0, 1)
+        """Gather (b, P) to (B, P); the gradient flows back to the rank that the rows are from."""
+        return cast(Tensor, self.all_gather(rows, sync_grads=True)).flatten(0, 1)  # (R, b, P)

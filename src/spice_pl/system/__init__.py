@@ -1,1 +1,1 @@
-"""The machine: files, processes, signals, progress, versions."""
+"""What depends on the machine: files, processes, signals, progress, versions."""

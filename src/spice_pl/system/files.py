@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Write files atomically: complete or not at all."""
 
 import errno
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Give a temporary name beside `path`; what was written there becomes `path` when whole."""
+    """Yield a temporary path; on success the file written there replaces `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
@@ -27,7 +27,7 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Write a folder's names to the disk; without it a renamed file may not outlive a power cut."""
+    """Write a folder's entries to the disk; otherwise a power cut may undo a rename in it."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -36,5 +36,5 @@ def sync_folder(folder: Path) -> None:
 
 
 def is_disk_full(error: OSError) -> bool:
-    """Whether a file could not be written for want of space or by a quota."""
+    """Whether a file could not be written because the disk, a quota or a size limit is full."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -1,4 +1,4 @@
-"""A first SIGTERM, SIGINT or SIGUSR1 asks a run to save and stop; a second stops it at once."""
+"""Stop on signals: a first SIGTERM, SIGINT or SIGUSR1 saves and stops, a second stops at once."""
 
 from __future__ import annotations
 
@@ -7,24 +7,25 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-# Ctrl-C, what schedulers send before they kill, and SLURM's --signal=USR1@seconds.
+# Sent by schedulers before they kill, by Ctrl-C, and by SLURM's --signal=USR1@seconds.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-RESUME_CODE = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, start again with resume=true
+RESUME_CODE = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong; continue with resume=true
 
 
 class Stopped(SystemExit):
-    """The run was asked to stop and has kept what it had; exit code 75."""
+    """The run was asked to stop and has saved its state; exits with code 75."""
 
     def __init__(self) -> None:
         super().__init__(RESUME_CODE)
 
 
 class Interrupts:
-    """Catches the signals while it is open.
+    """Handles the signals inside its `with` block.
 
     Attributes:
-        asked: the signal that asked to stop, None before.
-        deferred: set while someone looks at `asked` and saves; else a signal stops at once.
+        asked: the signal that was received; None before.
+        deferred: set True by code that checks `asked` regularly, to save and then stop. While it is
+            False, a signal raises `Stopped` at once.
     """
 
     def __init__(self) -> None:
@@ -47,11 +48,11 @@ class Interrupts:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if self._raised and (error is None or isinstance(error, Exception)):
-            # It was raised in the middle of code that made another error of it, or lost it.
+            # Other code may swallow or re-wrap `Stopped`; raise it again on exit.
             raise Stopped from error
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked is not None:  # a second time: whoever asks will not wait
+        if self.asked is not None:  # the second signal: stop without saving
             raise SystemExit(128 + number)
         self.asked = signal.Signals(number)
         if not self.deferred:

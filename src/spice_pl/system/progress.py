@@ -1,4 +1,4 @@
-"""How far a job is and how long it will take: a bar on a terminal, lines elsewhere."""
+"""Show the progress of a job and the time left: a bar on a terminal, log lines elsewhere."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 logger = logging.getLogger(__name__)
 
-PAUSE = 10.0  # seconds between two lines about what rarely takes long
+PAUSE = 10.0  # seconds between two lines, for jobs that are usually short
 
 
 class Bar:
-    """A bar while it is entered; without a terminal `show` logs a line for every further tenth.
+    """A progress bar inside its `with` block; without a terminal, a log line per tenth of the job.
 
     Args:
-        name: of the job.
-        total: steps.
-        done: of these before this part of the job.
-        enabled: False shows nothing, for ranks but the first.
-        pause: seconds before a line and between two.
+        name: name of the job.
+        total: number of steps of the job.
+        done: steps done before, in an earlier part of a resumed job.
+        enabled: False shows nothing, as on all ranks but the first.
+        pause: least seconds before the first line and between lines.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class Bar:
         self.name, self.total, self.first, self.done = name, total, done, done
         self.enabled, self.pause = enabled, pause
         self.started = self._said = time.monotonic()
-        self._tenth = -1  # the first line comes with the first step, and with it the time left
+        self._tenth = -1  # so the first step logs a line too, with the time left
         self._bar: Progress | None = None
         if enabled and sys.stderr.isatty():
             self._bar = Progress(
@@ -58,18 +58,18 @@ class Bar:
         error: BaseException | None = None,
         trace: TracebackType | None = None,
     ) -> None:
-        """End the bar, so that what follows stands on a line of its own."""
+        """End the bar, so that the next output starts on its own line."""
         if self._bar is not None:
             self._bar.stop()
 
     def advance(self, count: int = 1) -> None:
-        """Move on by some steps."""
+        """Count steps as done."""
         self.done += count
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done)
 
     def show(self, values: str = "") -> None:
-        """Say how things are: beside the bar, or as a line if a further tenth is done."""
+        """Show `values` beside the bar, or log a line if a further tenth is done."""
         if self._bar is not None:
             self._bar.update(self._task, values=values)
             return

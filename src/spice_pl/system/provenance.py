@@ -1,4 +1,4 @@
-"""What decides the bits of a result besides its settings: versions, processor, commit."""
+"""Record what a result depends on besides its settings: versions, processor, commit."""
 
 import platform
 from importlib.metadata import version
@@ -11,12 +11,12 @@ PACKAGES = ("spice-pl", "torch", "torchvision", "pytorch-lightning", "hydra-core
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides the numbers."""
+    """Return the versions of Python and of the packages that influence results."""
     return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
 
 
 def machine() -> dict[str, Any]:
-    """What else decides the bits: processor, device, threads, and the commit of this code."""
+    """Return processor, GPU, threads, whether torch is deterministic, and this code's commit."""
     return {
         "processor": _processor(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -36,10 +36,10 @@ def _processor() -> str:
 
 
 def _commit(root: Path) -> str | None:
-    """Return the commit that is checked out in a folder, None where there is no repository."""
+    """Return the commit checked out in a folder; None if it is not a repository."""
     head = root / ".git"
     try:
-        if head.is_file():  # a worktree: the file names the folder
+        if head.is_file():  # in a worktree .git is a file that names the folder
             head = Path(head.read_text(encoding="utf-8").partition(":")[2].strip())
         text = (head / "HEAD").read_text(encoding="utf-8").strip()
         if not text.startswith("ref: "):

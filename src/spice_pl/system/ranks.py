@@ -1,8 +1,8 @@
-"""One process a device, started with the job's own resolved settings.
+"""Start one process (rank) per device, with the resolved settings of the job.
 
-Hydra's command line is read once, by the parent: a sweep therefore hands each trial's settings to
-all of its ranks, where a child that reads the command line again would draw its own.
-The parent does not train. It waits, and ends every rank as soon as one has failed.
+Only the parent reads Hydra's command line. In a sweep all ranks of a trial therefore get the same
+settings; a rank that read the command line again would draw settings of its own. The parent does
+not train. It waits for the ranks, and ends all of them when one fails.
 """
 
 from __future__ import annotations
@@ -21,42 +21,47 @@ from pathlib import Path
 from spice_pl.errors import UsageError
 from spice_pl.system.interrupts import RESUME_CODE, Interrupts, Stopped
 
-PARENT = "SPICE_PL_PARENT"  # process that launched the ranks
+PARENT = "SPICE_PL_PARENT"  # number of the process that launched the ranks
 
 
 def in_rank() -> bool:
-    """Whether this process is a rank already: ours, torchrun's or one of several tasks of srun."""
+    """Whether this process is a rank: started here, by torchrun, or by srun with several tasks."""
     return "LOCAL_RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) > 1
 
 
 def is_ours() -> bool:
-    """Whether `launch_ranks` started this rank; its parent has checked folders and holds locks."""
+    """Whether `launch_ranks` started this rank; then its parent checked folders and holds locks."""
     return PARENT in os.environ
 
 
+def rank() -> int:
+    """Return the number of this process among all ranks; 0 without ranks."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+
+
 def is_first_rank() -> bool:
-    """Whether this process writes what all ranks have made; true of a process without ranks."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
+    """Whether this process writes the results of all ranks; True where there are no ranks."""
+    return rank() == 0
 
 
 def launch_ranks(
     num_ranks: int, job: str, locks: Sequence[int] = (), grace_s: float = 10.0
 ) -> None:
-    """Run `python -m spice_pl.job.run FILE` once a rank and wait for all of them.
+    """Run `python -m spice_pl.job.rank FILE` once per rank and wait for all ranks.
 
-    A signal that asks this process to stop is passed on to the ranks, which save and end. Should
-    this process be killed, the ranks are asked to stop by the system.
+    A signal that asks this process to stop is passed on to the ranks, which save and end. If this
+    process is killed, the system sends them SIGTERM (`end_with_parent`).
 
     Args:
-        num_ranks: processes on this machine.
+        num_ranks: number of processes, all on this machine.
         job: YAML that every rank reads.
-        locks: open files that stay open as long as a rank lives.
-        grace_s: seconds that a rank has to end after another has failed.
+        locks: descriptors of lock files, which stay open until the last rank has ended.
+        grace_s: seconds that the other ranks get to end after one has failed.
 
     Raises:
-        UsageError: a rank stopped for a reason that a person can mend (exit code 2).
+        UsageError: a rank ended because of a mistake in the settings or data (exit code 2).
         Stopped: the ranks were asked to stop and have saved.
-        RuntimeError: a rank failed otherwise; its own error stands above.
+        RuntimeError: a rank failed in another way; its own error is in the output above.
     """
     with tempfile.TemporaryDirectory(prefix="spice-pl-") as folder, Interrupts() as interrupts:
         interrupts.deferred = True
@@ -64,14 +69,14 @@ def launch_ranks(
         threads = max(1, (os.cpu_count() or 1) // num_ranks)
         file.write_text(job, encoding="utf-8")
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-        # Inside a task of SLURM, whose variables would make Lightning count its tasks as ranks.
+        # Inside a SLURM task, its variables would make Lightning count SLURM's tasks as ranks.
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
         ranks: list[subprocess.Popen[bytes]] = []
         try:
             for rank in range(num_ranks):
                 ranks.append(
                     subprocess.Popen(  # noqa: S603 - our own interpreter, our own file
-                        [sys.executable, "-m", "spice_pl.job.run", str(file)],
+                        [sys.executable, "-m", "spice_pl.job.rank", str(file)],
                         env=inherited
                         # More threads than cores starve each other.
                         | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
@@ -84,7 +89,7 @@ def launch_ranks(
                             PARENT: str(os.getpid()),
                         },
                         pass_fds=list(locks),
-                        start_new_session=True,  # Ctrl-C reaches them through this process alone
+                        start_new_session=True,  # only this process gets Ctrl-C, and passes it on
                     )
                 )
             _wait(ranks, grace_s, file, interrupts)
@@ -96,12 +101,12 @@ def launch_ranks(
 
 
 def end_with_parent() -> None:
-    """Have the system send SIGTERM to this rank when the process that launched it has died."""
+    """Have the system send SIGTERM to this rank when the process that launched it dies."""
     parent = os.environ.get(PARENT)
     if parent is None or not sys.platform.startswith("linux"):
         return
     ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))  # 1 is PR_SET_PDEATHSIG
-    if os.getppid() != int(parent):  # it died before we asked
+    if os.getppid() != int(parent):  # the parent died before this call
         raise SystemExit(RESUME_CODE)
 
 
@@ -127,8 +132,9 @@ def _wait(
         raise UsageError(
             reasons[0].read_text(encoding="utf-8") if reasons else "the ranks stopped; see above"
         )
-    failed = [i for i, code in enumerate(codes) if code not in (None, 0)]  # None: it hangs
-    # Asked before it listens, a rank ends by the signal itself; it had nothing to save yet.
+    failed = [i for i, code in enumerate(codes) if code not in (None, 0)]  # None: still running
+    # A rank that is signalled before its handler is installed dies with -signum; it had nothing
+    # to save yet, so count it as stopped.
     if told and all(codes[i] in (RESUME_CODE, -int(interrupts.asked or 0)) for i in failed):
         raise Stopped
     if failed:

@@ -1,1 +1,1 @@
-"""What runs by `stage=NAME` and trains nothing: one file a task, each a callable of a `Context`."""
+"""Tasks that `stage=NAME` runs and that train no stage: one file each, called with a `Context`."""

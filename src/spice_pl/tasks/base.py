@@ -1,10 +1,13 @@
-"""What a task is given."""
+"""The interface of a task, and the sample that several tasks take."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from spice_pl.data.augment import View
 from spice_pl.data.images import ImageSet
@@ -13,16 +16,16 @@ from spice_pl.runs.folder import RunFolder
 
 @dataclass(frozen=True)
 class Context:
-    """Where a task reads and writes.
+    """What a task reads, and where it writes.
 
     Attributes:
-        folder: for what it makes, `runs/<dataset>/<task>/<run>`.
-        upstream: artifacts of the stages before it, the nearest first.
-        images: opens the data set, once; a task that needs no image does not call it. Keyword
+        folder: folder for its results, `runs/<dataset>/<task>/<run>`.
+        upstream: folders of the stages before it, the nearest first.
+        images: function that opens the data set; called only by tasks that need images. Keyword
             arguments replace settings of the data set.
         plain: the view that features and clusters are computed on.
-        num_clusters: K; 0 for a task that takes it from elsewhere.
-        seed: of the run.
+        num_clusters: K, or 0 where the settings do not give it.
+        seed: seed of the run.
     """
 
     folder: RunFolder
@@ -34,10 +37,17 @@ class Context:
 
 
 class Task(Protocol):
-    """What `conf/<task>.yaml` names under `task:`; its settings are its own."""
+    """A callable that `conf/stage/<task>.yaml` names under `task:`, beside its settings."""
 
     def __call__(self, context: Context) -> Mapping[str, Any] | None:
-        """Do it; return what metrics.json shall hold, which marks the folder as finished.
+        """Run the task; return the content of metrics.json, which marks the folder as finished.
 
-        A task that may be asked again and again (a server, a prediction) returns None.
+        A task that may run several times in one folder (a server, a prediction) returns None.
         """
+
+
+def sample(num_images: int, limit: int, seed: int) -> NDArray[np.intp]:
+    """Return the positions of at most `limit` images, drawn at random, in their order."""
+    if num_images <= limit:
+        return np.arange(num_images)
+    return np.sort(np.random.default_rng(seed).choice(num_images, limit, replace=False))

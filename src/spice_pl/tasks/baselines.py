@@ -1,6 +1,6 @@
-"""The classical clusterings of the papers' tables, on pixels and on features.
+"""Cluster pixels and features with the classical methods of the papers' tables.
 
-Shapes: N samples, n of them fitted, D dimensions, K clusters.
+Shapes: N images, n of them fitted, D dimensions, K clusters.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from spice_pl.functional.kmeans import kmeans_clusters
 from spice_pl.functional.neighbors import nearest_neighbors
 from spice_pl.reports.tables import results_markdown
 from spice_pl.runs.results import score_row
-from spice_pl.tasks.base import Context
+from spice_pl.tasks.base import Context, sample
 
 logger = logging.getLogger(__name__)
 
@@ -44,9 +44,9 @@ class Baselines:
 
     Attributes:
         methods: names in `TITLES`.
-        max_samples: spectral and agglomerative clustering are fitted on at most as many, and every
-            other sample takes the cluster of its nearest fitted one; the row says so.
-        num_components: a Gaussian mixture sees at most as many principal components.
+        max_samples: largest number of images that spectral and agglomerative clustering are fitted
+            on; every other image takes the cluster of its nearest fitted one, and the row says so.
+        num_components: largest number of principal components that a Gaussian mixture sees.
     """
 
     methods: Sequence[str]
@@ -54,7 +54,11 @@ class Baselines:
     num_components: int = 64
 
     def __call__(self, context: Context) -> Mapping[str, Any]:
-        """Cluster, score, and write the table."""
+        """Cluster, score and write the table.
+
+        Raises:
+            UsageError: a method is unknown.
+        """
         if unknown := [name for name in self.methods if name not in TITLES]:
             raise UsageError(f"baselines.task.methods {unknown} are none of {sorted(TITLES)}")
         images = context.images()
@@ -87,7 +91,7 @@ class Baselines:
     def _cluster(
         self, method: str, data: NDArray[np.float32], num_clusters: int, seed: int
     ) -> tuple[NDArray[np.int64], str]:
-        """Return clusters (N,) and what must be said about them."""
+        """Return clusters (N,) and what the name of the row has to add."""
         if method == "kmeans":
             return kmeans_clusters(data, num_clusters, seed), ""
         fitters: dict[str, Callable[[NDArray[np.float32]], NDArray[Any]]] = {
@@ -99,7 +103,7 @@ class Baselines:
         limit = self.max_samples if method in ("spectral", "agglomerative") else len(data)
         if len(data) <= limit:
             return fitters[method](data).astype(np.int64), ""
-        chosen = np.sort(np.random.default_rng(seed).choice(len(data), limit, replace=False))
+        chosen = sample(len(data), limit, seed)
         fitted = torch.from_numpy(fitters[method](data[chosen]).astype(np.int64))
         _, nearest = nearest_neighbors(torch.from_numpy(data), torch.from_numpy(data[chosen]), 1)
         return fitted[nearest[:, 0]].numpy(), f", fitted on {limit:,}"
@@ -110,7 +114,7 @@ class Baselines:
         components = min(self.num_components, *rows.shape)
         if components < rows.shape[1]:
             rows = PCA(components, random_state=seed).fit_transform(rows)
-        # reg_covar: border pixels are constant, and a singular covariance has no density.
+        # reg_covar: border pixels are constant, which would make the covariance singular.
         model = GaussianMixture(num_clusters, reg_covar=1e-3, n_init=3, random_state=seed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
@@ -125,19 +129,19 @@ def _spectral(rows: NDArray[np.float32], num_clusters: int, seed: int) -> NDArra
         n_neighbors=min(10, len(rows) - 1),
         random_state=seed,
     )
-    with warnings.catch_warnings():  # "Graph is not fully connected": clusters far apart
+    with warnings.catch_warnings():  # "Graph is not fully connected", where clusters are far apart
         warnings.simplefilter("ignore", UserWarning)
         found: NDArray[np.int64] = model.fit_predict(rows)
     return found
 
 
 def _nmf(rows: NDArray[np.float32], num_clusters: int, seed: int) -> NDArray[np.int64]:
-    """Cluster of the largest of K non-negative parts; features are shifted to start at 0."""
+    """Return the cluster of the largest of K non-negative parts, of features shifted to be >= 0."""
     shifted = rows - rows.min(axis=0).clip(max=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         model = NMF(num_clusters, init="nndsvda", max_iter=400, random_state=seed)
         parts = model.fit_transform(shifted)
-    # A part's scale is arbitrary: compare shares of what each part explains.
+    # The scale of a part is arbitrary: compare how much of the row each part explains.
     share = parts * model.components_.sum(axis=1)
     return np.asarray(share.argmax(axis=1), dtype=np.int64)

@@ -1,4 +1,4 @@
-"""How many clusters features show, without labels: a curve over K.
+"""Estimate the number of clusters from features, without labels: a curve over K.
 
 Shapes: N images, n of them sampled, D features, d principal components, K clusters.
 """
@@ -21,26 +21,26 @@ from sklearn.preprocessing import normalize
 from spice_pl.errors import UsageError
 from spice_pl.reports.lines import line_figure
 from spice_pl.system.files import atomic
-from spice_pl.tasks.base import Context
+from spice_pl.tasks.base import Context, sample
 
 logger = logging.getLogger(__name__)
 
-IMAGES_PER_CLUSTER = 8  # n / K at least: four in each half
-STABLE = 0.8  # of adjusted Rand; Tibshirani and Walther 2005 ask as much of prediction strength
-STRUCTURE = 0.25  # silhouette; Kaufman and Rousseeuw 1990: no substantial structure below it
-RESTARTS = 3  # of each k-means
+IMAGES_PER_CLUSTER = 8  # least n / K: four images per cluster in each half
+STABLE = 0.8  # least adjusted Rand; as prediction strength in Tibshirani and Walther 2005
+STRUCTURE = 0.25  # least silhouette; below it no structure (Kaufman and Rousseeuw 1990)
+RESTARTS = 3  # starts of each k-means
 
 
 @dataclass(frozen=True)
 class Point:
-    """What the features say of one K.
+    """Measures of one K.
 
     Attributes:
         num_clusters: K.
         stability: mean adjusted Rand index of k-means on two halves, over the splits.
-        spread: its standard deviation.
-        null: the same of clouds without groups.
-        silhouette: mean, of k-means on all sampled images.
+        spread: standard deviation of that index over the splits.
+        null: stability of clouds of points without groups.
+        silhouette: mean silhouette of k-means on all sampled images.
     """
 
     num_clusters: int
@@ -51,7 +51,7 @@ class Point:
 
     @property
     def gain(self) -> float:
-        """Stability beyond that of a cloud without groups."""
+        """Stability minus that of clouds without groups."""
         return self.stability - self.null
 
 
@@ -60,10 +60,10 @@ class EstimateK:
     """Write k.csv, k.svg and metrics.json about the features of the upstream stage.
 
     Attributes:
-        largest: K on the curve, which begins at 2.
-        num_splits: pairs of halves at each K.
-        num_samples: n, images looked at.
-        num_components: d at most.
+        largest: largest K on the curve, which begins at 2.
+        num_splits: number of random splits into halves at each K.
+        num_samples: n, the largest number of images used.
+        num_components: largest d.
     """
 
     largest: int = 20
@@ -72,10 +72,10 @@ class EstimateK:
     num_components: int = 32
 
     def __call__(self, context: Context) -> Mapping[str, Any]:
-        """Draw the curve, say what it shows.
+        """Compute the curve, draw it and say what it shows.
 
         Raises:
-            UsageError: a setting is out of range, or the features tell no images apart.
+            UsageError: a setting is out of range, or the features hold NaN or are all the same.
         """
         if self.num_splits < 2 or self.num_components < 1:
             raise UsageError(
@@ -117,27 +117,24 @@ class EstimateK:
 
 
 def sampled(features: NDArray[np.float32], limit: int, seed: int) -> NDArray[np.float64]:
-    """At most `limit` rows (n, D); an array on disk is read there only.
+    """Return at most `limit` rows (n, D); of a memory-mapped array only these are read.
 
     Raises:
-        UsageError: they hold NaN, or are all the same.
+        UsageError: the rows hold NaN, or are all the same.
     """
-    chosen = np.arange(len(features))
-    if len(features) > limit:
-        chosen = np.sort(np.random.default_rng(seed).choice(len(features), limit, replace=False))
-    rows = np.asarray(features[chosen], dtype=np.float64)
+    rows = np.asarray(features[sample(len(features), limit, seed)], dtype=np.float64)
     if not np.isfinite(rows).all():
-        raise UsageError("the features hold NaN; make their stage anew")
+        raise UsageError("the features hold NaN; run their stage again with overwrite=true")
     if not len(rows) or (rows == rows[0]).all():
         raise UsageError(
             "every image has the same feature, so no number of clusters fits better than another; "
-            "train their stage anew with another seed or a lower lr"
+            "train their stage from scratch with another seed or a lower lr"
         )
     return rows
 
 
 def principal_components(rows: NDArray[np.float64], num_components: int) -> NDArray[np.float64]:
-    """The first components (n, d) of rows (n, D) of length one."""
+    """Return the first principal components (n, d) of rows (n, D), scaled to length one."""
     unit = normalize(rows)
     pca = PCA(min(num_components, *unit.shape), svd_solver="full")
     scores: NDArray[np.float64] = pca.fit_transform(unit)
@@ -147,9 +144,10 @@ def principal_components(rows: NDArray[np.float64], num_components: int) -> NDAr
 def look(rows: NDArray[np.float64], num_clusters: int, num_splits: int, seed: int) -> Point:
     """Measure one K on rows (n, d).
 
-    Stability as Lange et al. 2004: if K groups are there, k-means finds the same in two halves of
-    the images. The cloud without groups is a Gaussian of the same variances: there, few large
-    clusters are stable too, along the axes in which the cloud is long.
+    Stability as in Lange et al. 2004: if there are K groups, k-means finds the same ones in two
+    halves of the images. The cloud without groups is a Gaussian with the same variances. It is
+    needed for comparison, because a small K is stable without groups too, along the axes in which
+    the cloud is long.
     """
     generator = np.random.default_rng([seed, num_clusters])
     found, without = [], []
@@ -158,7 +156,7 @@ def look(rows: NDArray[np.float64], num_clusters: int, num_splits: int, seed: in
         cloud = generator.normal(size=rows.shape) * rows.std(axis=0)
         without.append(agreement_of_halves(cloud, num_clusters, generator))
     whole = _kmeans(num_clusters, generator).fit_predict(rows)
-    groups = len(np.unique(whole))  # fewer than K where images are copies of each other
+    groups = len(np.unique(whole))  # fewer than K where images are copies
     return Point(
         num_clusters,
         float(np.mean(found)),
@@ -171,7 +169,7 @@ def look(rows: NDArray[np.float64], num_clusters: int, num_splits: int, seed: in
 def agreement_of_halves(
     rows: NDArray[np.float64], num_clusters: int, generator: np.random.Generator
 ) -> float:
-    """Adjusted Rand index, over all rows, of k-means fitted on either half of them."""
+    """Return the adjusted Rand index, over all rows, of k-means fitted on each half of them."""
     order = generator.permutation(len(rows))
     one, other = (
         _kmeans(num_clusters, generator).fit(rows[half]).predict(rows)
@@ -185,14 +183,14 @@ def _kmeans(num_clusters: int, generator: np.random.Generator) -> KMeans:
 
 
 def choose(curve: Sequence[Point], num_splits: int) -> Point:
-    """The smallest K whose gain lies within one standard error of the largest gain."""
+    """Return the smallest K whose gain is within one standard error of the largest gain."""
     best = max(curve, key=lambda point: point.gain)
     enough = best.gain - best.spread / num_splits**0.5
     return next(point for point in curve if point.gain >= enough)
 
 
 def doubts_of(found: Point, curve: Sequence[Point]) -> list[str]:
-    """What speaks against a clear K; empty where nothing does."""
+    """Return the reasons against a clear K; none where K is clear."""
     doubts = []
     if found.stability < STABLE:
         doubts.append(f"halves of the images agree to {found.stability:.2f}, less than {STABLE}")
@@ -204,15 +202,16 @@ def doubts_of(found: Point, curve: Sequence[Point]) -> list[str]:
 
 
 def sentence(found: Point, doubts: Sequence[str]) -> str:
-    """What to tell a person."""
+    """Return the result in one sentence."""
     if doubts:
         return (
             f"the data shows no clear K: {' and '.join(doubts)}. The best guess is "
-            f"{found.num_clusters}; choose by what the clusters are for"
+            f"{found.num_clusters}; choose K by what you need the clusters for"
         )
     return (
         f"the data shows {found.num_clusters} clusters: halves of the images agree to "
-        f"{found.stability:.2f}, {found.null:.2f} without groups; silhouette {found.silhouette:.2f}"
+        f"{found.stability:.2f}, halves of points without groups to {found.null:.2f}; silhouette "
+        f"{found.silhouette:.2f}"
     )
 
 

@@ -1,7 +1,7 @@
 """Write a trained model for programs that do not have this package.
 
-Input uint8 images (B, 3, S, S), output probabilities (B, K) and embeddings (B, D); the preparation
-of pixels is inside.
+The exported model takes uint8 images (B, 3, S, S) and returns probabilities (B, K) and embeddings
+(B, D). It normalises the pixels itself.
 
 Shapes: B images, K clusters, D features, S pixels a side.
 """
@@ -23,16 +23,16 @@ from spice_pl.tasks.base import Context
 
 logger = logging.getLogger(__name__)
 
-TOLERANCE = 1e-4  # of a probability or of a coordinate of an embedding
+TOLERANCE = 1e-4  # largest difference of a probability or of a coordinate of an embedding
 
 
 class Export:
-    """Write model.pt2 (torch.export) or model.onnx and check that it answers as the model does.
+    """Write model.pt2 (torch.export) or model.onnx and check that it gives the model's answers.
 
     Args:
-        model: a `model.spice`, or the folder of a run that has one.
+        model: path of a `model.spice`, or of the folder of a run that has one.
         formats: "torch", "onnx" or both.
-        allow_targets: packages of your own that hold the model's network.
+        allow_targets: names of your own packages that define the model's network.
     """
 
     def __init__(
@@ -42,11 +42,18 @@ class Export:
         allow_targets: Sequence[str] = (),
     ) -> None:
         if not formats or not set(formats) <= set(FORMATS):
-            raise UsageError(f"export.task.formats {list(formats)} are not of {list(FORMATS)}")
+            raise UsageError(
+                f"export.task.formats {list(formats)} must be one or more of {list(FORMATS)}"
+            )
         self.model, self.formats, self.allow_targets = model, formats, allow_targets
 
     def __call__(self, context: Context) -> None:
-        """Export the model in every format."""
+        """Export the model in every format.
+
+        Raises:
+            UsageError: no model is given, or a package is missing.
+            RuntimeError: an exported model gives other answers than the model.
+        """
         if self.model is None:
             raise UsageError(
                 "stage=export needs a trained model; give export.model=FILE, a model.spice or the "
@@ -71,15 +78,17 @@ class Export:
                 )
                 if difference > TOLERANCE:
                     raise RuntimeError(
-                        f"{name} answers otherwise than the model, by {difference:.1e} "
+                        f"the export {name} differs from the model by {difference:.1e} "
                         f"(at most {TOLERANCE:.0e} is allowed)"
                     )
                 part.replace(path)
-            logger.info("%s  answers as the model does, to %.1e", path, difference)
+            logger.info(
+                "%s  written; its answers differ from the model's by %.1e at most", path, difference
+            )
 
 
 def write_torch(network: ClusterNetwork, images: Tensor, path: Path) -> None:
-    """Export for `torch.export.load(path).module()`; images (2, 3, S, S) is an example."""
+    """Export for `torch.export.load(path).module()`; images (2, 3, S, S) are an example."""
     program = torch.export.export(network, (images,), dynamic_shapes=(_BATCH,))
     torch.export.save(program, path)
 
@@ -92,10 +101,10 @@ def answer_torch(path: Path, images: Tensor) -> Sequence[Tensor]:
 
 
 def write_onnx(network: ClusterNetwork, images: Tensor, path: Path) -> None:
-    """Export for onnxruntime and others; images (2, 3, S, S) is an example."""
+    """Export for onnxruntime and others; images (2, 3, S, S) are an example."""
     _need("onnx", "onnxscript")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter, about itself
+        warnings.simplefilter("ignore")  # the exporter warns about its own code
         torch.onnx.export(
             network,
             (images,),

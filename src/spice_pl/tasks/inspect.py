@@ -1,4 +1,4 @@
-"""A look at the data before training: what is there, what is not, and what a network will see.
+"""Write a page about a data set before training: files, copies, and the views of its images.
 
 Shapes: N images, S side in pixels.
 """
@@ -24,19 +24,19 @@ from spice_pl.tasks.base import Context
 
 logger = logging.getLogger(__name__)
 
-MEASURED = 10_000  # images that means are taken over
-SHOWN_GROUPS = 40  # groups of copies, and pairs of near-copies
+MEASURED = 10_000  # images that means and deviations are computed on
+SHOWN_GROUPS = 40  # groups of copies and pairs of near-copies on the page
 
 
 class Inspect:
     """Write inspect.html: counts, sizes, skipped files, copies, a sample, and all views.
 
     Args:
-        views: name to view, in the order in which they are shown.
-        num_pictures: of the sample wall.
-        num_viewed: images whose views are shown.
-        compare_at_most: images among which near-copies are looked for.
-        draws: of each view but the plain one.
+        views: views by name, in the order in which they are shown.
+        num_pictures: number of images in the sample.
+        num_viewed: number of images whose views are shown.
+        compare_at_most: largest number of images that near-copies are searched in.
+        draws: how often each random view is drawn.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Inspect:
         self.compare_at_most = compare_at_most
 
     def __call__(self, context: Context) -> None:
-        """Look at the images and write the page."""
+        """Measure the images and write the page."""
         images = context.images()
         digests = row_digests(images.images)
         compared = _evenly(len(images), self.compare_at_most)
@@ -95,7 +95,7 @@ class Inspect:
                 "skipped": [list(each) for each in images.skipped],
             },
         )
-        logger.info("look at %s", path)
+        logger.info("%s  look at the data", path)
 
     def _facts(
         self, images: ImageSet, digests: NDArray[np.uint64], num_near: int
@@ -103,18 +103,18 @@ class Inspect:
         side = images.images.shape[-1]
         facts = [("Images", f"{len(images):,}"), ("Pixels", f"{side} × {side}")]
         if images.extra is not None:
-            facts.append(("Extra, for stage 1", f"{len(images.extra):,}"))
+            facts.append(("Extra images, for stage 1", f"{len(images.extra):,}"))
         if images.is_test is not None:
-            facts.append(("Of them for testing", f"{int(images.is_test.sum()):,}"))
+            facts.append(("Test images among them", f"{int(images.is_test.sum()):,}"))
         return [
             *facts,
-            ("Skipped", f"{len(images.skipped):,}"),
+            ("Skipped files", f"{len(images.skipped):,}"),
             ("Exact copies", f"{num_copies(digests):,}"),
-            ("Near-copies, pairs", f"{num_near:,}"),
+            ("Pairs of near-copies", f"{num_near:,}"),
         ]
 
     def _views(self, images: ImageSet, seed: int) -> dict[str, NDArray[np.uint8]]:
-        """Pictures of each view (n, 3, S, S) by its name, and by its draw."""
+        """Return the pictures (n, 3, S, S) of each view and draw, by title."""
         index = torch.from_numpy(_evenly(len(images), self.num_viewed))
         pixels = torch.from_numpy(images.images[index.numpy()])
         made = {}
@@ -128,14 +128,14 @@ class Inspect:
 
 
 def as_picture(views: torch.Tensor, view: PlainView) -> NDArray[np.uint8]:
-    """Undo a view's normalisation, (n, 3, S, S) uint8."""
+    """Undo the normalisation of views (n, 3, S, S); return uint8."""
     mean, std = (torch.tensor(tuple(x)).view(3, 1, 1) for x in (view.mean, view.std))
     levels = ((views.float() * std + mean) * 255).round().clamp(0, 255)
     return levels.to(torch.uint8).numpy()
 
 
 def measure(images: ImageSet) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Means and standard deviations of the channels, of levels in [0, 1], over a sample."""
+    """Return the means (3,) and standard deviations (3,) of the channels, levels in [0, 1]."""
     sample = images.images[_evenly(len(images), MEASURED)]
     levels = np.asarray(sample).transpose(1, 0, 2, 3).reshape(3, -1)
     return np.array([row.mean() / 255 for row in levels]), np.array(
@@ -144,7 +144,7 @@ def measure(images: ImageSet) -> tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
 def notes(images: ImageSet, digests: NDArray[np.uint64]) -> list[str]:
-    """Sentences about what may be wrong with the data."""
+    """Return sentences about what may be wrong with the data."""
     said = []
     side = images.images.shape[-1]
     if images.files is not None:
@@ -152,13 +152,13 @@ def notes(images: ImageSet, digests: NDArray[np.uint64]) -> list[str]:
         longer = np.maximum(images.files["width"], images.files["height"])
         if small := int((shorter < side).sum()):
             said.append(
-                f"Magnified, since their shorter side has fewer than {side} pixels: {small:,} of "
+                f"Magnified, because their shorter side has fewer than {side} pixels: {small:,} of "
                 f"{len(images):,} images. A smaller dataset.image_size costs less."
             )
         if long := int((longer > 2 * shorter).sum()):
             said.append(
-                f"More than twice as long as wide: {long:,} of {len(images):,} images. The middle "
-                "square that is kept holds less than half of each."
+                f"More than twice as long as wide: {long:,} of {len(images):,} images. Only the "
+                "square in the middle is used, which is less than half of each."
             )
     if images.is_test is not None:
         known = set(digests[~images.is_test].tolist())
@@ -180,15 +180,16 @@ def _scale_notes(
         return []
     measured = [f"[{', '.join(f'{value:.3f}' for value in each)}]" for each in (mean, std)]
     return [
-        f"The images are far from the dataset.mean and dataset.std that views divide by; measured: "
-        f"dataset.mean={measured[0]} dataset.std={measured[1]}."
+        "The mean and deviation of the images differ from dataset.mean and dataset.std, which the "
+        f"views are normalised with. Measured here: dataset.mean={measured[0]} "
+        f"dataset.std={measured[1]}."
     ]
 
 
 def tables(
     images: ImageSet, context: Context, mean: NDArray[np.float64], std: NDArray[np.float64]
 ) -> dict[str, list[tuple[str, str]]]:
-    """Titles to rows of name and value."""
+    """Return the tables of the page, by title, as rows of name and value."""
     made: dict[str, list[tuple[str, str]]] = {}
     if images.files is not None:
         files = np.asarray(images.files)
@@ -205,15 +206,15 @@ def tables(
         made["Shorter side, pixels"] = [
             (name, f"{value:,.0f}")
             for name, value in zip(
-                ("smallest", "middle", "largest"),
+                ("smallest", "median", "largest"),
                 np.quantile(shorter, [0, 0.5, 1], method="nearest"),
                 strict=True,
             )
         ]
     plain = context.plain
     if isinstance(plain, PlainView):
-        rows = (("measured", mean, std), ("views take", plain.mean, plain.std))
-        made["Levels of 0 to 1, mean ± deviation"] = [
+        rows = (("measured", mean, std), ("settings", plain.mean, plain.std))
+        made["Pixel values from 0 to 1, mean ± deviation"] = [
             (f"{channel}, {what}", f"{m:.3f} ± {s:.3f}")
             for what, means, stds in rows
             for channel, m, s in zip(("red", "green", "blue"), means, stds, strict=True)
@@ -232,5 +233,5 @@ def tables(
 
 
 def _evenly(count: int, at_most: int) -> NDArray[np.int64]:
-    """At most so many of 0 .. count-1, evenly spaced."""
+    """Return at most so many positions below `count`, evenly spaced."""
     return np.unique(np.linspace(0, count - 1, min(count, at_most)).round().astype(np.int64))

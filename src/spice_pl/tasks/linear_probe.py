@@ -1,4 +1,4 @@
-"""How much truth a linear layer reads out of frozen features: Table VI of the paper.
+"""Train a linear classifier with true labels on frozen features: Table VI of the paper.
 
 Shapes: N images, D features, C classes, k neighbours.
 """
@@ -6,7 +6,7 @@ Shapes: N images, D features, C classes, k neighbours.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,45 +24,46 @@ from spice_pl.tasks.base import Context
 
 logger = logging.getLogger(__name__)
 
-Split = tuple[NDArray[np.int64], NDArray[np.int64]]
+Split = tuple[NDArray[np.int64], NDArray[np.int64]]  # positions of training and test images
+SOLVER_STEPS = 200  # of the logistic regression, at most
 
 
 class LinearProbe:
-    """Train a logistic regression with the true labels on what each encoder of a chain gives.
+    """Train a logistic regression with the true labels on the features of each stage of a chain.
 
-    Nothing reads the result: it is truth about features that were made without labels. Protocol
-    split trains on the training images and scores the test images; protocol whole has no images
-    apart, so every image is scored once by a probe that did not see it (stratified folds).
+    It says how much the features know about the classes; no stage reads the result. Protocol
+    split trains on the training images and scores the test images. Protocol whole has no test
+    images, so every image is scored once by a probe that was not trained on it (stratified folds).
 
     Args:
-        num_folds: of protocol whole.
-        num_neighbors: k of the nearest-neighbour vote beside it, by cosine.
+        num_folds: folds of protocol whole.
+        num_neighbors: k of the nearest-neighbour vote by cosine, reported beside the probe.
         inverse_penalty: C of the regression on standardised features.
-        max_iter: steps of its solver at most.
     """
 
     def __init__(
-        self,
-        num_folds: int = 5,
-        num_neighbors: int = 20,
-        inverse_penalty: float = 1.0,
-        max_iter: int = 200,
+        self, num_folds: int = 5, num_neighbors: int = 20, inverse_penalty: float = 1.0
     ) -> None:
         self.num_folds, self.num_neighbors = num_folds, num_neighbors
-        self.inverse_penalty, self.max_iter = inverse_penalty, max_iter
+        self.inverse_penalty = inverse_penalty
 
     def __call__(self, context: Context) -> Mapping[str, Any]:
         """Probe the features of the upstream stage and of the stages before it.
 
         Raises:
-            UsageError: the data set has no labels, or too few of a class.
+            UsageError: the data set has no labels, or too few images of a class.
         """
         images = context.images()
-        splits = list(self._splits(images, context.seed))
+        if images.labels is None:
+            raise UsageError(
+                f"stage=linear_probe measures against true labels and {images.name} has none; "
+                "for a folder with class subfolders give dataset.labels=folders"
+            )
+        splits = list(self._splits(images, images.labels, context.seed))
         results: dict[str, Any] = {}
         for folder in _different(context.upstream):
             stage, features = folder.path.parent.name, np.asarray(folder.features)
-            scores = np.array([self._score(features, images, split) for split in splits])
+            scores = np.array([self._score(features, images.labels, split) for split in splits])
             weight = np.array([len(test) for _, test in splits])
             linear, neighbors = np.average(scores, axis=0, weights=weight)
             results |= {
@@ -78,50 +79,44 @@ class LinearProbe:
     def _protocol(self, images: ImageSet) -> str:
         return "split" if images.protocol == "split" else f"whole, {self.num_folds} folds"
 
-    def _splits(self, images: ImageSet, seed: int) -> Iterator[Split]:
-        """Pairs of (training, test) positions, images of known class only."""
-        if images.labels is None:
-            raise UsageError(
-                f"stage=linear_probe measures against true labels and {images.name} has none; "
-                "for a folder with class subfolders give dataset.labels=folders"
-            )
-        known = np.flatnonzero(images.labels >= 0)
+    def _splits(self, images: ImageSet, labels: NDArray[np.int64], seed: int) -> Iterator[Split]:
+        """Yield the splits; images of unknown class are in none."""
+        known = np.flatnonzero(labels >= 0)
         if images.protocol == "split":
             train, test = (
                 np.intersect1d(index, known) for index in (images.train_index, images.score_index)
             )
             yield train, test
             return
-        sizes = np.bincount(images.labels[known])
+        sizes = np.bincount(labels[known])
         if sizes[sizes > 0].min() < self.num_folds:
             raise UsageError(
                 f"the smallest class of {images.name} has {sizes[sizes > 0].min()} images and "
                 f"linear_probe.task.num_folds is {self.num_folds}; lower it to at least 2"
             )
         folds = StratifiedKFold(self.num_folds, shuffle=True, random_state=seed)
-        for train, test in folds.split(known, images.labels[known]):
+        for train, test in folds.split(known, labels[known]):
             yield known[train], known[test]
 
     def _score(
-        self, features: NDArray[np.float32], images: ImageSet, split: Split
+        self, features: NDArray[np.float32], labels: NDArray[np.int64], split: Split
     ) -> tuple[float, float]:
-        """Accuracy of the linear probe and of the neighbours' vote on the test images."""
-        assert images.labels is not None  # noqa: S101 - _splits has refused it
-        (train, test), labels = split, images.labels
+        """Return the accuracy of the linear probe and of the vote on the test images."""
+        train, test = split
         scale = StandardScaler().fit(features[train])
-        probe = LogisticRegression(C=self.inverse_penalty, max_iter=self.max_iter)
+        probe = LogisticRegression(C=self.inverse_penalty, max_iter=SOLVER_STEPS)
         probe.fit(scale.transform(features[train]), labels[train])
         linear = float(probe.score(scale.transform(features[test]), labels[test]))
         rows = torch.from_numpy(features)
         k = min(self.num_neighbors, len(train))
         _, nearest = nearest_neighbors(rows[test], rows[train], k)  # (n, k)
         votes = torch.nn.functional.one_hot(torch.from_numpy(labels[train])[nearest]).sum(dim=1)
-        vote = votes.argmax(dim=1).numpy()  # (n,), the lowest class of a tie
+        vote = votes.argmax(dim=1).numpy()  # (n,), a tie goes to the lowest class
         return linear, float((vote == labels[test]).mean())
 
 
-def _different(upstream: Any) -> Iterator[RunFolder]:
-    """Stages whose features are not those of the stage before (stage 2 keeps stage 1's)."""
+def _different(upstream: Sequence[RunFolder]) -> Iterator[RunFolder]:
+    """Yield the stages whose features differ from the stage before (stage 2 keeps stage 1's)."""
     kept: list[RunFolder] = []
     for folder in [each for each in reversed(upstream) if (each.path / "features.npy").is_file()]:
         if not kept or not np.array_equal(kept[-1].features, folder.features):

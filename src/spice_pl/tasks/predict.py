@@ -1,4 +1,4 @@
-"""Cluster new images with a trained model: a table, and folders of them if asked for.
+"""Cluster new images with a trained model: write a table and, if asked, sort files into folders.
 
 Shapes: N images, K clusters.
 """
@@ -38,14 +38,14 @@ class Predict:
     """Write predictions.csv, and predictions.parquet where pyarrow is installed.
 
     Args:
-        model: a `model.spice`, or the folder of a run that has one.
-        sort: "copy", "hardlink" or "symlink" also puts every file into a folder of its cluster,
-            those that are not sure one folder deeper; "none" does not. Nothing is ever moved,
+        model: path of a `model.spice`, or of the folder of a run that has one.
+        sort: "copy", "hardlink" or "symlink" also puts every file into a folder of its cluster;
+            files that are not sure go one folder deeper. "none" does not. Nothing is ever moved,
             replaced or deleted.
-        num_nearest: known images to name beside each.
-        batch_size: images at a time.
-        device: "auto" is a GPU if there is one.
-        allow_targets: packages of your own that hold the model's network.
+        num_nearest: number of most similar known images to list per image.
+        batch_size: images that pass the network at once.
+        device: name of a torch device; "auto" takes a GPU if there is one.
+        allow_targets: names of your own packages that define the model's network.
     """
 
     def __init__(
@@ -58,12 +58,16 @@ class Predict:
         allow_targets: Sequence[str] = (),
     ) -> None:
         if sort not in ("none", *PLACE):
-            raise UsageError(f"predict.sort {sort!r} is none of none, {', '.join(PLACE)}")
+            raise UsageError(f"predict.sort {sort!r} must be one of none, {', '.join(PLACE)}")
         self.model, self.sort, self.num_nearest = model, sort, num_nearest
         self.batch_size, self.device, self.allow_targets = batch_size, device, allow_targets
 
     def __call__(self, context: Context) -> None:
-        """Predict every image of the data set."""
+        """Predict every image of the data set.
+
+        Raises:
+            UsageError: there is no model, or files cannot be sorted as asked.
+        """
         if self.model is None:
             raise UsageError(
                 "stage=predict needs a trained model; give predict.model=FILE, a model.spice or "
@@ -90,7 +94,7 @@ class Predict:
         for name, count in zip(model.names, counts, strict=True):
             logger.info("%8d  %s", count, name)
         logger.info(
-            "%d images, %.0f a second, not sure of %d (confidence at most %g): %s",
+            "%d images, %.0f per second, %d not sure (confidence at most %g): %s",
             *(len(images), rate, doubtful, model.threshold),
             context.folder.path / "predictions.csv",
         )
@@ -108,7 +112,7 @@ class Predict:
             )
         if target.is_relative_to(images.root):
             raise UsageError(
-                f"{target} lies inside dataset.root={images.root}, so sorted files would be "
+                f"{target} is inside dataset.root={images.root}, so sorted files would be "
                 "clustered the next time; give another runs_dir"
             )
         if target.is_dir() and any(target.iterdir()):
@@ -120,13 +124,13 @@ class Predict:
 
 
 class Sorter:
-    """Put files into a folder a cluster.
+    """Put each file into the folder of its cluster.
 
     Args:
-        root: the folder that keys are paths below.
-        target: the folder to make the folders in.
-        folders: (K,) their names.
-        place: copies or links a file (source, target).
+        root: folder of the data set, which the keys are relative to.
+        target: folder to make the clusters' folders in.
+        folders: (K,) names of these folders.
+        place: function (source, target) that copies or links a file.
     """
 
     def __init__(
@@ -135,7 +139,11 @@ class Sorter:
         self.root, self.target, self.folders, self.place = root, target, folders, place
 
     def __call__(self, part: Predictions) -> None:
-        """Place the files of a batch; a name that is taken gets a number."""
+        """Place the files of a batch; a name that is taken gets a number.
+
+        Raises:
+            UsageError: a file cannot be placed.
+        """
         for key, cluster, doubtful in zip(part.keys, part.clusters, part.not_sure, strict=True):
             folder = self.target / self.folders[cluster] / ("not sure" if doubtful else "")
             folder.mkdir(parents=True, exist_ok=True)
@@ -150,7 +158,7 @@ class Sorter:
 
 
 def _free(folder: Path, source: Path) -> Path:
-    """Return a path in the folder that is not taken: photo.jpg, photo (2).jpg, ..."""
+    """Return a free path in the folder: photo.jpg, photo (2).jpg, ..."""
     target, number = folder / source.name, 1
     while os.path.lexists(target):
         number += 1
@@ -159,12 +167,12 @@ def _free(folder: Path, source: Path) -> Path:
 
 
 def folder_names(names: Sequence[str]) -> list[str]:
-    """Make names of clusters fit for folders on any system, and different.
+    """Turn names of clusters into distinct names of folders that any system accepts.
 
     >>> folder_names(["cats", "a/b: c", "Cats", "..", "CON"])
     ['cats', 'a_b_ c', 'Cats (2)', '_', 'CON_']
     """
-    reserved = {"con", "prn", "aux", "nul", "not sure"}  # Windows, and ours
+    reserved = {"con", "prn", "aux", "nul", "not sure"}  # by Windows, and by Sorter
     reserved |= {f"{port}{i}" for port in ("com", "lpt") for i in range(10)}
     taken: set[str] = set()
     folders = []
@@ -185,7 +193,7 @@ def folder_names(names: Sequence[str]) -> list[str]:
 def pixel_batches(
     images: ImageSet, batch_size: int
 ) -> Iterator[tuple[Sequence[str], NDArray[np.uint8]]]:
-    """Read keys and pixels (B, 3, S, S) out of the memory map, a batch at a time."""
+    """Yield keys and pixels (B, 3, S, S) batch by batch, read from the memory map."""
     for start in range(0, len(images), batch_size):
         end = min(start + batch_size, len(images))
         yield images.keys[start:end], np.array(images.images[start:end])
@@ -195,7 +203,7 @@ def pixel_batches(
 def table(
     folder: Path, model: PortableModel, num_nearest: int
 ) -> Iterator[Callable[[Predictions], None]]:
-    """Give a function that adds rows to predictions.csv, and to predictions.parquet if it can."""
+    """Yield a function that adds rows to predictions.csv and, with pyarrow, predictions.parquet."""
     num_known = 0 if model.known is None else len(model.known.keys)
     shown = range(min(num_nearest, num_known))
     columns = ["image", "cluster", "name", "confidence", "not_sure"]
@@ -208,12 +216,12 @@ def table(
     with ExitStack() as stack:
         temporary = stack.enter_context(atomic(folder / "predictions.csv"))
         file = stack.enter_context(
-            # A path may hold bytes that are no UTF-8; they come out as they are on disk.
+            # A path may hold bytes that are not UTF-8; they are written as they are on disk.
             temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape")
         )
         rows = csv.writer(file)
         rows.writerow(columns)
-        parquet: list[Any] = []  # opened with the first batch, which knows the types
+        parquet: list[Any] = []  # opened with the first batch, which has the types
 
         def write(part: Predictions) -> None:
             nearest = list(zip(*part.nearest, strict=True)) if shown else []

@@ -1,6 +1,6 @@
-"""The page of a finished run, made anew from what the run left.
+"""Write the report page of a finished run again, from the files of the run.
 
-For a run whose clusters were named since, for another layout of its map, or for a newer release.
+Use it after clusters were named, for another layout of the map, or after an update of this package.
 """
 
 from __future__ import annotations
@@ -14,36 +14,38 @@ from spice_pl.models import portable
 from spice_pl.nn.places import fine_feature_map
 from spice_pl.reports.page import write_report
 from spice_pl.runs.attention import write_attention
-from spice_pl.runs.results import report_data
+from spice_pl.runs.page_data import report_data
 from spice_pl.tasks.base import Context
 
 logger = logging.getLogger(__name__)
 
 
 class Report:
-    """Write report.html of the upstream run; its numbers stay as they are.
+    """Write report.html and attention.npz of the upstream run; metrics.json stays as it is.
 
     Args:
-        map_method: "pca" or "tsne".
-        allow_targets: packages of your own that hold the model's network.
+        map_method: layout of the map, "pca" or "tsne".
+        allow_targets: names of your own packages that define the model's network.
     """
 
     def __init__(self, map_method: str = "pca", allow_targets: Sequence[str] = ()) -> None:
         self.map_method, self.allow_targets = map_method, allow_targets
 
     def __call__(self, context: Context) -> None:
-        """Look anew where the prototypes resemble their cluster, and write the page."""
+        """Compute where the prototypes resemble their cluster, and write the page."""
         folder, images = context.upstream[0], context.images()
-        metrics = folder.metrics
+        metrics, table = folder.metrics, folder.read_clusters()
         if (folder.path / portable.FILE_NAME).is_file():
-            model = portable.load(folder.path, allow_targets=self.allow_targets)
+            model = portable.load(
+                folder.checked(portable.FILE_NAME), allow_targets=self.allow_targets
+            )
 
-            def places(pixels: torch.Tensor) -> torch.Tensor | None:
+            def feature_map(pixels: torch.Tensor) -> torch.Tensor | None:
                 plain = model.network.plain(pixels.to(model.device), torch.empty(0))
                 return fine_feature_map(model.network.encoder, plain)
 
-            write_attention(folder, images, int(metrics["num_clusters"]), places)
+            write_attention(folder, table, images, int(metrics["num_clusters"]), feature_map)
         else:
-            logger.info("no %s there: where it looks stays as it was", portable.FILE_NAME)
-        data = report_data(folder, context.upstream[1:], images, metrics, self.map_method)
+            logger.info("no %s: the page keeps its attention maps", portable.FILE_NAME)
+        data = report_data(folder, context.upstream[1:], images, metrics, table, self.map_method)
         logger.info("%s", write_report(data, folder.path / "report.html"))

@@ -1,7 +1,7 @@
-"""The report page, served on this machine alone, with a place to save what a person changes.
+"""Serve the report page of a run on this machine and save the edits made on it.
 
-Only loopback is bound and answered, every request carries a secret, and nothing outside the run's
-own folder is read: pictures are asked for by number.
+The server binds to loopback and answers it only. Every request carries a secret. Nothing outside
+the run's folder is read; pictures are requested by number.
 """
 
 from __future__ import annotations
@@ -26,37 +26,36 @@ from spice_pl.errors import UsageError
 from spice_pl.reports.page import render_report
 from spice_pl.runs.edits import check_reviewed, parse_edits, read_edits
 from spice_pl.runs.folder import RunFolder
-from spice_pl.runs.results import report_data
+from spice_pl.runs.page_data import report_data
 from spice_pl.tasks.base import Context
 
 logger = logging.getLogger(__name__)
 
-MAX_BODY = 16_000_000  # bytes of edits; 100,000 moved images of long names
-KINDS = {".csv": "text/csv", ".json": "application/json", ".md": "text/plain"}
+HOST = "127.0.0.1"  # loopback: no other machine can connect
+MAX_BODY = 16_000_000  # bytes of edits; 100,000 moved images with long names
+KINDS = {  # files of the run that may be read: content type by suffix
+    ".csv": "text/csv",
+    ".json": "application/json",
+    ".md": "text/plain",
+}
 
 
 class Review:
-    """Serve the report of the upstream run until the person ends it (Ctrl-C).
+    """Serve the report of the upstream run until Ctrl-C.
 
     Args:
-        host: an address of this machine that no other can reach.
-        port: 0 takes a free one.
+        port: port to listen on; 0 takes a free one.
     """
 
-    def __init__(self, host: str = "127.0.0.1", port: int = 0) -> None:
-        if not is_loopback(host):
-            raise UsageError(
-                f"review.host={host} can be reached from outside; use 127.0.0.1, and an SSH tunnel "
-                "from another machine"
-            )
-        self.host, self.port = host, port
+    def __init__(self, port: int = 0) -> None:
+        self.port = port
 
     def __call__(self, context: Context) -> None:
-        """Serve; what is saved goes to edits.json and names.json of the reviewed run."""
+        """Serve the page; saved edits go to edits.json and names.json of the reviewed run."""
         images = context.images()
-        server, token = make_server(context.upstream[0], context.upstream[1:], images, self)
-        address = f"http://{self.host}:{server.server_port}/?token={token}"
-        logger.info("open %s (Ctrl-C ends it)", address)
+        server, token = make_server(context.upstream[0], context.upstream[1:], images, self.port)
+        address = f"http://{HOST}:{server.server_port}/?token={token}"
+        logger.info("open %s in a browser; Ctrl-C ends the review", address)
         try:
             server.serve_forever()
         except KeyboardInterrupt:
@@ -66,7 +65,7 @@ class Review:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address is this machine's own, which names of hosts cannot promise."""
+    """Whether an IP address is loopback; False for a host name, which may resolve to any."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -74,9 +73,13 @@ def is_loopback(host: str) -> bool:
 
 
 def make_server(
-    folder: RunFolder, upstream: Sequence[RunFolder], images: ImageSet, settings: Review
+    folder: RunFolder, upstream: Sequence[RunFolder], images: ImageSet, port: int = 0
 ) -> tuple[ThreadingHTTPServer, str]:
-    """Bind the server of a run; return it with the secret that every request must carry."""
+    """Bind the server of a run; return it with the secret that every request must carry.
+
+    Raises:
+        UsageError: the port cannot be used.
+    """
     token = secrets.token_urlsafe(24)
     answers = Answers(folder, upstream, images)
 
@@ -85,25 +88,27 @@ def make_server(
         site = answers
 
     try:
-        server = ThreadingHTTPServer((settings.host, settings.port), Handler)
+        server = ThreadingHTTPServer((HOST, port), Handler)
     except OSError as error:
         raise UsageError(
-            f"review.port={settings.port} cannot be used ({error}); 0 takes a free one"
+            f"review.task.port={port} cannot be used ({error}); 0 takes a free one"
         ) from error
     server.daemon_threads = True
     return server, token
 
 
 class Answers:
-    """What may be asked of a run: its page, its pictures, its own files; and edits to keep."""
+    """Answers to requests about one run: its page, its pictures, its files, and saving edits."""
 
     def __init__(self, folder: RunFolder, upstream: Sequence[RunFolder], images: ImageSet) -> None:
         self.folder, self.images = folder, images
         self.upstream, self.metrics = upstream, folder.metrics
 
     def page(self) -> tuple[str, bytes]:
-        """Return the report, with the edits that were saved last."""
-        data = report_data(self.folder, self.upstream, self.images, self.metrics)
+        """Return the report page, with the edits that were saved last."""
+        data = report_data(
+            self.folder, self.upstream, self.images, self.metrics, self.folder.read_clusters()
+        )
         more: dict[str, Any] = {"save": "/edits", "image": "/image/"}
         saved = self.folder.path / "edits.json"
         if saved.is_file():
@@ -114,7 +119,7 @@ class Answers:
         return "text/html; charset=utf-8", render_report(data).encode("utf-8")
 
     def image(self, name: str) -> tuple[str, bytes] | None:
-        """Return a picture by its number."""
+        """Return the picture of image number `name` as PNG; None for anything else."""
         if not (name.isascii() and name.isdigit() and len(name) < 10):
             return None
         if int(name) >= len(self.images):
@@ -125,7 +130,7 @@ class Answers:
         return "image/png", buffer.getvalue()
 
     def file(self, name: str) -> tuple[str, bytes] | None:
-        """Return one of the run's own tables; nothing outside its folder, by whatever way."""
+        """Return a file directly in the run's folder; None for others, by `..` or a link too."""
         root = self.folder.path.resolve()
         path = (root / name).resolve()
         if path.parent != root or path.suffix not in KINDS or not path.is_file():
@@ -133,15 +138,15 @@ class Answers:
         return KINDS[path.suffix], path.read_bytes()
 
     def save(self, body: bytes) -> str:
-        """Check edits and write them; return where.
+        """Check edits and write edits.json and names.json; return the path of edits.json.
 
         Raises:
-            UsageError: they do not fit this run.
+            UsageError: the edits do not fit this run.
         """
         try:
             content = json.loads(body)
         except ValueError as error:
-            raise UsageError(f"the edits are no JSON: {error}") from error
+            raise UsageError(f"the edits are not JSON: {error}") from error
         edits = parse_edits(content, "the edits")
         check_reviewed(
             edits,
@@ -157,13 +162,13 @@ class Answers:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Who may ask, and what for."""
+    """Checks each request and routes it to `Answers`."""
 
     secret: str
     site: Answers
     server: ThreadingHTTPServer
     server_version, sys_version = "spice-pl", ""
-    timeout = 30  # seconds that a silent client holds a thread
+    timeout = 30  # seconds after which a silent client is dropped
 
     def do_GET(self) -> None:
         """Answer /, /image/<number> and /run/<file>."""
@@ -179,7 +184,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif path.startswith("/run/"):
             answer = self.site.file(path.removeprefix("/run/"))
         if answer is None:
-            self._say(404, "there is no such thing here")
+            self._say(404, "not found")
         else:
             self._send(200, *answer)
 
@@ -188,7 +193,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not self._admitted(""):
             return None
         if urlsplit(self.path).path != "/edits":
-            return self._say(404, "there is no such thing here")
+            return self._say(404, "not found")
         if self.headers.get("Content-Type") != "application/json":
             return self._say(415, "edits are application/json")
         length = self.headers.get("Content-Length", "")
@@ -201,7 +206,11 @@ class _Handler(BaseHTTPRequestHandler):
         return self._say(200, where)
 
     def _admitted(self, token: str) -> bool:
-        """Loopback, by its own name (no DNS rebinding), from our own page, with the secret."""
+        """Whether a request may be answered; if not, answer it with 403.
+
+        It must come from loopback, name this machine as host (against DNS rebinding), come from our
+        own page and carry the secret.
+        """
         cookies = SimpleCookie(self.headers.get("Cookie", ""))
         own = f"review{self.server.server_port}"  # cookies do not tell ports apart
         given = token or (cookies[own].value if own in cookies else "")
@@ -210,7 +219,7 @@ class _Handler(BaseHTTPRequestHandler):
         reasons: list[tuple[Callable[[], bool], str]] = [
             (lambda: is_loopback(str(self.client_address[0])), "this machine only"),
             (lambda: _is_own_name(host), f"host {host!r} is not this machine"),
-            (lambda: origin in (None, f"http://{host}"), "another page asked"),
+            (lambda: origin in (None, f"http://{host}"), "the request comes from another page"),
             (lambda: secrets.compare_digest(given.encode(), self.secret.encode()), "wrong token"),
         ]
         refused = next((reason for holds, reason in reasons if not holds()), None)
@@ -227,7 +236,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
         self.send_header("X-Content-Type-Options", "nosniff")
-        self.send_header("Referrer-Policy", "no-referrer")  # the token stays out of other places
+        self.send_header("Referrer-Policy", "no-referrer")  # the address holds the token
         self.send_header("Cache-Control", "no-store")
         if code == 200:
             port = self.server.server_port
@@ -237,7 +246,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
-        """Say nothing: request lines hold the token."""
+        """Log nothing: request lines hold the token."""
 
 
 def _is_own_name(host: str) -> bool:

@@ -1,4 +1,4 @@
-"""How far to believe a clustering of images without labels: one page of checks that read none.
+"""Check without labels how far the clusters of a run can be trusted; write one page.
 
 Shapes: N images, n of them sampled, H heads, K clusters, D features, d principal components.
 """
@@ -30,24 +30,24 @@ from spice_pl.nn.heads import ParallelHeads, head_of
 from spice_pl.nn.weights import load_strictly
 from spice_pl.reports.trust_page import Check, NullCheck, TrustData, record, write_trust
 from spice_pl.runs.folder import RunFolder
-from spice_pl.tasks.base import Context
+from spice_pl.tasks.base import Context, sample
 
 logger = logging.getLogger(__name__)
 
-NOT_SURE = 0.5  # agreement below it, as in the report
+NOT_SURE = 0.5  # an image with a lower agreement is "not sure", as in the report
 COMPONENTS = 32  # d, at most
+VIEW_BATCH = 250  # images that pass the encoder at once
 
 
 class Trust:
     """Write trust.html and metrics.json about the upstream run.
 
     Args:
-        backbone: of the run, to look at views; (B, 3, S, S) -> (B, D).
-        weak: the view under which clusters should stay.
-        runs: folders of the same stage under other seeds, or none.
-        num_samples: n, images that the slower checks look at.
-        num_nulls: shuffles of the features.
-        batch_size: images that pass the encoder at once.
+        backbone: the run's encoder, which embeds the views; (B, 3, S, S) -> (B, D).
+        weak: view of an image that should not change its cluster.
+        runs: folders of runs of the same stage with other seeds; may be empty.
+        num_samples: n, images that the slower checks use.
+        num_nulls: number of clouds without groups in the null check.
     """
 
     def __init__(
@@ -57,32 +57,32 @@ class Trust:
         runs: Sequence[str] = (),
         num_samples: int = 2000,
         num_nulls: int = 9,
-        batch_size: int = 250,
     ) -> None:
         if num_nulls < 2:
-            raise UsageError(f"trust.task.num_nulls {num_nulls} has no spread; use at least 2")
+            raise UsageError(
+                f"trust.task.num_nulls {num_nulls} is too few to compare with; use at least 2"
+            )
         self.backbone, self.weak, self.runs = backbone, weak, runs
         self.num_samples, self.num_nulls = num_samples, num_nulls
-        self.batch_size = batch_size
 
     def __call__(self, context: Context) -> Mapping[str, Any]:
-        """Measure, write the page, return the numbers."""
+        """Take the measures, write the page, return the numbers."""
         folder, images = context.upstream[0], context.images()
         table, seed = folder.read_clusters(), context.seed
         chosen = sample(len(images), self.num_samples, seed)
         clusters = torch.from_numpy(table.clusters)
         values: dict[str, float | None] = {
-            "heads": self._heads(context.upstream, clusters),
+            "heads": self._heads(context.upstream),
             "seeds": seeds_agreement([folder, *map(RunFolder, map(Path, self.runs))]),
             "consistency": float(table.agreement.mean()),
-            "views": self._views(folder, images, chosen, context.plain, clusters, seed),
+            "views": self._views(folder, images, chosen, clusters, seed),
             "separation": separation(folder.features[chosen], table.clusters[chosen]),
             "sure": float((table.agreement >= NOT_SURE).mean()),
         }
         null = null_check(folder.features[chosen], context.num_clusters, self.num_nulls, seed)
         checks = [Check(name, value) for name, value in values.items()]
         data = TrustData(
-            title=f"{images.name}: how far to believe these clusters",
+            title=f"{images.name}: how far can these clusters be trusted?",
             run=f"{folder.path.parent.name}/{folder.path.name}",
             num_images=len(images),
             num_sampled=len(chosen),
@@ -100,12 +100,12 @@ class Trust:
             "null": {"real": null.real, "nulls": list(null.nulls), "clear": null.clear},
         }
 
-    def _heads(self, upstream: Sequence[RunFolder], clusters: Tensor) -> float | None:
-        """Mean agreement of every head of stage 2 with each other."""
+    def _heads(self, upstream: Sequence[RunFolder]) -> float | None:
+        """Return the mean agreement of stage 2's heads; None where there are not several."""
         run = next((each for each in upstream if (each.path / "heads.safetensors").is_file()), None)
         if run is None:
             return None
-        state = load_file(run.path / "heads.safetensors")
+        state = run.read_weights("heads.safetensors")
         num_heads, hidden_dim, feature_dim = state["hidden_weight"].shape
         heads = ParallelHeads(feature_dim, hidden_dim, state["output_bias"].shape[1], num_heads)
         load_strictly(heads, state, str(run.path / "heads.safetensors"))
@@ -122,18 +122,17 @@ class Trust:
         folder: RunFolder,
         images: ImageSet,
         chosen: NDArray[np.intp],
-        plain: View,
         clusters: Tensor,
         seed: int,
     ) -> float | None:
-        """Share of images whose cluster a weak view leaves as it is."""
+        """Return the share of images that a weak view leaves in their cluster."""
         head = read_head(folder)
         if head is None:
             return None
         folder.load_weights("encoder.safetensors", self.backbone)
         encode = Frozen(self.backbone)
         same = 0
-        for index in torch.split(torch.from_numpy(chosen), self.batch_size):
+        for index in torch.split(torch.from_numpy(chosen), VIEW_BATCH):
             pixels = torch.from_numpy(images.images[index.numpy()])
             uniforms = keyed_uniform(seed, 0, index, 0, self.weak.num_uniforms)
             weak = head(encode(self.weak(pixels, uniforms)).float()).argmax(dim=1)
@@ -141,15 +140,8 @@ class Trust:
         return same / len(chosen)
 
 
-def sample(num_images: int, limit: int, seed: int) -> NDArray[np.intp]:
-    """At most `limit` of the images, in their order."""
-    if num_images <= limit:
-        return np.arange(num_images)
-    return np.sort(np.random.default_rng(seed).choice(num_images, limit, replace=False))
-
-
 def read_head(folder: RunFolder) -> nn.Module | None:
-    """The head of a run, by the names of its weights; None if it is one of another kind."""
+    """Load a run's head, whose kind the names of its weights tell; None for another kind."""
     file = folder.path / "head.safetensors"
     state = load_file(file) if file.is_file() else {}
     ours = (
@@ -164,28 +156,34 @@ def read_head(folder: RunFolder) -> nn.Module | None:
 
 
 def matched_agreement(found: Sequence[Tensor]) -> float:
-    """Mean share of images on which two clusterings agree, clusters matched one to one."""
+    """Return the share of images on which two clusterings agree, as a mean over all pairs.
+
+    The clusters of a pair are matched one to one, so their numbers do not matter.
+    """
     pairs = [clustering_scores(one, other)["acc"] for one, other in combinations(found, 2)]
     return float(np.mean(pairs))
 
 
 def seeds_agreement(runs: Sequence[RunFolder]) -> float | None:
-    """`matched_agreement` of several runs on the same images; None for a single one.
+    """Return `matched_agreement` of runs on the same images; None for a single run.
 
     Raises:
-        UsageError: the runs are not of the same images.
+        UsageError: the runs are on different images.
     """
     if len(runs) < 2:
         return None
     tables = [run.read_clusters() for run in runs]
     for run, table in zip(runs, tables, strict=True):
         if table.keys != tables[0].keys:
-            raise UsageError(f"trust.runs: {run.path} is of other images than {runs[0].path}")
+            raise UsageError(
+                f"trust.runs: {run.path} is of other images than {runs[0].path}; give runs on the "
+                "same images"
+            )
     return matched_agreement([torch.from_numpy(table.clusters) for table in tables])
 
 
 def separation(features: NDArray[np.float32], clusters: NDArray[np.int64]) -> float | None:
-    """Mean silhouette by cosine (Rousseeuw 1987), in [-1, 1]; None where one cluster holds all."""
+    """Return the mean silhouette by cosine (Rousseeuw 1987), in [-1, 1]; None for one cluster."""
     if not 2 <= len(np.unique(clusters)) < len(clusters):
         return None
     return float(silhouette_score(features, clusters, metric="cosine"))
@@ -194,18 +192,21 @@ def separation(features: NDArray[np.float32], clusters: NDArray[np.int64]) -> fl
 def null_check(
     features: NDArray[np.float32], num_clusters: int, num_nulls: int, seed: int
 ) -> NullCheck:
-    """Does k-means part these features better than features that have no clusters?
+    """Compare k-means on the features with k-means on clouds of points that have no groups.
 
-    Like the gap statistic (Tibshirani et al. 2001, its reference b) in the axes of the principal
-    components: half of the clouds shuffle each component over the images, which keeps its values
-    and breaks what they have in common; half draw it anew as a Gaussian of its variance, which
-    keeps the shape of the cloud and has no groups at all.
+    Like the gap statistic (Tibshirani et al. 2001, reference distribution b) along the principal
+    components. Every second cloud shuffles each component over the images: this keeps the values
+    of each component and removes the dependence between components. The others draw each component
+    from a Gaussian of the same variance: this keeps the shape of the whole and has no groups.
 
     Args:
         features: (n, D).
         num_clusters: K.
-        num_nulls: clouds without groups.
-        seed: of clouds and k-means.
+        num_nulls: number of clouds.
+        seed: seed of the clouds and of k-means.
+
+    Returns:
+        The mean silhouettes of k-means with K clusters, of the features and of each cloud.
     """
     rows = F.normalize(torch.from_numpy(np.array(features, dtype=np.float64))).numpy()
     rows = rows - rows.mean(axis=0)

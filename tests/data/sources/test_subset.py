@@ -11,7 +11,7 @@ from spice_pl.data.images import ImageSet
 from spice_pl.data.sources.subset import subset
 from spice_pl.errors import UsageError
 from spice_pl.functional.kmeans import kmeans_clusters
-from spice_pl.job import run
+from spice_pl.job.parts import open_images
 
 N, CLASSES = 60, ["a", "b", "c"]
 
@@ -143,8 +143,8 @@ def test_without_labels_there_is_nothing_to_choose_by(settings: dict[str, Any]) 
 
 def test_the_command_line_chooses_for_every_data_set(tiny: Sequence[str]) -> None:
     cfg = make_job(*tiny, "dataset.classes=['class 0','class 2']", "dataset.imbalance=3").cfg
-    images = run._images(cfg)
+    images = open_images(cfg)
     assert images.labels is not None
     assert np.bincount(images.labels).tolist() == [30, 10]
-    assert len(run._images(make_job("dataset=digits", "dataset.limit=100").cfg)) == 100
-    assert len(run._images(make_job(*tiny).cfg)) == NUM_IMAGES
+    assert len(open_images(make_job("dataset=digits", "dataset.limit=100").cfg)) == 100
+    assert len(open_images(make_job(*tiny).cfg)) == NUM_IMAGES

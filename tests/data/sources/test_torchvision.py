@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hydra.utils import instantiate
 from numpy.typing import NDArray
 from PIL import Image
 from tests.conftest import compose
@@ -31,6 +30,7 @@ from spice_pl.data.sources.torchvision import (
     stl10,
 )
 from spice_pl.errors import UsageError
+from spice_pl.job.settings import build
 
 CLASSES = [f"class {i}" for i in range(10)]
 
@@ -429,9 +429,8 @@ def test_split_never_shows_a_test_image_to_training(
         *(["dataset.md5=null"] if name == "tiny_imagenet" else []),
     )
     described = ("num_clusters", "mean", "std", "classes", "limit", "imbalance")
-    images: ImageSet = instantiate(
-        {key: value for key, value in cfg.dataset.items() if key not in described},
-        _convert_="all",
+    images: ImageSet = build(
+        cfg, {key: value for key, value in cfg.dataset.items() if key not in described}
     )
     assert images.is_test is not None
     assert images.is_test.any()
@@ -439,9 +438,7 @@ def test_split_never_shows_a_test_image_to_training(
     shown: set[bytes] = set()
     for stage in ("moco", "proto", "fixmatch"):
         for key, settings in cfg[stage].streams.items():
-            stream = replace(
-                instantiate(settings, _convert_="all"), batch_size=2, num_samples=2 * len(images)
-            )
+            stream = replace(build(cfg, settings), batch_size=2, num_samples=2 * len(images))
             module = ViewsDataModule(
                 images, {key: stream}, stream.views["weak" if stage != "moco" else "key"], seed=0
             )

@@ -20,7 +20,7 @@ from spice_pl.data.images import ImageSet, fingerprint, joint_fingerprint
 from spice_pl.errors import UsageError
 
 
-def digits(name: str = "digits", image_size: int = 16, protocol: str = "whole") -> ImageSet:
+def digits(name: str = "digits", image_size: int = 8, protocol: str = "whole") -> ImageSet:
     """Return the 1,797 handwritten digits that come with scikit-learn (UCI, 8×8 grey, 0–16)."""
     from sklearn.datasets import load_digits
 

@@ -1,0 +1,282 @@
+"""Several clusterings of one feature set, and which of them to keep, without labels.
+
+Shapes: N samples, D feature width, d components, K clusters, k neighbours, R candidates.
+"""
+
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import sparse
+from scipy.sparse.csgraph import connected_components
+from scipy.sparse.linalg import eigsh
+from sklearn.cluster import AgglomerativeClustering
+from sklearn.exceptions import ConvergenceWarning
+from torch import Tensor
+
+from spice_pl.functional.embeddings import (
+    Whitening,
+    fit_projection,
+    nearest_others,
+    neighbor_graph,
+    project,
+    walk_states,
+)
+from spice_pl.functional.kmeans import kmeans_clusters
+from spice_pl.functional.neighbors import SIMILARITIES_PER_CHUNK, similarities, unit_rows
+
+WALKS = (10, 30, 100)  # steps; few suit even classes, many suit unequal ones
+EVENNESS_WEIGHT = 2.0  # 1.5 to 2.5 choose alike
+DISAGREEMENT_FLOOR = 0.03  # 0.02 to 0.06 choose alike; where few disagree, evenness decides
+DENSE_UP_TO = 200  # samples whose eigenvectors are found without iteration
+
+
+def walk_clusters(
+    features: Tensor,
+    num_clusters: int,
+    *,
+    walks: Sequence[int] = WALKS,
+    num_components: int = 64,
+    num_neighbors: int = 10,
+    whitening: Whitening = "half",
+    seed: int = 0,
+) -> Tensor:
+    """Cluster embeddings that were smoothed for a few, for some and for many steps.
+
+    k-means after t steps of `neighbor_walk`, with one projection and one graph for all t. K-means
+    on little smoothed embeddings cuts large classes and merges small ones, because equally large
+    clusters have the smallest squared distances. A long walk contracts each dense group first,
+    whatever its size; where groups are not well separated, it also contracts several into one.
+    `cluster_scores` chooses between them.
+
+    Args:
+        features: (N, D), any floating type.
+        num_clusters: K, 1 to N.
+        walks: numbers of steps t, rising.
+        num_components: see `smoothed_embeddings`.
+        num_neighbors: see `smoothed_embeddings`.
+        whitening: see `smoothed_embeddings`.
+        seed: seed of k-means.
+
+    Returns:
+        Clusters (R, N), one row per walk. A cluster may be empty where fewer than K embeddings
+        differ.
+
+    Raises:
+        ValueError: K or the walks are out of range, or as in `fit_projection`.
+    """
+    _check_num_clusters(num_clusters, len(features))
+    if not walks or min(walks) < 0 or list(walks) != sorted(set(walks)):
+        raise ValueError(f"walks {list(walks)} do not rise from 0 or more; give at least one")
+    starts = project(features, fit_projection(features, num_components, whitening))
+    graph = neighbor_graph(starts, num_neighbors)
+    found = [
+        _kmeans(unit_rows(torch.from_numpy(state)).numpy(), num_clusters, seed)
+        for steps, state in zip(range(walks[-1] + 1), walk_states(starts, graph), strict=False)
+        if steps in walks
+    ]
+    return torch.stack(found)
+
+
+def spectral_clusters(
+    embeddings: Tensor, graph: sparse.csr_array, num_clusters: int, seed: int = 0
+) -> Tensor:
+    """Cut the neighbour graph where it is thin, with sparse eigenvectors.
+
+    Ng, Jordan and Weiss 2002: the K largest eigenvectors of D^-½ W D^-½, rows of length one,
+    k-means. Lanczos iterations from a fixed start (scipy's eigsh); memory grows with N (k + K).
+
+    Args:
+        embeddings: (N, d); used only to join a graph in several parts, see `connect`.
+        graph: symmetric weights W (N, N), from `neighbor_graph`.
+        num_clusters: K, 1 to N.
+        seed: seed of k-means.
+
+    Returns:
+        Clusters (N,).
+
+    Raises:
+        ValueError: K is out of range.
+    """
+    num_samples = len(embeddings)
+    _check_num_clusters(num_clusters, num_samples)
+    weights = connect(graph, embeddings).astype(np.float64)
+    scales = sparse.diags_array(weights.sum(axis=1) ** -0.5)
+    normalised = scales @ weights @ scales
+    if num_samples <= max(DENSE_UP_TO, 2 * num_clusters + 1):
+        vectors = np.linalg.eigh(normalised.toarray())[1][:, -num_clusters:]
+    else:
+        first = np.random.default_rng(0).standard_normal(num_samples)
+        vectors = eigsh(normalised, num_clusters, which="LA", v0=first, tol=1e-6)[1]
+    return _kmeans(unit_rows(torch.from_numpy(vectors)).float().numpy(), num_clusters, seed)
+
+
+def ward_clusters(embeddings: Tensor, graph: sparse.csr_array, num_clusters: int) -> Tensor:
+    """Merge neighbours, each time those that raise the variance within clusters least.
+
+    Ward 1963, with merges along edges of the neighbour graph only, so that memory grows with N k.
+
+    Args:
+        embeddings: (N, d), smoothed.
+        graph: symmetric weights (N, N), from `neighbor_graph`; parts are joined by `connect`.
+        num_clusters: K, 1 to N.
+
+    Returns:
+        Clusters (N,).
+
+    Raises:
+        ValueError: K is out of range.
+    """
+    _check_num_clusters(num_clusters, len(embeddings))
+    if len(embeddings) == 1:
+        return torch.zeros(1, dtype=torch.long)
+    edges = sparse.csr_matrix(connect(graph, embeddings))
+    model = AgglomerativeClustering(num_clusters, linkage="ward", connectivity=edges)
+    found: NDArray[np.int64] = model.fit_predict(embeddings.cpu().numpy())
+    return torch.from_numpy(found.astype(np.int64))
+
+
+def connect(graph: sparse.csr_array, embeddings: Tensor) -> sparse.csr_array:
+    """Join the parts of a graph by one weak edge per part.
+
+    The sample nearest to the mean of its part stands for it. From the second largest part on, each
+    part is joined to the larger part whose sample is nearest by cosine.
+
+    Args:
+        graph: symmetric weights (N, N).
+        embeddings: (N, d).
+
+    Returns:
+        The graph with an edge more per part beyond the first, of the smallest weight in the graph.
+
+    Examples:
+        >>> pairs = sparse.csr_array(np.kron(np.eye(2), np.array([[0.0, 1.0], [1.0, 0.0]])))
+        >>> connect(pairs, torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]])).nnz
+        6
+    """
+    num_parts, part = connected_components(graph, directed=False)
+    if num_parts == 1:
+        return graph
+    part = np.argsort(np.argsort(-np.bincount(part), kind="stable"))[part]  # 0 is the largest
+    unit = unit_rows(embeddings).cpu()
+    sums = torch.zeros(num_parts, unit.shape[1], dtype=unit.dtype)
+    sums.index_add_(0, torch.from_numpy(part), unit)
+    fit = (unit * unit_rows(sums)[part]).sum(dim=1).numpy()
+    order = np.lexsort((-fit, part))  # by part, and the sample nearest to the mean first
+    centres = order[np.searchsorted(part[order], np.arange(num_parts))]  # (parts,)
+    ends, parents = unit[centres], []
+    ids = torch.arange(num_parts)
+    for rows in torch.split(ids, max(1, SIMILARITIES_PER_CHUNK // num_parts)):
+        likeness = similarities(ends[rows], ends)
+        not_larger = ids >= rows.unsqueeze(1)
+        parents.append(likeness.masked_fill(not_larger, -torch.inf).argmax(dim=1))
+    one, other = centres[1:], centres[torch.cat(parents)[1:].numpy()]
+    weights = np.full(len(one), graph.data.min(), dtype=graph.dtype)
+    added = sparse.csr_array((weights, (one, other)), shape=graph.shape)
+    return (graph + added + added.T).tocsr()
+
+
+def neighbor_agreement(features: Tensor, candidates: Tensor, num_neighbors: int = 10) -> Tensor:
+    """Measure how often a sample and its nearest others are in one cluster.
+
+    The mean over samples of r in SPICE, Eq. 6, but without the sample itself, whose own cluster
+    says nothing.
+
+    Args:
+        features: (N, D); by cosine.
+        candidates: (R, N), clusters of each candidate.
+        num_neighbors: k; all others where N ≤ k.
+
+    Returns:
+        Share (R,), float64, in [0, 1]; 1 for a single sample.
+
+    Raises:
+        ValueError: the lengths disagree, or num_neighbors is not positive.
+
+    Examples:
+        >>> features = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.1, 0.9], [0.0, 1.0]])
+        >>> neighbor_agreement(features, torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]]), 1)
+        tensor([1.0000, 0.5000], dtype=torch.float64)
+    """
+    if candidates.ndim != 2 or candidates.shape[1] != len(features):
+        raise ValueError(
+            f"candidates {tuple(candidates.shape)} are not (R, N) with the N = {len(features)} of "
+            "the features; give one row of clusters per candidate"
+        )
+    if num_neighbors < 1:
+        raise ValueError(f"num_neighbors {num_neighbors} is not positive; use at least 1")
+    if len(features) == 1:
+        return torch.ones(len(candidates), dtype=torch.float64)
+    others = nearest_others(features, num_neighbors).to(candidates.device)  # (N, k)
+    shares = [(row[others] == row.unsqueeze(1)).double().mean() for row in candidates]
+    return torch.stack(shares).cpu()
+
+
+def evenness(clusters: Tensor, num_clusters: int) -> float:
+    """Entropy of cluster sizes over log K: 1 for equal sizes, 0 for one cluster.
+
+    Args:
+        clusters: (N,), ids 0 to K - 1.
+        num_clusters: K; 1 gives 1.
+
+    Examples:
+        >>> evenness(torch.tensor([0, 0, 1, 1]), 2), evenness(torch.tensor([0, 0, 0]), 2)
+        (1.0, 0.0)
+    """
+    if num_clusters == 1:
+        return 1.0
+    shares = torch.bincount(clusters, minlength=num_clusters).double() / len(clusters)
+    return abs(float(torch.special.entr(shares).sum())) / float(np.log(num_clusters))
+
+
+def cluster_scores(
+    features: Tensor, candidates: Tensor, num_clusters: int, num_neighbors: int = 10
+) -> Tensor:
+    """Score candidates without labels; the largest is the one to keep.
+
+    Ours: score = 2 h − log(1 − a + 0.03), with the agreement a of `neighbor_agreement` and the
+    evenness h of `evenness`. The agreement alone favours candidates that split off a small odd
+    group and merge two classes in its place. The product a h rejects classes that are truly
+    unequal: a of good candidates differs by hundredths only, and h by tenths. The logarithm
+    compares the shares of neighbours that disagree, which differ by a factor where a large class
+    is cut in two.
+
+    Candidates have to share K and the features. The score does not choose K.
+
+    Args:
+        features: (N, D), as the encoder gives them; by cosine.
+        candidates: (R, N), clusters of each candidate, ids 0 to K - 1.
+        num_clusters: K.
+        num_neighbors: k; all others where N ≤ k.
+
+    Returns:
+        Scores (R,), float64.
+
+    Raises:
+        ValueError: as in `neighbor_agreement`.
+
+    Examples:
+        >>> features = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.1, 0.9], [0.0, 1.0]])
+        >>> candidates = torch.tensor([[0, 0, 0, 1], [0, 0, 1, 1]])
+        >>> cluster_scores(features, candidates, num_clusters=2, num_neighbors=1).argmax()
+        tensor(1)
+    """
+    agreements = neighbor_agreement(features, candidates, num_neighbors)
+    even = torch.tensor([evenness(row, num_clusters) for row in candidates], dtype=torch.float64)
+    return EVENNESS_WEIGHT * even - (1 - agreements + DISAGREEMENT_FLOOR).log()
+
+
+def _kmeans(rows: NDArray[np.float32], num_clusters: int, seed: int) -> Tensor:
+    with warnings.catch_warnings():  # fewer distinct rows than clusters: some stay empty
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return torch.from_numpy(kmeans_clusters(rows, num_clusters, seed))
+
+
+def _check_num_clusters(num_clusters: int, num_samples: int) -> None:
+    if not 1 <= num_clusters <= num_samples:
+        raise ValueError(
+            f"num_clusters {num_clusters} is not between 1 and the {num_samples} samples; lower it "
+            "or give more samples"
+        )

@@ -1,0 +1,72 @@
+"""How errors reach the user: one message, an exit code, and what to type next."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from spice_pl.errors import UsageError
+from spice_pl.job import sweep
+from spice_pl.job.job import Job
+from spice_pl.system import ranks
+from spice_pl.system.files import is_disk_full
+from spice_pl.system.interrupts import Stopped
+
+
+@contextmanager
+def clear_errors(job: Job) -> Iterator[None]:
+    """Print one message for a mistake that the user can correct, and exit with code 2.
+
+    Raises:
+        SystemExit: code 2 for a mistake; `Stopped`, code 75, after a signal.
+        Exception: any error of a trial of a sweep, whose other trials continue.
+    """
+    try:
+        with full_disk_as_usage_error(job):
+            yield
+    except Stopped:
+        if ranks.is_first_rank():
+            command = job.command(without=("resume", "overwrite"), last=["resume=true"])
+            print(f"\nstopped; what was made is kept. Continue with\n  {command}", file=sys.stderr)
+        raise
+    except Exception as error:
+        if isinstance(error, UsageError):
+            print(f"\nerror: {error}", file=sys.stderr)
+        if job.sweep:
+            sweep.note_failure(job.overrides, error)
+        elif isinstance(error, UsageError):
+            raise SystemExit(2) from error
+        raise
+
+
+@contextmanager
+def full_disk_as_usage_error(job: Job) -> Iterator[None]:
+    """Turn the system's error of a full disk into a message that names the file and the way out."""
+    try:
+        yield
+    except OSError as error:
+        if is_disk_full(error):
+            raise UsageError(
+                f"no space left to write {error.filename or 'a file'} under {job.cfg.runs_dir} "
+                f"({error.strerror}); files that are there are complete. Free some space, then "
+                "continue with resume=true"
+            ) from error
+        raise
+
+
+def quiet() -> None:
+    """Keep messages that the user cannot act on out of the log."""
+    for name in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for known in (
+        "resuming from a checkpoint that ended before the epoch",  # the sampler continues there
+        "does not have many workers",  # images are in memory, whole batches at a time
+        "Checkpoint directory .* exists and is not empty",
+        "Experiment logs directory .* exists and is not empty",
+        "torch.distributed.nn.functional.all_gather is deprecated",  # inside Lightning
+        r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    ):
+        warnings.filterwarnings("ignore", message=f".*{known}.*")

@@ -1,0 +1,67 @@
+"""The parts that a job is made of: its images, and the module and streams of a stage."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytorch_lightning as pl
+from omegaconf import DictConfig
+
+from spice_pl.data.datamodule import Stream
+from spice_pl.data.images import ImageSet
+from spice_pl.data.sources.subset import subset
+from spice_pl.errors import UsageError
+from spice_pl.job.fit import fitted
+from spice_pl.job.job import Job
+from spice_pl.job.plan import Step
+from spice_pl.job.settings import build
+from spice_pl.stages.base import Stage
+
+logger = logging.getLogger(__name__)
+
+DESCRIBED = ("num_clusters", "mean", "std")  # settings of the data set that stages and views read
+CHOSEN = ("classes", "imbalance", "limit")  # settings that choose images of any data set
+
+
+def open_images(cfg: DictConfig, **other: Any) -> ImageSet:
+    """Open the data set; `other` replaces some of its settings.
+
+    Raises:
+        UsageError: the data set cannot be opened, or holds fewer training images than clusters.
+    """
+    settings = {
+        key: value for key, value in cfg.dataset.items() if key not in (*DESCRIBED, *CHOSEN)
+    }
+    source: ImageSet = build(cfg, settings | other)
+    images = subset(source, **build(cfg, {key: cfg.dataset[key] for key in CHOSEN}))
+    num_clusters, num_train = int(cfg.dataset.num_clusters or 0), len(images.train_index)
+    if num_clusters and not 2 <= num_clusters <= num_train:
+        raise UsageError(
+            f"dataset.num_clusters {num_clusters} is not between 2 and the {num_train} training "
+            f"images of {images.name}; lower it or give more images"
+        )
+    truth = "labels for truth/* only" if images.labels is not None else "no labels"
+    pixels = images.images.shape[-1]
+    logger.info(
+        f"{images.name}: {len(images)} images of {pixels} x {pixels} pixels, "
+        f"{num_clusters or 'unknown'} clusters, protocol {images.protocol}, {truth}"
+    )
+    return images
+
+
+def build_stage(job: Job, step: Step, images: ImageSet) -> tuple[Stage, dict[str, Stream]]:
+    """Return the module of a stage, with the initial weights of the run's seed, and its streams.
+
+    Raises:
+        UsageError: a setting does not fit the data.
+    """
+    own, changes = fitted(step.name, step.own, images, step.num_clusters, job.overrides)
+    if changes:
+        logger.info("fitted to %d images: %s", len(images.train_index), ", ".join(changes))
+    pl.seed_everything(step.seed, verbose=False)
+    streams = {key: build(job.cfg, value) for key, value in own["streams"].items()}
+    module: Stage = build(job.cfg, own["module"])
+    module.name = step.name
+    module.check(images, streams)
+    return module, streams

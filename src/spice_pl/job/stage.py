@@ -1,0 +1,78 @@
+"""Run a stage: fit its module, predict every image, write the results."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Mapping
+
+import pytorch_lightning as pl
+import torch
+
+from spice_pl.callbacks.predictions import PredictionWriter
+from spice_pl.callbacks.truth import TruthMonitor
+from spice_pl.data.datamodule import Stream, ViewsDataModule
+from spice_pl.data.images import ImageSet
+from spice_pl.job.checks import stamp
+from spice_pl.job.finish import finish_stage
+from spice_pl.job.job import Job
+from spice_pl.job.plan import Step
+from spice_pl.job.settings import build
+from spice_pl.job.trainer import make_trainer
+from spice_pl.runs.folder import RunFolder
+from spice_pl.stages.base import Stage
+from spice_pl.system.interrupts import Interrupts
+
+logger = logging.getLogger(__name__)
+
+
+def run_stage(
+    job: Job,
+    step: Step,
+    module: Stage,
+    streams: Mapping[str, Stream],
+    images: ImageSet,
+    interrupts: Interrupts,
+) -> None:
+    """Fit one stage, predict every image, write the results."""
+    started = time.monotonic()
+    pl.seed_everything(step.seed, verbose=False)
+    streams = module.prepare(images, step.upstream[0] if step.upstream else None, streams)
+    module.to(memory_format=torch.channels_last)  # convolutions: 1.2 to 6 times faster on a CPU
+    plain = build(job.cfg, step.settings["augment"]["plain"])
+    data = ViewsDataModule(images, dict(streams), plain, seed=step.seed, stage=step.name)
+    shapes = prediction_shapes(step, module, images)
+    callbacks: list[pl.Callback] = [PredictionWriter(step.folder, shapes)]
+    if images.labels is not None:
+        callbacks.append(TruthMonitor(images.labels, step.num_clusters))
+    trainer = make_trainer(job, step, callbacks, interrupts)
+    continues = step.continues
+    _check_space(step.folder, shapes, module)
+    if trainer.is_global_zero:
+        step.folder.clear_temporary()
+        stamp(step, keep=continues)
+        upstream = step.upstream[0] if step.upstream else None
+        step.folder.stamp(images.fingerprint, len(images), upstream)
+        verb = "continues in" if continues else "starts in"
+        logger.info("%s: %s %s", step.name, verb, step.folder.path)
+    if trainer.max_epochs:  # a stage of no epochs only predicts
+        checkpoint = step.folder.checkpoint if continues else None
+        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+    trainer.predict(module, data, return_predictions=False)
+    finish_stage(job, step, module, images, trainer, plain, started)
+
+
+def prediction_shapes(step: Step, module: Stage, images: ImageSet) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each array that the prediction fills, by file name."""
+    shapes: dict[str, tuple[int, ...]] = {"features.npy": (len(images), module.feature_dim)}
+    if module.has_clusters:
+        shapes["probs.npy"] = (len(images), step.num_clusters)
+    return shapes
+
+
+def _check_space(folder: RunFolder, shapes: Mapping[str, tuple[int, ...]], module: Stage) -> None:
+    """Refuse a disk that cannot hold the predictions, and two checkpoints with their optimizer."""
+    predictions = sum(4 * math.prod(shape) for shape in shapes.values())
+    weights = sum(each.nbytes for each in module.state_dict().values())
+    folder.check_space(predictions + 6 * weights)

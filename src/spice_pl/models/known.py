@@ -1,0 +1,68 @@
+"""Known images: training images to show beside a new one, by similarity.
+
+Shapes: N training images, n of them known, B new images, k known images shown for each, D features,
+K clusters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from spice_pl.functional.neighbors import similarities
+
+
+@dataclass(frozen=True)
+class Known:
+    """Training images that a model keeps, to name those most similar to a new image.
+
+    Attributes:
+        keys: (n,) path or index of each.
+        embeddings: (n, D) of length one, float16.
+        clusters: (n,) cluster of each.
+    """
+
+    keys: Sequence[str]
+    embeddings: Tensor
+    clusters: Tensor
+
+    def nearest(self, embeddings: Tensor, most: int) -> tuple[list[list[str]], NDArray[np.float32]]:
+        """Find the k = min(most, n) known images with the largest cosine to each new image.
+
+        Args:
+            embeddings: (B, D), of length one.
+            most: largest number of known images for each, at least 0.
+
+        Returns:
+            Keys (B, k) and cosines (B, k), nearest first.
+        """
+        alike = similarities(embeddings, self.embeddings.to(embeddings))  # (B, n)
+        similarity, index = alike.topk(min(most, len(self.keys)), dim=1)  # (B, k)
+        return [[self.keys[i] for i in row] for row in index.tolist()], similarity.cpu().numpy()
+
+
+def choose_known(
+    keys: Sequence[str], features: NDArray[np.float32], clusters: NDArray[np.int64], most: int
+) -> Known | None:
+    """Keep at most `most` of N training images, evenly spaced; None where `most` is below 1.
+
+    Args:
+        keys: (N,).
+        features: (N, D), raw; stored as embeddings.
+        clusters: (N,), cluster of each image.
+        most: largest n.
+    """
+    if most <= 0:
+        return None
+    index = np.arange(0, len(keys), -(-len(keys) // most))  # (n,)
+    return Known(
+        keys=[keys[i] for i in index.tolist()],
+        embeddings=F.normalize(torch.from_numpy(features[index])).half(),
+        clusters=torch.from_numpy(clusters[index]),
+    )

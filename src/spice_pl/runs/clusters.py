@@ -1,0 +1,166 @@
+"""The clusters of a run's images: one table, made once, for clusters.csv and all pages.
+
+Shapes: N images, D features, K clusters.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from spice_pl.data.keyed import keyed_generator
+from spice_pl.functional.reliability import (
+    Balance,
+    local_consistency,
+    neighbors_for,
+    select_reliable,
+)
+from spice_pl.system.files import atomic
+
+FILE_NAME = "clusters.csv"
+DECIMALS = 4  # of confidence and agreement, in the file and in memory
+COLUMNS = ("image", "cluster", "confidence", "agreement", "reliable")
+
+
+@dataclass(frozen=True)
+class ReliableRule:
+    """Which images count as reliable: Niu et al. 2022 (SPICE), Eqs. 6 and 7.
+
+    Attributes:
+        num_neighbors: number of neighbours, with the image itself as one of them.
+        agreement: smallest share of neighbours in the same cluster.
+        confidence: threshold that the confidence of a reliable image exceeds.
+        balance: which number of reliable images each cluster keeps: "min", "cap" or "none".
+    """
+
+    num_neighbors: int
+    agreement: float
+    confidence: float
+    balance: Balance
+
+
+@dataclass(frozen=True)
+class ClusterTable:
+    """The columns of clusters.csv, each (N,) in the order of the data set.
+
+    Attributes:
+        keys: path or number of each image.
+        clusters: cluster with the largest probability.
+        confidence: that probability, in [0, 1], to four decimals.
+        agreement: share of an image's neighbours in its cluster, in [0, 1], to four decimals.
+        reliable: whether the image is reliable, by the rule applied to all N images. Stage 3
+            applies the same rule to the training images alone.
+    """
+
+    keys: Sequence[str]
+    clusters: NDArray[np.int64]
+    confidence: NDArray[np.float32]
+    agreement: NDArray[np.float32]
+    reliable: NDArray[np.bool_]
+
+    def sizes(self, num_clusters: int) -> NDArray[np.int64]:
+        """Return the number of images in each cluster (K,)."""
+        return np.bincount(self.clusters, minlength=num_clusters)
+
+
+def cluster_table(
+    keys: Sequence[str],
+    embeddings: Tensor,
+    probs: NDArray[np.float32],
+    rule: ReliableRule,
+    seed: int,
+) -> ClusterTable:
+    """Return the clusters of all images, with confidence, agreement and reliability.
+
+    Args:
+        keys: (N,) names of the images.
+        embeddings: (N, D), which images are alike by their cosine.
+        probs: (N, K).
+        rule: rule that decides which images are reliable.
+        seed: seed of the draw when `balance` keeps only some reliable images of a cluster.
+    """
+    clusters = torch.from_numpy(probs.argmax(axis=1).astype(np.int64))
+    confidence = torch.from_numpy(np.array(probs.max(axis=1)))
+    num_neighbors = neighbors_for(rule.num_neighbors, len(keys), probs.shape[1])
+    agreement = local_consistency(embeddings, clusters, num_neighbors)  # Eq. 6
+    reliable = select_reliable(  # Eq. 7
+        agreement,
+        confidence,
+        clusters,
+        agreement=rule.agreement,
+        confidence=rule.confidence,
+        balance=rule.balance,
+        generator=keyed_generator(seed),
+    )
+    return ClusterTable(
+        keys, clusters.numpy(), _rounded(confidence), _rounded(agreement), reliable.numpy()
+    )
+
+
+def write_table(table: ClusterTable, file: Path) -> None:
+    """Write one line per image, in the order of the data set."""
+    with (
+        atomic(file) as temporary,
+        # A path may hold bytes that are not UTF-8; they are written as they are on disk.
+        temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as lines,
+    ):
+        writer = csv.writer(lines)
+        writer.writerow(COLUMNS)
+        columns = (table.keys, table.clusters, table.confidence, table.agreement, table.reliable)
+        for image, cluster, sure, agrees, kept in zip(*columns, strict=True):
+            numbers = (f"{value:.{DECIMALS}f}" for value in (sure, agrees))
+            writer.writerow([image, int(cluster), *numbers, int(kept)])
+
+
+def read_table(file: Path) -> ClusterTable:
+    """Read what `write_table` wrote.
+
+    Raises:
+        ValueError, KeyError, TypeError, OverflowError, csv.Error: the file is damaged.
+    """
+    with file.open(newline="", encoding="utf-8", errors="surrogateescape") as lines:
+        rows = list(csv.DictReader(lines))
+    table = ClusterTable(
+        keys=[row["image"] for row in rows],
+        clusters=np.array([row["cluster"] for row in rows], dtype=np.int64),
+        confidence=np.array([row["confidence"] for row in rows], dtype=np.float32),
+        agreement=np.array([row["agreement"] for row in rows], dtype=np.float32),
+        reliable=np.array([row["reliable"] == "1" for row in rows], dtype=np.bool_),
+    )
+    _check_values(table, {row["reliable"] for row in rows})
+    return table
+
+
+def _check_values(table: ClusterTable, reliable: set[str]) -> None:
+    wrong = np.flatnonzero(
+        (table.clusters < 0)
+        | (table.clusters >= len(table.keys))  # there are at most as many clusters as images
+        | ~np.isfinite(table.confidence)
+        | ~((table.agreement >= 0) & (table.agreement <= 1))
+    )
+    if len(wrong):
+        raise ValueError(f"the row of {table.keys[wrong[0]]!r} holds impossible values")
+    if not reliable <= {"0", "1"}:
+        raise ValueError("column reliable holds other values than 0 and 1")
+
+
+def fits_probs(table: ClusterTable, probs: NDArray[np.float32]) -> bool:
+    """Return whether row i of a table follows from row i of the probabilities (N, K)."""
+    return (
+        len(table.keys) == len(probs)
+        and bool((table.clusters == probs.argmax(axis=1)).all())
+        and bool((np.abs(table.confidence - probs.max(axis=1)) <= 10.0**-DECIMALS).all())
+    )
+
+
+def _rounded(values: torch.Tensor) -> NDArray[np.float32]:
+    """Round as in the file, so that a table in memory equals the one that is read back."""
+    rounded: NDArray[np.float32] = values.double().numpy().round(DECIMALS).astype(np.float32)
+    return rounded

@@ -1,0 +1,129 @@
+"""Collect what the page of a run shows from the run's artifacts.
+
+Shapes: N images, K clusters.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from spice_pl.data.images import ImageSet
+from spice_pl.errors import UsageError
+from spice_pl.reports.map import Map, feature_map
+from spice_pl.reports.page import ReportData
+from spice_pl.reports.tables import ResultRow, duration_text
+from spice_pl.runs.attention import read_attention
+from spice_pl.runs.clusters import ClusterTable
+from spice_pl.runs.folder import RunFolder
+from spice_pl.runs.results import log_lines
+from spice_pl.system.command import command
+
+
+def report_data(
+    folder: RunFolder,
+    upstream: Sequence[RunFolder],
+    images: ImageSet,
+    metrics: Mapping[str, Any],
+    table: ClusterTable,
+    map_method: str = "pca",
+) -> ReportData:
+    """Return what the page of a run shows.
+
+    Args:
+        folder: artifacts of the run, of which features and logs are read.
+        upstream: artifacts of the stages before it, the nearest first.
+        images: the data set.
+        metrics: content of metrics.json, which may not be written yet.
+        table: clusters of the run.
+        map_method: "pca" or "tsne".
+
+    Raises:
+        UsageError: a package for the map is missing, or an artifact is damaged.
+    """
+    num_clusters = int(metrics["num_clusters"])
+    upstream = [each for each in upstream if each.finished]
+    rows = [ResultRow(**row) for row in metrics["rows"]]
+    return ReportData(
+        title=f"{images.name}: {len(images):,} images in {num_clusters} clusters",
+        dataset=images.name,
+        num_images=len(images),
+        num_clusters=num_clusters,
+        protocol=images.protocol,
+        seed=int(metrics["seed"]),
+        rows=rows[::-1],  # the page's headline is its first row
+        images=lambda index: images.images[index],
+        keys=images.keys,
+        clusters=table.clusters,
+        confidence=table.confidence,
+        agreement=table.agreement,
+        reliable=table.reliable,
+        labels=images.labels,
+        class_names=images.class_names,
+        logs=_logs([*reversed(upstream), folder]),
+        map=_map(folder, map_method, int(metrics["seed"])),
+        attention=read_attention(folder),
+        names=folder.names,
+        cost=_cost(metrics, upstream),
+        review=_review(folder, metrics),
+        skipped=images.skipped,
+        settings=_settings(metrics),
+        versions=metrics["versions"],
+    )
+
+
+def _map(folder: RunFolder, method: str, seed: int) -> Map:
+    try:
+        return feature_map(folder.features, method, seed)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _cost(metrics: Mapping[str, Any], upstream: Sequence[RunFolder]) -> dict[str, str]:
+    stages = [*(each.metrics for each in reversed(upstream)), metrics]
+    return {
+        **{f"time of {each['stage']}": duration_text(each["seconds"]) for each in stages},
+        "time in all": duration_text(metrics["seconds_in_all"]),
+        "largest memory": f"{metrics['peak_memory_mb']:,.0f} MB",
+        "devices": str(metrics["devices"]),
+        "precision": str(metrics["precision"]),
+    }
+
+
+def _settings(metrics: Mapping[str, Any]) -> dict[str, str]:
+    given = {"command line": " ".join(metrics["overrides"]), "preset": metrics["preset"]}
+    return given | dict(metrics.get("settings", {}))
+
+
+def _review(folder: RunFolder, metrics: Mapping[str, Any]) -> dict[str, str]:
+    """Return what edits of this run hold about it, and the command that uses them."""
+    return {
+        "reviewed": f"{folder.path.parent.name}/{folder.path.name}",
+        "fingerprint": metrics["fingerprint"],
+        "digest": metrics["digest"],
+        "command": _review_command(metrics["overrides"]),
+    }
+
+
+def _review_command(overrides: Sequence[str]) -> str:
+    """Return the command that trains on edits; the page fills in the braces."""
+    chosen = ("stage=", "edits=", "run=", "overwrite=", "resume=", "dataset.num_clusters=")
+    kept = [text for text in overrides if not text.startswith(chosen)]
+    line = shlex.join([*command(), "stage=fixmatch", *kept, "run=reviewed"])
+    return line + " edits={edits} dataset.num_clusters={num_clusters}"
+
+
+def _logs(folders: Sequence[RunFolder]) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """Return the curves of each stage that logged any, by name of the stage."""
+    return {each.path.parent.name: found for each in folders if (found := _curves(each))}
+
+
+def _curves(folder: RunFolder) -> dict[str, list[tuple[int, float]]]:
+    """Return (epoch, value) of every metric in a stage's log."""
+    curves: dict[str, dict[int, float]] = {}
+    for epoch, values in log_lines(folder):
+        if epoch is not None:
+            for name, value in values.items():
+                curves.setdefault(name, {})[epoch] = value
+    return {name: sorted(points.items()) for name, points in curves.items()}

@@ -1,0 +1,71 @@
+"""What is run for your own images, and K that is estimated on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from tests.conftest import compose, make_job
+
+from spice_pl.errors import UsageError
+from spice_pl.job.run import run_stages
+
+OWN = ("folder", "array", "shards", "hugging_face")
+PLACE = {"array": "path"}
+
+
+@pytest.mark.parametrize("dataset", OWN)
+def test_own_images_are_clustered_on_pretrained_features(dataset: str) -> None:
+    pytest.importorskip("timm")
+    cfg = compose(f"dataset={dataset}", f"dataset.{PLACE.get(dataset, 'root')}=/images")
+    assert list(cfg.stages) == ["embed", "proto"]
+    assert cfg.dataset.num_clusters == "auto"
+    assert cfg.proto.upstream == "embed"
+    assert cfg.embed.module.backbone == cfg.proto.module.backbone
+    assert list(cfg.dataset.mean) == list(cfg.augment.plain.mean)
+    assert {cfg[name].upstream for name in ("trust", "review", "report")} == {"proto"}
+
+
+@pytest.mark.parametrize("dataset", OWN)
+def test_one_word_trains_from_random_weights(dataset: str) -> None:
+    cfg = compose(
+        f"dataset={dataset}", f"dataset.{PLACE.get(dataset, 'root')}=/images", "recipe=scratch"
+    )
+    assert list(cfg.stages) == ["moco", "proto", "fixmatch"]
+    assert cfg.proto.upstream == "moco"
+    assert cfg.proto.module.backbone == cfg.backbone
+
+
+@pytest.mark.parametrize("dataset", ["digits", "cifar10", "stl10"])
+def test_published_sets_keep_the_stages_of_the_paper(dataset: str) -> None:
+    assert list(compose(f"dataset={dataset}").stages) == ["moco", "proto", "fixmatch"]
+    assert list(compose(f"dataset={dataset}", "recipe=pretrained").stages) == ["embed", "proto"]
+
+
+def test_an_experiment_brings_its_own_recipe() -> None:
+    cfg = compose("experiment=cifar10_quick", "dataset=folder", "dataset.root=/images")
+    assert list(cfg.stages) == ["simclr", "proto", "fixmatch"]
+    assert cfg.dataset.image_size == 32
+    assert cfg.proto.module.backbone == cfg.backbone
+
+
+def test_k_is_estimated_once_and_then_that_of_the_run(tiny: Sequence[str]) -> None:
+    more = ("dataset.num_clusters=auto", "chain=[moco,proto]", "estimate_k.task.largest=4")
+    job = make_job(*tiny, *more)
+    run_stages(job)
+    estimate = job.folder("estimate_k").metrics
+    assert estimate["read"] == "moco/seed0"
+    found = job.folder("proto").metrics
+    assert found["num_clusters"] == estimate["estimated_num_clusters"]
+    assert job.folder("moco").metrics["num_clusters"] == 0  # its features are the same for any K
+    begun = job.folder("estimate_k").path.joinpath("metrics.json").stat().st_mtime_ns
+    run_stages(make_job(*tiny, *more, "resume=true"))
+    again = job.folder("estimate_k").path.joinpath("metrics.json").stat().st_mtime_ns
+    assert again == begun
+    # A task on the finished run takes its K.
+    run_stages(make_job(*tiny, *more, "stage=report", "report.upstream=proto"))
+    # Another K reuses the features.
+    other = make_job(*tiny, *more[1:], "dataset.num_clusters=2", "run=two")
+    with pytest.raises(UsageError, match=r"stage=proto reads what stage=moco writes"):
+        run_stages(make_job(*tiny, *more[1:], "dataset.num_clusters=2", "run=two", "stage=proto"))
+    assert not other.folder("proto").finished
