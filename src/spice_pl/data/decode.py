@@ -339,7 +339,7 @@ def _memory(opened: ImageFile.ImageFile, num_pixels: int, data: BinaryIO) -> int
     """Return about how many bytes of memory decoding takes; num_pixels are those of the file."""
     kind = str(opened.format)
     each = FORMAT_BYTES.get(kind, 5) + DEEP_BYTES * is_deep(opened)
-    if _turn(opened) is not None:
+    if "exif" in opened.info:  # may ask for a rotation; reading it would load a PNG
         each += TURN_BYTES
     if opened.mode not in ("1", "L", "P", "RGB") or "transparency" in opened.info:
         each += MODE_BYTES
