@@ -51,10 +51,10 @@ HEADS = re.compile(
 )
 
 MAX_DECODE_MB = 1024  # memory that decoding may take
-# Bytes of memory that decoding takes per pixel, by format; what alpha or more than 8 bits add; what
-# several channels of 16 bits add; what a progressive JPEG adds for each pixel of the file.
+# Bytes of memory that decoding takes per pixel, by format; what alpha or more than 8 bits, several
+# channels of 16 bits and a rotation add; what a progressive JPEG adds for each pixel of the file.
 FORMAT_BYTES = {"TIFF": 8, "WEBP": 17, "AVIF": 12, "HEIF": 12}  # the others: 5
-MODE_BYTES, DEEP_BYTES, PROGRESSIVE_BYTES = 8, 20, 6
+MODE_BYTES, DEEP_BYTES, TURN_BYTES, PROGRESSIVE_BYTES = 8, 20, 4, 6
 ORIENTATION = 0x0112  # tag of EXIF
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -339,6 +339,8 @@ def _memory(opened: ImageFile.ImageFile, num_pixels: int, data: BinaryIO) -> int
     """Return about how many bytes of memory decoding takes; num_pixels are those of the file."""
     kind = str(opened.format)
     each = FORMAT_BYTES.get(kind, 5) + DEEP_BYTES * is_deep(opened)
+    if "exif" in opened.info:  # may ask for a rotation; reading it would load a PNG
+        each += TURN_BYTES
     if opened.mode not in ("1", "L", "P", "RGB") or "transparency" in opened.info:
         each += MODE_BYTES
     need = opened.width * opened.height * each
@@ -382,10 +384,10 @@ def _fit(image: Image.Image, turn: Image.Transpose | None, image_size: int) -> N
         image = opaque
     elif image.mode not in ("L", "RGB"):
         image = image.convert("RGB")
+    if turn is not None:
+        image = image.transpose(turn)
     if image.size != (image_size, image_size):
         image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
-    if turn is not None:  # the middle square is the same, and few pixels are copied
-        image = image.transpose(turn)
     return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from PIL import Image, features
+from PIL import Image, ImageOps, features
 
 from spice_pl.data import decode as decode_module
 from spice_pl.data import listing, retry, store
@@ -181,6 +181,17 @@ def test_camera_rotation_is_applied(tmp_path: Path) -> None:
     exif[0x0112] = 6  # to be turned clockwise by a quarter
     image.save(tmp_path / "x.png", exif=exif)
     assert decoded(tmp_path / "x.png", 2)[..., 0].tolist() == [[30, 10], [40, 20]]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_rotated_image_is_as_one_that_was_saved_upright(tmp_path: Path, orientation: int) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (11, 17, 3)).astype(np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(noise).resize((170, 110)).save(tmp_path / "x.png", exif=exif)
+    with Image.open(tmp_path / "x.png") as image:
+        ImageOps.exif_transpose(image).save(tmp_path / "y.png")
+    assert (decoded(tmp_path / "x.png", 24) == decoded(tmp_path / "y.png", 24)).all()
 
 
 def test_first_frame_of_an_animation(tmp_path: Path) -> None:
