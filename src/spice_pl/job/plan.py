@@ -17,6 +17,7 @@ from spice_pl.job.settings import flat, masked, masked_override, missing
 from spice_pl.runs.clusters import ReliableRule
 from spice_pl.runs.folder import RunFolder
 from spice_pl.runs.results import Record
+from spice_pl.system import ranks
 
 ASKED = ("stage", "dataset.num_clusters", "overwrite")  # settings that the advice below replaces
 
@@ -73,7 +74,7 @@ class Step:
 
 
 def check_settings(job: Job) -> None:
-    """Refuse settings without a value.
+    """Refuse settings without a value, and those that exclude each other.
 
     Raises:
         UsageError: names them.
@@ -81,6 +82,11 @@ def check_settings(job: Job) -> None:
     OmegaConf.set_struct(job.cfg, True)
     if absent := missing(job.cfg):
         raise UsageError(f"no value for {', '.join(absent)}; give it on the command line")
+    if job.cfg.edits and ranks.in_rank() and not ranks.is_ours():
+        raise UsageError(
+            "edits are written as a run by one process; leave torchrun or srun out and let "
+            "trainer=ddp start the processes"
+        )
     named = next((text for text in job.overrides if text.startswith("backbone=")), None)
     if named and OmegaConf.is_interpolation(job.cfg, "backbone"):
         raise UsageError(

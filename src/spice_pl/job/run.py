@@ -84,15 +84,10 @@ def check_before_work(job: Job, steps: Sequence[Step]) -> None:
     """Check folders and edits in the process that the user started."""
     if ranks.is_ours():  # the parent has checked
         return
-    if not ranks.in_rank():
-        check(job, steps)
-    elif job.cfg.edits:
-        raise UsageError(
-            "edits are written as a run by one process; leave torchrun or srun out and let "
-            "trainer=ddp start the processes"
-        )
-    else:
+    if ranks.in_rank():
         check_folders(job, steps)
+    else:
+        check(job, steps)
 
 
 def start_ranks(job: Job, steps: Sequence[Step], num_processes: int) -> None:

@@ -79,6 +79,8 @@ class ParallelHeads(nn.Module):
         super().__init__()
         if num_heads < 1:
             raise ValueError(f"num_heads {num_heads} leaves nothing to train; use at least 1")
+        if num_clusters < 1:
+            raise ValueError(f"num_clusters {num_clusters} is not positive; use at least 1")
         self.num_heads = num_heads
         # The layout of nn.Linear: all hidden layers flatten into one (H·E, D) without a copy.
         self.hidden_weight = nn.Parameter(torch.empty(num_heads, hidden_dim, feature_dim))
