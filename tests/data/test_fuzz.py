@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from spice_pl.data.decode import Decoded, Decoding, quiet_warnings, read_image
+from spice_pl.data.sources.archives import read_index
 from spice_pl.data.sources.folder import folder
+from spice_pl.errors import UsageError
 
 S = 8
 MUTANTS = 1000  # of every format
@@ -78,6 +81,46 @@ def test_a_damaged_file_is_an_image_or_a_reason(kind: str) -> None:
                 reasons += 1
     assert images + reasons == MUTANTS
     assert reasons > MUTANTS // 10  # the blows do damage
+
+
+def archive(kind: int) -> bytes:
+    """A tar file of one of three formats, with long names, links and a label."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=kind) as opened:
+        for i in range(4):
+            member = tarfile.TarInfo(f"{'long ü/' * 5 if kind else ''}{i}.png")
+            data = seeds("PNG")[0]
+            member.size = len(data)
+            opened.addfile(member, io.BytesIO(data))
+        link = tarfile.TarInfo("link.png")
+        link.type, link.linkname = tarfile.LNKTYPE, "0.png"
+        opened.addfile(link)
+    return buffer.getvalue()
+
+
+def test_a_damaged_archive_is_an_index_or_a_message(tmp_path: Path) -> None:
+    generator = np.random.default_rng(7)
+    whole = [
+        archive(kind) for kind in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
+    ]
+    path, refused = tmp_path / "0.tar", 0
+    for i in range(MUTANTS):
+        raw = bytearray(mutated(whole[i % 3], generator))
+        for place in range(0, len(raw) - 512, 512):  # else the checksum refuses most of them
+            if raw[place + 257 : place + 262] == b"ustar":
+                raw[place + 148 : place + 156] = b" " * 8
+                raw[place + 148 : place + 156] = b"%06o\0 " % sum(raw[place : place + 512])
+                if generator.random() < 0.3:
+                    raw[place + int(generator.integers(124, 157))] = int(generator.integers(256))
+        path.write_bytes(raw)
+        try:
+            index = read_index(path)
+        except UsageError:
+            refused += 1
+            continue
+        for image in index.images:
+            assert 0 <= image.start <= image.start + image.size <= len(raw)
+    assert MUTANTS // 10 < refused < MUTANTS
 
 
 def colour(i: int) -> tuple[int, int, int]:

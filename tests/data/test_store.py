@@ -172,6 +172,29 @@ def test_names_cannot_write_to_the_terminal(
         load(on_bad_image="raise")
 
 
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "webp", "gif", "bmp", "ppm"])
+def test_a_part_of_a_file_is_read_as_a_file(tmp_path: Path, suffix: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (40, 50, 3)).astype(np.uint8)
+    Image.fromarray(noise).save(tmp_path / f"1.{suffix}")
+    data = (tmp_path / f"1.{suffix}").read_bytes()
+    (tmp_path / "archive").write_bytes(b"before" + data + b"\xff\xd8\xff behind")
+    whole = read_image(tmp_path / f"1.{suffix}", Decoding(S))
+    part = read_image(decode.Part(tmp_path / "archive", 6, len(data)), Decoding(S))
+    assert isinstance(whole, Decoded)
+    assert isinstance(part, Decoded)
+    assert (part.pixels == whole.pixels).all()
+    with decode._data(decode.Part(tmp_path / "archive", 6, len(data))) as file:
+        assert file.read() == data
+        assert file.read(9) == b""
+        assert file.seek(-9, os.SEEK_END) == len(data) - 9
+        assert file.read(99) == data[-9:]
+        assert (file.seek(3), file.read(4), file.tell()) == (3, data[3:7], 7)
+        with pytest.raises(OSError, match="fileno"):
+            file.fileno()
+    short = read_image(decode.Part(tmp_path / "archive", 6, 20), Decoding(S))
+    assert isinstance(short, str)
+
+
 # Memory
 
 

@@ -15,7 +15,7 @@ from tests.stages.small import image_set
 
 from spice_pl.errors import UsageError
 from spice_pl.job.run import run_stages
-from spice_pl.runs import folder as folder_module
+from spice_pl.runs import checked_files
 from spice_pl.runs.clusters import read_table
 from spice_pl.runs.edited import order_like, write_edited
 from spice_pl.runs.edits import Edits
@@ -46,7 +46,7 @@ def sort_backwards(folder: RunFolder) -> None:
 def as_before(folder: RunFolder) -> None:
     """Leave only the digests that releases before 0.2 kept."""
     metrics = json.loads((folder.path / "metrics.json").read_bytes())
-    metrics["digests"] = {name: metrics["digests"][name] for name in folder_module.HANDED_ON}
+    metrics["digests"] = {name: metrics["digests"][name] for name in checked_files.HANDED_ON}
     folder.write_json("metrics.json", metrics)
 
 
@@ -102,17 +102,17 @@ def test_a_large_file_is_compared_once_and_the_table_each_time(
 ) -> None:
     compared = []
 
-    def count(file: Path, digest: Callable[[Path], str] = folder_module._digest) -> str:
+    def count(file: Path, digest: Callable[[Path], str] = checked_files._digest) -> str:
         compared.append(file.name)
         return digest(file)
 
-    monkeypatch.setattr(folder_module, "_digest", count)
+    monkeypatch.setattr(checked_files, "_digest", count)
     folder = straight.folder("proto")
     folder.check_digests()
     for _ in range(3):
         _ = folder.features, folder.probs
         folder.read_clusters()
-    assert sorted(compared) == sorted([*folder_module.HANDED_ON, *["clusters.csv"] * 3])
+    assert sorted(compared) == sorted([*checked_files.HANDED_ON, *["clusters.csv"] * 3])
 
 
 @pytest.mark.parametrize("before", [False, True])

@@ -251,48 +251,46 @@ def quiet_warnings() -> Iterator[None]:
         yield
 
 
-class _File(io.RawIOBase):
-    """A file, or a part of one, that is read through Python: each error says what the system said.
+class _File(io.FileIO):
+    """A file that is read through Python, so that each error says what the system said.
 
     libtiff would read the descriptor itself and call a failing disk a damaged image.
     """
 
-    def __init__(self, path: Path, start: int = 0, size: int | None = None) -> None:
-        self._descriptor = -1  # until it is open
-        self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-        self._size = os.fstat(self._descriptor).st_size if size is None else size
-        self._start, self._place = start, 0
+    def fileno(self) -> int:
+        """Refuse to give the descriptor."""
+        raise io.UnsupportedOperation("fileno")
+
+
+class _PartOfFile(_File):
+    """A part of a file, as a file."""
+
+    def __init__(self, part: Part) -> None:
+        super().__init__(part.path)
+        self._start, self._size, self._place = part.start, part.size, 0
         self.seek(0)
-
-    def readable(self) -> bool:
-        """Return True."""
-        return True
-
-    def seekable(self) -> bool:
-        """Return True."""
-        return True
 
     def readinto(self, buffer: Any) -> int:
         """Read up to the end of the part."""
         count = max(0, min(len(buffer), self._size - self._place))
-        data = os.read(self._descriptor, count)
-        buffer[: len(data)] = data
-        self._place += len(data)
-        return len(data)
+        done = super().readinto(memoryview(buffer)[:count]) or 0
+        self._place += done
+        return done
+
+    def readall(self) -> bytes:
+        """Return everything up to the end of the part."""
+        data = bytearray(max(0, self._size - self._place))
+        return bytes(data[: self.readinto(data)])
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """Move to a place of the part."""
         base = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._size}[whence]
-        place = base + offset
-        os.lseek(self._descriptor, self._start + place, os.SEEK_SET)
-        self._place = place
-        return place
+        self._place = super().seek(self._start + base + offset) - self._start
+        return self._place
 
-    def close(self) -> None:
-        """Close the file."""
-        if not self.closed and self._descriptor >= 0:
-            os.close(self._descriptor)
-        super().close()
+    def tell(self) -> int:
+        """Return the place in the part."""
+        return self._place
 
 
 class _Memory:
@@ -331,8 +329,7 @@ def _formats() -> tuple[str, ...]:
 def _data(file: Path | bytes | Part) -> BinaryIO:
     if isinstance(file, bytes):
         return io.BytesIO(file)
-    where = (file.path, file.start, file.size) if isinstance(file, Part) else (file,)
-    return io.BufferedReader(_File(*where))
+    return io.BufferedReader(_PartOfFile(file) if isinstance(file, Part) else _File(file))
 
 
 def _memory(opened: ImageFile.ImageFile, num_pixels: int, data: BinaryIO) -> int:

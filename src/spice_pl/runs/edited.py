@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from spice_pl.errors import UsageError
 from spice_pl.functional.assignment import count_table, match_clusters
+from spice_pl.runs.checked_files import identity
 from spice_pl.runs.edits import Edits, check_reviewed, edited_probs, edited_rows
-from spice_pl.runs.folder import RunFolder, as_tensor, identity
+from spice_pl.runs.folder import RunFolder, as_tensor
 from spice_pl.system.files import atomic
 
 logger = logging.getLogger(__name__)

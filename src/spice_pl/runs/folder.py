@@ -13,38 +13,33 @@ from __future__ import annotations
 
 import csv
 import fcntl
-import hashlib
 import json
 import logging
-import math
 import os
 import reprlib
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spice_pl.errors import UsageError
 from spice_pl.functional.embeddings import smoothed_embeddings
 from spice_pl.nn.weights import load_strictly
+from spice_pl.runs.checked_files import ANSWER, EMBEDDINGS, CheckedFiles, damaged
 from spice_pl.runs.clusters import FILE_NAME as CLUSTERS
 from spice_pl.runs.clusters import ClusterTable, fits_probs, read_table, write_table
 from spice_pl.runs.small_files import (
-    METRICS,
     STAMP,
-    Kind,
-    check_fields,
     is_cluster,
     is_text,
     parse_object,
@@ -54,42 +49,9 @@ from spice_pl.system.files import atomic, sync_folder
 
 logger = logging.getLogger(__name__)
 
-EMBEDDINGS = "embeddings.npy"
-ANSWER = "answer.npy"
-# Files that the next stage reads. Their digests together identify a run.
-HANDED_ON = ("encoder.safetensors", "head.safetensors", "features.npy", "probs.npy")
-# Files whose digests are in metrics.json. attention.npz has none, since stage=report writes it
-# again, and names.json has none, since the user may edit it.
-WITH_DIGEST = (
-    *HANDED_ON,
-    EMBEDDINGS,
-    ANSWER,
-    "heads.safetensors",
-    CLUSTERS,
-    "model.spice",
-    "moved.npy",
-)
-
-
-class Metrics(dict[str, Any]):
-    """The fields of a metrics.json.
-
-    Raises:
-        UsageError: a field is read that is missing, or there are more clusters than images.
-    """
-
-    def __init__(self, file: Path, content: Mapping[str, Any]) -> None:
-        super().__init__(content)
-        self._file = file
-        if self.get("num_clusters", 0) > self.get("num_images", math.inf):
-            raise _damaged(file, ValueError("it has more clusters than images"))
-
-    def __missing__(self, name: str) -> Any:
-        raise _damaged(self._file, ValueError(f"it lacks {name!r}"))
-
 
 @dataclass(frozen=True)
-class RunFolder:
+class RunFolder(CheckedFiles):
     """The artifacts of one stage's run.
 
     Attributes:
@@ -97,14 +59,7 @@ class RunFolder:
         similarity: which images count as alike, "cosine" or "smoothed"; see `embeddings`.
     """
 
-    path: Path
     similarity: str = "cosine"
-    _compared: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
-
-    @property
-    def finished(self) -> bool:
-        """Whether all artifacts have been written."""
-        return (self.path / "metrics.json").is_file()
 
     @property
     def checkpoint(self) -> Path:
@@ -169,15 +124,6 @@ class RunFolder:
         if probs is not None:
             with atomic(self.path / ANSWER) as temporary, temporary.open("wb") as file:
                 np.save(file, probs)
-
-    @property
-    def metrics(self) -> dict[str, Any]:
-        """The content of metrics.json.
-
-        Raises:
-            UsageError: the file is missing or damaged, or later, a field that is read is missing.
-        """
-        return Metrics(self.path / "metrics.json", self._json("metrics.json", METRICS))
 
     @contextmanager
     def lock(self) -> Iterator[int]:
@@ -261,7 +207,7 @@ class RunFolder:
             return np.zeros(num_images, dtype=np.bool_)
         mask = np.array(self._array(file.name, np.dtype(np.bool_), 1))
         if len(mask) != num_images:
-            raise _damaged(file, ValueError(f"{len(mask)} values for {num_images} images"))
+            raise damaged(file, ValueError(f"{len(mask)} values for {num_images} images"))
         return mask
 
     def create(self, name: str, shape: tuple[int, ...]) -> None:
@@ -311,20 +257,6 @@ class RunFolder:
         """
         load_strictly(module, self.read_weights(name), str(self.path / name))
 
-    def read_weights(self, name: str) -> dict[str, Tensor]:
-        """Read weights that `write_weights` wrote.
-
-        Raises:
-            UsageError: the file is missing, damaged or has changed.
-        """
-        file = self.checked(name)
-        if not file.is_file():
-            raise UsageError(f"{file} is missing; run its stage again with overwrite=true")
-        try:
-            return dict(load_file(file))
-        except (SafetensorError, OSError, ValueError, KeyError) as error:
-            raise _damaged(file, error) from error
-
     def write_clusters(self, table: ClusterTable) -> None:
         """Write clusters.csv."""
         write_table(table, self.path / CLUSTERS)
@@ -344,60 +276,12 @@ class RunFolder:
         try:
             table = read_table(file)
         except (ValueError, KeyError, TypeError, OverflowError, csv.Error) as error:
-            raise _damaged(file, error) from error
+            raise damaged(file, error) from error
         # Runs made before 0.2 have no digest of their table.
         without_digest = self.finished and CLUSTERS not in self._kept_digests()
         if without_digest and not fits_probs(table, self.probs):
             raise self._changed(CLUSTERS, "its rows do not fit those of probs.npy")
         return table
-
-    def digests(self, names: Sequence[str] = WITH_DIGEST) -> dict[str, str]:
-        """Return the BLAKE2b digests of the files that exist, 16 hexadecimal digits each."""
-        return {name: _digest(self.path / name) for name in names if (self.path / name).is_file()}
-
-    def digest(self) -> str:
-        """Return the digest that identifies the run, 16 hexadecimal digits; see `identity`."""
-        return identity(self.digests(HANDED_ON))
-
-    def checked(self, name: str) -> Path:
-        """Return the path of a file after comparing it with its digest in metrics.json.
-
-        Each file is compared once per `RunFolder` object, since it can be large.
-
-        Raises:
-            UsageError: the file is missing or not what the stage wrote.
-        """
-        if name not in self._compared:
-            self.check_digests(name)
-        return self.path / name
-
-    def check_digests(self, *names: str) -> None:
-        """Compare files with their digests in metrics.json; by default those of `HANDED_ON`.
-
-        Files without a digest pass: those of a run that is not finished, and some of older runs.
-
-        Raises:
-            UsageError: a file is missing or not what the stage wrote.
-        """
-        kept = self._kept_digests()
-        for name in names or HANDED_ON:
-            if name not in kept:
-                continue
-            found = self.digests([name]).get(name)
-            if found != kept[name]:
-                raise self._changed(name, f"digest {found}, {kept[name]} in metrics.json")
-            self._compared.add(name)
-
-    def _kept_digests(self) -> dict[str, str]:
-        return dict(self.metrics.get("digests", {})) if self.finished else {}
-
-    def _changed(self, name: str, difference: str) -> UsageError:
-        file = self.path / name
-        changed = f"has changed since it was written ({difference})"
-        return UsageError(
-            f"{file} {changed if file.is_file() else 'is missing'}; put the original back and keep "
-            f"a sorted or edited copy under another name, or {_written_again(self.path)}"
-        )
 
     def stamp(self, fingerprint: str, num_images: int, upstream: RunFolder | None) -> None:
         """Write dataset.json: the data set and the upstream run behind the artifacts."""
@@ -428,7 +312,7 @@ class RunFolder:
         if not stamp["num_images"] == held == num_images:
             name = "metrics.json" if held != num_images else "dataset.json"
             reason = ValueError(f"the number of images is not the data set's, {num_images}")
-            raise _damaged(self.path / name, reason)
+            raise damaged(self.path / name, reason)
 
     def check_upstream(self, upstream: RunFolder) -> None:
         """Compare dataset.json with the upstream run as it is now.
@@ -443,70 +327,14 @@ class RunFolder:
                 "run this stage again too with overwrite=true, or use another run=NAME"
             )
 
-    def _array(self, name: str, dtype: np.dtype[Any], num_dimensions: int) -> NDArray[Any]:
-        file = self.checked(name)
-        if not file.is_file():
-            raise UsageError(f"{file} is missing; run its stage again with overwrite=true")
-        try:
-            array: NDArray[Any] = np.load(file, mmap_mode="r", allow_pickle=False)
-            if array.dtype != dtype or array.ndim != num_dimensions:
-                raise ValueError(
-                    f"{array.dtype} of {array.ndim} dimensions, not {dtype} of {num_dimensions}"
-                )
-        # A damaged header can cause any exception in numpy's reader.
-        except Exception as error:
-            raise _damaged(file, error) from error
-        return array
-
-    def _json(self, name: str, fields: Mapping[str, Kind]) -> dict[str, Any]:
-        file = self.path / name
-        try:
-            content = parse_object(read_text(file))
-            check_fields(content, fields)
-        except FileNotFoundError:
-            raise UsageError(f"{file} is missing; run its stage again") from None
-        except ValueError as error:
-            raise _damaged(file, error) from error
-        return content
-
     def _stamp(self) -> dict[str, Any]:
         stamp = self._json("dataset.json", STAMP)
         if absent := [name for name in STAMP if name not in stamp]:
-            raise _damaged(self.path / "dataset.json", ValueError(f"it lacks {absent[0]!r}"))
+            raise damaged(self.path / "dataset.json", ValueError(f"it lacks {absent[0]!r}"))
         return stamp
 
     def _part(self, name: str) -> Path:
         return self.path / f".{name}.part"
-
-
-def identity(digests: Mapping[str, str]) -> str:
-    """Return the digest that identifies a run: the digest of its digests of `HANDED_ON`."""
-    handed_on = {name: digests[name] for name in HANDED_ON if name in digests}
-    return hashlib.blake2b(repr(handed_on).encode(), digest_size=8).hexdigest()
-
-
-def _digest(file: Path) -> str:
-    digest = hashlib.blake2b(digest_size=8)
-    with file.open("rb") as opened:
-        while chunk := opened.read(1 << 24):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _damaged(file: Path, error: Exception) -> UsageError:
-    reason = str(error).partition("\n")[0]
-    way = _written_again(file.parent)
-    if file.name == "dataset.json":  # read before a stage resumes
-        way = "run its stage again with overwrite=true"
-    return UsageError(f"{file} is damaged ({reason}); {way}")
-
-
-def _written_again(folder: Path) -> str:
-    """Return the cheapest way to restore a file, for messages."""
-    return (
-        f"delete {folder / 'metrics.json'} and run its stage with resume=true: it writes its files "
-        "again, without training if last.ckpt is there"
-    )
 
 
 def _same_features(one: RunFolder, other: RunFolder) -> bool:

@@ -93,6 +93,11 @@ def _cost(metrics: Mapping[str, Any], upstream: Sequence[RunFolder]) -> dict[str
 
 def _settings(metrics: Mapping[str, Any]) -> dict[str, str]:
     given = {"command line": " ".join(metrics["overrides"]), "preset": metrics["preset"]}
+    if answer := metrics.get("answer"):
+        scores = ", ".join(f"{name} {score:.3f}" for name, score in answer["scores"].items())
+        given["clusters on this page"] = (
+            f"{answer['name']}, the best score without labels: {scores}"
+        )
     return given | dict(metrics.get("settings", {}))
 
 

@@ -26,8 +26,9 @@ from spice_pl.functional.assignment import clustering_scores
 from spice_pl.functional.kmeans import kmeans_clusters
 from spice_pl.reports.tables import ResultRow
 from spice_pl.runs.answer import Answer
+from spice_pl.runs.checked_files import identity
 from spice_pl.runs.clusters import ClusterTable
-from spice_pl.runs.folder import RunFolder, identity
+from spice_pl.runs.folder import RunFolder
 from spice_pl.runs.small_files import read_text
 from spice_pl.system.provenance import machine, versions
 
@@ -161,7 +162,7 @@ def _data_metrics(images: ImageSet) -> dict[str, Any]:
         "fingerprint": images.fingerprint,
         "protocol": images.protocol,
         "num_images": len(images),
-        "num_skipped": len(images.skipped),
+        "num_skipped": images.num_skipped,
     }
 
 

@@ -136,7 +136,7 @@ class LabelSource:
             check_features(features, len(images), source)
         if self.probs_file is not None:
             source = self.probs_file
-            probs = read_array(source, images.keys, images.fingerprint)
+            probs = read_array(source, images.keys, images.fingerprint, self.num_clusters)
         elif (
             upstream is not None
             and self.features_file is None

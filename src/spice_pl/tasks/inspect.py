@@ -86,7 +86,7 @@ class Inspect:
                 "fingerprint": images.fingerprint,
                 "protocol": images.protocol,
                 "num_images": len(images),
-                "num_skipped": len(images.skipped),
+                "num_skipped": images.num_skipped,
                 "num_copies": data.num_copies,
                 "num_near_copies": data.num_near,
                 "num_compared": data.num_compared,
@@ -108,7 +108,7 @@ class Inspect:
             facts.append(("Test images among them", f"{int(images.is_test.sum()):,}"))
         return [
             *facts,
-            ("Skipped files", f"{len(images.skipped):,}"),
+            ("Skipped files", f"{images.num_skipped:,}"),
             ("Exact copies", f"{num_copies(digests):,}"),
             ("Pairs of near-copies", f"{num_near:,}"),
         ]
@@ -164,8 +164,8 @@ def notes(images: ImageSet, digests: NDArray[np.uint64]) -> list[str]:
         known = set(digests[~images.is_test].tolist())
         if both := sum(digest in known for digest in digests[images.is_test].tolist()):
             said.append(f"Exact copies of training images among the test images: {both:,}.")
-    if len(images.skipped) > len(images) // 20:
-        said.append(f"Skipped files: {len(images.skipped):,}; the reasons are below.")
+    if images.num_skipped > len(images) // 20:
+        said.append(f"Skipped files: {images.num_skipped:,}; the reasons are below.")
     return said
 
 
