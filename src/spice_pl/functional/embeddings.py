@@ -249,7 +249,7 @@ def walk_states(starts: Tensor, graph: sparse.csr_array) -> Iterator[NDArray[np.
         graph: symmetric weights (N, N), every row with a positive sum.
 
     Yields:
-        x_s, (N, d), float32; a new array every time.
+        x_s, (N, d), float32; x_0 may share its memory with `starts`.
     """
     current: NDArray[np.float32] = starts.float().cpu().numpy()
     # scipy's sparse product adds in the same order every time, a GPU's does not.

@@ -21,21 +21,13 @@ from spice_pl.functional.candidates import (
     WALKS,
     cluster_scores,
     evenness,
-    spectral_clusters,
     walk_clusters,
-    ward_clusters,
 )
-from spice_pl.functional.embeddings import (
-    fit_projection,
-    nearest_others,
-    neighbor_graph,
-    project,
-)
+from spice_pl.functional.embeddings import nearest_others
 
 logger = logging.getLogger(__name__)
 
 NUM_NEIGHBORS = 10
-WARD_UP_TO = 20_000  # images; beyond it merging them one by one takes minutes
 NETWORK = "network"
 COLLAPSED = 0.3  # less even than the evenest candidate by this much; classes 10:1 are even to 0.1
 
@@ -56,10 +48,10 @@ class Answer:
 
 
 def choose_answer(features: Tensor, probs: Tensor, seed: int) -> Answer:
-    """Choose between the network's clusters, k-means, spectral clustering and Ward's.
+    """Choose between the network's clusters and k-means on embeddings smoothed for 10 to 100 steps.
 
-    The others are clusterings of smoothed embeddings (`functional.candidates`), the choice is that
-    of `cluster_scores`. The chosen clusters get the numbers of the network's that they share most
+    `functional.candidates` has both halves: `walk_clusters` makes the candidates, `cluster_scores`
+    chooses. The chosen clusters get the numbers of the network's clusters that they share most
     images with. Their probability is ½ for the image's own cluster and ½ for the clusters of the
     image and its nearest others, one step of label propagation (Zhou et al. 2004).
 
@@ -69,7 +61,10 @@ def choose_answer(features: Tensor, probs: Tensor, seed: int) -> Answer:
         seed: seed of k-means.
     """
     num_clusters, own = probs.shape[1], probs.argmax(dim=1)
-    found = {NETWORK: own} | _candidates(features, num_clusters, seed)
+    # Spectral clustering and Ward's are no candidates: with them the choice gets worse.
+    walked = walk_clusters(features, num_clusters, seed=seed)
+    found = {NETWORK: own}
+    found |= {f"k-means after {steps} steps": row for steps, row in zip(WALKS, walked, strict=True)}
     # Neighbours agree most where everything is in one cluster: no such candidate may win.
     even = {name: evenness(row, num_clusters) for name, row in found.items()}
     found = {
@@ -83,18 +78,6 @@ def choose_answer(features: Tensor, probs: Tensor, seed: int) -> Answer:
         return Answer(name, scores, probs)
     clusters = _numbered_like(found[name], own, num_clusters)
     return Answer(name, scores, _propagated(features, clusters, num_clusters))
-
-
-def _candidates(features: Tensor, num_clusters: int, seed: int) -> dict[str, Tensor]:
-    """Return clusters (N,) of each clustering of all images together."""
-    walked = walk_clusters(features, num_clusters, seed=seed)
-    found = {f"k-means after {steps} steps": row for steps, row in zip(WALKS, walked, strict=True)}
-    embeddings = project(features, fit_projection(features))
-    graph = neighbor_graph(embeddings, NUM_NEIGHBORS)
-    found["spectral clustering"] = spectral_clusters(embeddings, graph, num_clusters, seed)
-    if len(features) <= WARD_UP_TO:
-        found["Ward's clustering"] = ward_clusters(embeddings, graph, num_clusters)
-    return found
 
 
 def _numbered_like(clusters: Tensor, reference: Tensor, num_clusters: int) -> Tensor:

@@ -90,7 +90,8 @@ class EstimateK:
         if largest < 2:
             raise UsageError(
                 f"estimate_k needs {2 * IMAGES_PER_CLUSTER} images for the shortest curve, K = 2, "
-                f"and estimate_k.task.largest of 2 or more; here {len(rows)} and {self.largest}"
+                f"and estimate_k.task.largest of 2 or more; here {len(rows)} and "
+                f"{self.largest}; give dataset.num_clusters=K instead of an estimate"
             )
         curve = [
             look(rows, num_clusters, self.num_splits, context.seed)
