@@ -40,7 +40,7 @@ from spice_pl.data import retry
 from spice_pl.data.decode import Decoded, Unread, decoders, quiet_warnings, unread
 from spice_pl.data.duplicates import num_copies, row_digests
 from spice_pl.data.images import FILE_FACTS, fingerprint, printable
-from spice_pl.data.listing import LeftOut
+from spice_pl.data.left_out import LeftOut
 from spice_pl.data.retry import may_pass
 from spice_pl.errors import UsageError
 from spice_pl.system import ranks

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, features
 
 from spice_pl.data import decode as decode_module
-from spice_pl.data import listing, retry, store
+from spice_pl.data import left_out, listing, retry, store
 from spice_pl.data.decode import Decoded, Decoding, decode, read_image
 from spice_pl.data.images import ImageSet
 from spice_pl.data.sources import folder as module
@@ -883,7 +883,7 @@ def test_files_behind_links_that_are_left_out_are_not_counted(
 def test_only_some_of_many_files_are_listed_by_name(
     root: Path, load: Callable[..., ImageSet], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(listing, "LISTED", 3)
+    monkeypatch.setattr(left_out, "LISTED", 3)
     solid(root / "1.png", 10)
     for i in range(9):
         (root / f"{i}.txt").write_text("text")

@@ -18,7 +18,8 @@ from typing import Any, Self
 
 from spice_pl.data.decode import FORMATS, HEAD_BYTES, SUFFIXES, Decoding, Part, is_image, read_image
 from spice_pl.data.images import ImageSet
-from spice_pl.data.listing import LeftOut, leaves, unwanted
+from spice_pl.data.left_out import LeftOut, unwanted
+from spice_pl.data.listing import leaves
 from spice_pl.data.sources.folder import add_left_out
 from spice_pl.data.sources.table import class_labels
 from spice_pl.data.store import Loaded, Source, Stored, open_store

@@ -13,12 +13,12 @@ from pathlib import Path
 
 from spice_pl.data.decode import FORMATS, Decoding, Unread, read_image
 from spice_pl.data.images import ImageSet
+from spice_pl.data.left_out import LeftOut
 from spice_pl.data.listing import (
     DENIED,
     GONE,
     UNREAD,
     Found,
-    LeftOut,
     Note,
     Search,
     look,
