@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from spice_pl.data.decode import HEAD_BYTES, RAW_SUFFIXES, SUFFIXES, is_image
+from spice_pl.data.formats import HEAD_BYTES, RAW_SUFFIXES, SUFFIXES, is_image
 from spice_pl.data.left_out import RESULTS, LeftOut, unwanted
 from spice_pl.data.retry import may_pass, try_again
 from spice_pl.errors import UsageError

@@ -37,8 +37,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spice_pl.data import retry
-from spice_pl.data.decode import Decoded, Unread, decoders, quiet_warnings, unread
+from spice_pl.data.decode import Decoded, Unread, quiet_warnings, unread
 from spice_pl.data.duplicates import num_copies, row_digests
+from spice_pl.data.formats import decoders
 from spice_pl.data.images import FILE_FACTS, fingerprint, printable
 from spice_pl.data.left_out import LeftOut
 from spice_pl.data.retry import may_pass

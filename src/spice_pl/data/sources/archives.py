@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from spice_pl.data.decode import FORMATS, HEAD_BYTES, SUFFIXES, Decoding, Part, is_image, read_image
+from spice_pl.data.decode import Decoding, read_image
+from spice_pl.data.formats import FORMATS, HEAD_BYTES, SUFFIXES, Part, is_image
 from spice_pl.data.images import ImageSet
 from spice_pl.data.left_out import LeftOut, unwanted
 from spice_pl.data.listing import leaves

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from spice_pl.data.decode import FORMATS, Decoding, Unread, read_image
+from spice_pl.data.decode import Decoding, Unread, read_image
+from spice_pl.data.formats import FORMATS
 from spice_pl.data.images import ImageSet
 from spice_pl.data.left_out import LeftOut
 from spice_pl.data.listing import (
