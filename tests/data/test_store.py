@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from spice_pl.data import decode, store
+from spice_pl.data import decode, store_files
 from spice_pl.data.decode import Decoded, Decoding, read_image
 from spice_pl.data.formats import Part, open_bytes
 from spice_pl.data.images import ImageSet
@@ -98,7 +98,7 @@ def test_a_flipped_bit_is_seen(
     assert levels(load()) == [0, 10, 20, 30, 40]
     assert "is damaged and is made again" in caplog.text
     assert file.read_bytes() == whole
-    monkeypatch.setattr(store, "VERIFY_BYTES", 0)  # larger than what is read each time
+    monkeypatch.setattr(store_files, "VERIFY_BYTES", 0)  # larger than what is read each time
     caplog.clear()
     flip()
     load()

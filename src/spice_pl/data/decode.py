@@ -77,6 +77,10 @@ class Unread:
     soon: bool = True
 
 
+# A decoded image, `Unread`, or the reason why an image cannot be decoded.
+Loaded = Decoded | Unread | str
+
+
 @dataclass(frozen=True)
 class Decoding:
     """How files are decoded.

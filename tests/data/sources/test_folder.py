@@ -20,12 +20,11 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, features
 
-from spice_pl.data import formats, left_out, listing, retry, store
-from spice_pl.data.decode import Decoded, Decoding, decode, read_image
+from spice_pl.data import formats, left_out, listing, retry, store, store_files, store_writer
+from spice_pl.data.decode import Decoded, Decoding, Loaded, decode, read_image
 from spice_pl.data.images import ImageSet
 from spice_pl.data.sources import folder as module
 from spice_pl.data.sources.folder import folder
-from spice_pl.data.store import Loaded
 from spice_pl.errors import UsageError
 
 S = 4
@@ -283,7 +282,7 @@ def test_interrupted_decoding_is_gone_on_with(
         return read_image(path, decoding)
 
     monkeypatch.setattr(module, "read_image", interrupted)
-    monkeypatch.setattr(store, "STEP_IMAGES", (3, 3))
+    monkeypatch.setattr(store_writer, "STEP_IMAGES", (3, 3))
     with pytest.raises(KeyboardInterrupt):
         load()
     (part,) = stores(tmp_path)
@@ -306,12 +305,12 @@ def test_interrupted_decoding_is_gone_on_with(
 KILLS = """
 import os, signal, sys
 from pathlib import Path
-from spice_pl.data import store
+from spice_pl.data import store_files, store_writer
 from spice_pl.data.sources.folder import folder
 
 root, caches = sys.argv[1], Path(sys.argv[2])
-store.STEP_IMAGES = (3, 3)
-left, cache, append = None, "", store._append
+store_writer.STEP_IMAGES = (3, 3)
+left, cache, append = None, "", store_files._append
 
 
 def strike():
@@ -345,7 +344,7 @@ def make(cache_dir):
 
 straight, ends, deaths, parts = make(caches / "straight"), 0, 0, 0
 sys.addaudithook(heard)
-store._append = torn
+store_files._append = torn
 while not ends:  # die at the first blow, at the second, ... until one run gets through
     cache_dir = caches / f"killed-{deaths}"
     for attempt in range(3):  # twice at this blow, then straight on
@@ -409,7 +408,7 @@ def test_a_full_disk_is_said(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "_append", full)
+        patch.setattr(store_files, "_append", full)
         with pytest.raises(UsageError, match="is full; make room and start again"):
             load()
     assert levels(load()) == [10]
@@ -519,7 +518,7 @@ def test_a_disk_that_fails_for_many_images_is_an_error(
     names = [f"{i:02}.png" for i in range(30)]
     for i, name in enumerate(names):
         solid(root / name, i)
-    monkeypatch.setattr(store, "STEP_IMAGES", (10, 10))
+    monkeypatch.setattr(store_writer, "STEP_IMAGES", (10, 10))
     with monkeypatch.context() as patch:
         patch.setattr(formats, "_File", Disk(PASSING[0], names[12:], 9))
         with pytest.raises(
