@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help:
 	@echo 'make run                   set up, then cluster the digits inside scikit-learn'
 	@echo 'make run ARGS="..."        the same with settings, for example'
-	@echo '                             ARGS="dataset=folder dataset.root=DIR dataset.num_clusters=10"'
+	@echo '                             ARGS="DIR"  (a folder of images)'
 	@echo '                             ARGS="--help"'
 	@echo 'make test [ARGS="..."]     set up, then all tests; ARGS go to pytest'
 	@echo 'make check                 set up, then lint, format, types, layers'

@@ -39,7 +39,7 @@ from spice_pl.callbacks import stage_progress
 from spice_pl.callbacks.checkpoints import CheckpointFile, Checkpoints
 from spice_pl.callbacks.nan import NanGuard
 from spice_pl.callbacks.stage_progress import StageProgress
-from spice_pl.data import decode
+from spice_pl.data import decode, formats
 from spice_pl.data.datamodule import Views, ViewsDataModule
 from spice_pl.data.sources.folder import folder
 from spice_pl.functional import neighbors
@@ -314,7 +314,7 @@ def test_seed_is_set_before_a_part_is_built(step_of: str, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize(
     "find",
-    [partial(encoders.pretrained, "efficientnet_lite0"), decode.decoders, decode._formats],
+    [partial(encoders.pretrained, "efficientnet_lite0"), formats.decoders, formats._formats],
     ids=["pretrained", "decoders", "formats"],
 )
 def test_what_is_on_this_machine_is_looked_up_once(find: Any) -> None:

@@ -34,7 +34,9 @@ def with_folder(arguments: list[str]) -> list[str]:
     first = arguments[0] if arguments else "-"
     if first.startswith("-") or not Path(first).is_dir():
         return arguments
-    return ["dataset=folder", f"dataset.root={quoted(first)}", *arguments[1:]]
+    # argparse takes settings in one piece only, and -m has no value.
+    rest = sorted(arguments[1:], key=lambda word: word in ("-m", "--multirun"))
+    return ["dataset=folder", f"dataset.root={quoted(first)}", *rest]
 
 
 def main() -> None:

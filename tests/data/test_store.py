@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from spice_pl.data import decode, store
+from spice_pl.data import decode, store_files
 from spice_pl.data.decode import Decoded, Decoding, read_image
+from spice_pl.data.formats import Part, open_bytes
 from spice_pl.data.images import ImageSet
 from spice_pl.data.sources.folder import folder
 from spice_pl.errors import UsageError
@@ -97,7 +98,7 @@ def test_a_flipped_bit_is_seen(
     assert levels(load()) == [0, 10, 20, 30, 40]
     assert "is damaged and is made again" in caplog.text
     assert file.read_bytes() == whole
-    monkeypatch.setattr(store, "VERIFY_BYTES", 0)  # larger than what is read each time
+    monkeypatch.setattr(store_files, "VERIFY_BYTES", 0)  # larger than what is read each time
     caplog.clear()
     flip()
     load()
@@ -179,11 +180,11 @@ def test_a_part_of_a_file_is_read_as_a_file(tmp_path: Path, suffix: str) -> None
     data = (tmp_path / f"1.{suffix}").read_bytes()
     (tmp_path / "archive").write_bytes(b"before" + data + b"\xff\xd8\xff behind")
     whole = read_image(tmp_path / f"1.{suffix}", Decoding(S))
-    part = read_image(decode.Part(tmp_path / "archive", 6, len(data)), Decoding(S))
+    part = read_image(Part(tmp_path / "archive", 6, len(data)), Decoding(S))
     assert isinstance(whole, Decoded)
     assert isinstance(part, Decoded)
     assert (part.pixels == whole.pixels).all()
-    with decode._data(decode.Part(tmp_path / "archive", 6, len(data))) as file:
+    with open_bytes(Part(tmp_path / "archive", 6, len(data))) as file:
         assert file.read() == data
         assert file.read(9) == b""
         assert file.seek(-9, os.SEEK_END) == len(data) - 9
@@ -191,7 +192,7 @@ def test_a_part_of_a_file_is_read_as_a_file(tmp_path: Path, suffix: str) -> None
         assert (file.seek(3), file.read(4), file.tell()) == (3, data[3:7], 7)
         with pytest.raises(OSError, match="fileno"):
             file.fileno()
-    short = read_image(decode.Part(tmp_path / "archive", 6, 20), Decoding(S))
+    short = read_image(Part(tmp_path / "archive", 6, 20), Decoding(S))
     assert isinstance(short, str)
 
 

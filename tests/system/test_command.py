@@ -33,4 +33,7 @@ def test_a_folder_by_itself_is_the_data_set(
         "seed=3",
         "--cfg",
     ]
+    assert with_folder([name, "-m", "seed=1,2", "--config-dir", "conf"])[2:] == [
+        *("seed=1,2", "--config-dir", "conf", "-m"),
+    ]
     assert with_folder(["elsewhere", "seed=3"]) == ["elsewhere", "seed=3"]

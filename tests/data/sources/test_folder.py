@@ -20,13 +20,11 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, features
 
-from spice_pl.data import decode as decode_module
-from spice_pl.data import listing, retry, store
-from spice_pl.data.decode import Decoded, Decoding, decode, read_image
+from spice_pl.data import formats, left_out, listing, retry, store, store_files, store_writer
+from spice_pl.data.decode import Decoded, Decoding, Loaded, decode, read_image
 from spice_pl.data.images import ImageSet
 from spice_pl.data.sources import folder as module
 from spice_pl.data.sources.folder import folder
-from spice_pl.data.store import Loaded
 from spice_pl.errors import UsageError
 
 S = 4
@@ -284,7 +282,7 @@ def test_interrupted_decoding_is_gone_on_with(
         return read_image(path, decoding)
 
     monkeypatch.setattr(module, "read_image", interrupted)
-    monkeypatch.setattr(store, "STEP_IMAGES", (3, 3))
+    monkeypatch.setattr(store_writer, "STEP_IMAGES", (3, 3))
     with pytest.raises(KeyboardInterrupt):
         load()
     (part,) = stores(tmp_path)
@@ -307,12 +305,12 @@ def test_interrupted_decoding_is_gone_on_with(
 KILLS = """
 import os, signal, sys
 from pathlib import Path
-from spice_pl.data import store
+from spice_pl.data import store_files, store_writer
 from spice_pl.data.sources.folder import folder
 
 root, caches = sys.argv[1], Path(sys.argv[2])
-store.STEP_IMAGES = (3, 3)
-left, cache, append = None, "", store._append
+store_writer.STEP_IMAGES = (3, 3)
+left, cache, append = None, "", store_files._append
 
 
 def strike():
@@ -346,7 +344,7 @@ def make(cache_dir):
 
 straight, ends, deaths, parts = make(caches / "straight"), 0, 0, 0
 sys.addaudithook(heard)
-store._append = torn
+store_files._append = torn
 while not ends:  # die at the first blow, at the second, ... until one run gets through
     cache_dir = caches / f"killed-{deaths}"
     for attempt in range(3):  # twice at this blow, then straight on
@@ -410,7 +408,7 @@ def test_a_full_disk_is_said(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "_append", full)
+        patch.setattr(store_files, "_append", full)
         with pytest.raises(UsageError, match="is full; make room and start again"):
             load()
     assert levels(load()) == [10]
@@ -439,7 +437,7 @@ class Disk:
 
     def __init__(self, error: BaseException, names: Sequence[str], times: int) -> None:
         self.error, self.left = error, dict.fromkeys(names, times)
-        self.real = decode_module._File
+        self.real = formats._File
 
     def __call__(self, path: Path) -> Any:
         if self.left.get(path.name, 0):
@@ -458,7 +456,7 @@ def test_an_image_that_can_be_read_at_the_third_attempt_is_read(
 ) -> None:
     for i in range(5):
         solid(root / f"{i}.png", 10 * i)
-    monkeypatch.setattr(decode_module, "_File", Disk(error, ["1.png", "3.png"], 2))
+    monkeypatch.setattr(formats, "_File", Disk(error, ["1.png", "3.png"], 2))
     images = load(on_bad_image="raise")
     assert levels(images) == [0, 10, 20, 30, 40]
     assert not images.skipped
@@ -478,14 +476,14 @@ def test_an_image_that_cannot_be_read_now_is_there_in_the_next_run(
     (root / "0.png").write_bytes(b"")
     disk = Disk(error, ["1.png", "4.png"], 3)
     with monkeypatch.context() as patch:
-        patch.setattr(decode_module, "_File", disk)
+        patch.setattr(formats, "_File", disk)
         first = load()
     assert levels(first) == [20, 30]
     assert [key for key, _ in first.skipped] == ["0.png", "1.png", "4.png"]
     assert first.skipped[1][1].startswith("cannot be read now: ")
     disk.left = {"1.png": 1}
     with monkeypatch.context() as patch:  # one of the two can be read
-        patch.setattr(decode_module, "_File", disk)
+        patch.setattr(formats, "_File", disk)
         assert list(load().keys) == ["2.png", "3.png", "4.png"]
     last = load()
     assert levels(last) == [10, 20, 30, 40]
@@ -505,7 +503,7 @@ def test_ranks_do_not_make_a_store_again(
     solid(root / "1.png", 10)
     solid(root / "2.png", 20)
     with monkeypatch.context() as patch:
-        patch.setattr(decode_module, "_File", Disk(PASSING[0], ["1.png"], 3))
+        patch.setattr(formats, "_File", Disk(PASSING[0], ["1.png"], 3))
         load()
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert levels(load()) == [20]
@@ -520,9 +518,9 @@ def test_a_disk_that_fails_for_many_images_is_an_error(
     names = [f"{i:02}.png" for i in range(30)]
     for i, name in enumerate(names):
         solid(root / name, i)
-    monkeypatch.setattr(store, "STEP_IMAGES", (10, 10))
+    monkeypatch.setattr(store_writer, "STEP_IMAGES", (10, 10))
     with monkeypatch.context() as patch:
-        patch.setattr(decode_module, "_File", Disk(PASSING[0], names[12:], 9))
+        patch.setattr(formats, "_File", Disk(PASSING[0], names[12:], 9))
         with pytest.raises(
             UsageError, match=r"11 images of .* cannot be read, the last is 22\.png"
         ):
@@ -538,9 +536,9 @@ def test_other_decoders_try_what_was_skipped_again(
     (root / "1.png").write_bytes(b"")
     image = Image.new("RGB", (S, S), (20, 20, 20))
     image.save(root / "2.png", "WEBP", lossless=True)
-    formats = tuple(name for name in decode_module._formats() if name != "WEBP")
+    others = tuple(name for name in formats._formats() if name != "WEBP")
     with monkeypatch.context() as patch:  # a Pillow without WebP
-        patch.setattr(decode_module, "_formats", lambda: formats)
+        patch.setattr(formats, "_formats", lambda: others)
         patch.setattr(store, "decoders", lambda: ("Pillow 1",))
         first = load()
         assert levels(first) == [0, 30]
@@ -702,7 +700,7 @@ def test_a_file_that_must_not_be_read_is_left_out_until_it_may(
 ) -> None:
     solid(root / "1.png", 10)
     solid(root / "2.png", 20)
-    real_file, real_access = decode_module._File, os.access
+    real_file, real_access = formats._File, os.access
 
     def refused(file: Path) -> Any:
         if file.name == "1.png":
@@ -713,7 +711,7 @@ def test_a_file_that_must_not_be_read_is_left_out_until_it_may(
         return not str(file).endswith("1.png") and real_access(file, mode)
 
     with monkeypatch.context() as patch:  # a test that runs as root may read everything
-        patch.setattr(decode_module, "_File", refused)
+        patch.setattr(formats, "_File", refused)
         if when == "before":
             patch.setattr(os, "access", access)
         images = load()
@@ -883,7 +881,7 @@ def test_files_behind_links_that_are_left_out_are_not_counted(
 def test_only_some_of_many_files_are_listed_by_name(
     root: Path, load: Callable[..., ImageSet], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(listing, "LISTED", 3)
+    monkeypatch.setattr(left_out, "LISTED", 3)
     solid(root / "1.png", 10)
     for i in range(9):
         (root / f"{i}.txt").write_text("text")

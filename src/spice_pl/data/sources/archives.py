@@ -16,12 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from spice_pl.data.decode import FORMATS, HEAD_BYTES, SUFFIXES, Decoding, Part, is_image, read_image
+from spice_pl.data.decode import Decoding, Loaded, read_image
+from spice_pl.data.formats import FORMATS, HEAD_BYTES, SUFFIXES, Part, is_image
 from spice_pl.data.images import ImageSet
-from spice_pl.data.listing import LeftOut, leaves, unwanted
+from spice_pl.data.left_out import LeftOut, unwanted
+from spice_pl.data.listing import leaves
 from spice_pl.data.sources.folder import add_left_out
 from spice_pl.data.sources.table import class_labels
-from spice_pl.data.store import Loaded, Source, Stored, open_store
+from spice_pl.data.store import open_store
+from spice_pl.data.store_files import Stored
+from spice_pl.data.store_writer import Source
 from spice_pl.errors import UsageError
 
 logger = logging.getLogger(__name__)

@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from spice_pl.data.decode import Decoded, square
+from spice_pl.data.decode import Decoded, Loaded, square
 from spice_pl.data.images import ImageSet, fingerprint
 from spice_pl.data.sources.table import class_labels
-from spice_pl.data.store import Loaded, Source, open_store
+from spice_pl.data.store import open_store
+from spice_pl.data.store_writer import Source
 from spice_pl.errors import UsageError
 
 

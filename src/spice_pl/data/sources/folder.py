@@ -11,14 +11,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from spice_pl.data.decode import FORMATS, Decoding, Unread, read_image
+from spice_pl.data.decode import Decoding, Loaded, Unread, read_image
+from spice_pl.data.formats import FORMATS
 from spice_pl.data.images import ImageSet
+from spice_pl.data.left_out import LeftOut
 from spice_pl.data.listing import (
     DENIED,
     GONE,
     UNREAD,
     Found,
-    LeftOut,
     Note,
     Search,
     look,
@@ -26,7 +27,9 @@ from spice_pl.data.listing import (
     size_and_time,
 )
 from spice_pl.data.sources.table import class_labels, read_table
-from spice_pl.data.store import Loaded, Source, Stored, open_store
+from spice_pl.data.store import open_store
+from spice_pl.data.store_files import Stored
+from spice_pl.data.store_writer import Source
 from spice_pl.errors import UsageError
 
 logger = logging.getLogger(__name__)

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from spice_pl.data.decode import Decoding, read_image
+from spice_pl.data.decode import Decoding, Loaded, read_image
 from spice_pl.data.images import ImageSet
 from spice_pl.data.listing import Search, leaves, look
 from spice_pl.data.sources.folder import add_left_out, open_files
 from spice_pl.data.sources.table import class_labels
-from spice_pl.data.store import Loaded, Source, open_store
+from spice_pl.data.store import open_store
+from spice_pl.data.store_writer import Source
 from spice_pl.errors import UsageError
 
 logger = logging.getLogger(__name__)
