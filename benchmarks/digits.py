@@ -3,7 +3,7 @@
     python benchmarks/digits.py [--seeds 5] [--dataset mnist5k] [--runs-dir DIR] [KEY=VALUE ...]
 
 Runs train.py once per seed, with any further settings. Prints a Markdown table of every row that
-the run reports (k-means on pixels, k-means on features, stages 2 and 3 of SPICE) as mean ± standard
+the run reports (k-means on pixels and features, stages 2 and 3 of SPICE, their chosen clusters) as mean ± standard
 deviation over the seeds and, as the last line, the same as JSON. A row's time includes the stages
 before it; the time of a run is that of the whole command. Without --runs-dir the runs are deleted
 at the end.
@@ -25,8 +25,11 @@ from spice_pl.reports.tables import duration_text, mean_std
 ROWS = {  # name in the JSON: name in the report
     "kmeans_pixels": "k-means on pixels",
     "kmeans_features": "k-means on MoCo features",
+    "kmeans_smoothed": "k-means on smoothed MoCo features",
     "stage2": "SPICE stage 2",
+    "stage2_chosen": "SPICE stage 2, chosen clusters",
     "stage3": "SPICE stage 3",
+    "stage3_chosen": "SPICE stage 3, chosen clusters",
 }
 
 
@@ -86,6 +89,8 @@ def figures(runs: Sequence[dict[str, Any]], seconds: Sequence[float]) -> dict[st
         "settings": own_settings(runs[0]),
     }
     for key, name in ROWS.items():
+        if name not in runs[0]["rows"]:  # embeddings=cosine and answer=network have fewer
+            continue
         prefix = "" if key == "stage3" else f"{key}_"
         result |= averages([each["rows"][name] for each in runs], prefix)
     result["seconds_per_run"] = round(statistics.fmean(seconds), 1)
