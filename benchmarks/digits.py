@@ -3,10 +3,10 @@
     python benchmarks/digits.py [--seeds 5] [--dataset mnist5k] [--runs-dir DIR] [KEY=VALUE ...]
 
 Runs train.py once per seed, with any further settings. Prints a Markdown table of every row that
-the run reports (k-means on pixels and features, stages 2 and 3 of SPICE, their chosen clusters) as mean ± standard
-deviation over the seeds and, as the last line, the same as JSON. A row's time includes the stages
-before it; the time of a run is that of the whole command. Without --runs-dir the runs are deleted
-at the end.
+the run reports (k-means on pixels and features, stages 2 and 3 of SPICE, their chosen clusters) as
+mean ± standard deviation over the seeds and, as the last line, the same as JSON. A row's time
+includes the stages before it; the time of a run is that of the whole command. Without --runs-dir
+the runs are deleted at the end.
 """
 
 import argparse
