@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from tests.conftest import compose, make_job
+from tests.conftest import Finished, compose, make_job
 
-from spice_pl.errors import UsageError
 from spice_pl.job.run import run_stages
 
 OWN = ("folder", "array", "shards", "hugging_face")
@@ -60,12 +59,26 @@ def test_k_is_estimated_once_and_then_that_of_the_run(tiny: Sequence[str]) -> No
     assert job.folder("moco").metrics["num_clusters"] == 0  # its features are the same for any K
     begun = job.folder("estimate_k").path.joinpath("metrics.json").stat().st_mtime_ns
     run_stages(make_job(*tiny, *more, "resume=true"))
-    again = job.folder("estimate_k").path.joinpath("metrics.json").stat().st_mtime_ns
-    assert again == begun
+    later = job.folder("estimate_k").path.joinpath("metrics.json").stat().st_mtime_ns
+    assert later == begun
     # A task on the finished run takes its K.
     run_stages(make_job(*tiny, *more, "stage=report", "report.upstream=proto"))
-    # Another K reuses the features.
-    other = make_job(*tiny, *more[1:], "dataset.num_clusters=2", "run=two")
-    with pytest.raises(UsageError, match=r"stage=proto reads what stage=moco writes"):
-        run_stages(make_job(*tiny, *more[1:], "dataset.num_clusters=2", "run=two", "stage=proto"))
-    assert not other.folder("proto").finished
+    # Another K reuses the features, and k-means beside it has that K too.
+    run_stages(
+        make_job(*tiny, *more[1:], "dataset.num_clusters=2", "stage=proto", "overwrite=true")
+    )
+    again = job.folder("proto").metrics
+    names = [row["name"] for row in again["rows"]]
+    assert again["num_clusters"] == 2
+    assert names == ["k-means on pixels", "k-means on MoCo features", "SPICE stage 2"]
+    assert all(row["acc"] <= 2 / 3 for row in again["rows"])  # three classes in two clusters
+    assert job.folder("moco").metrics["rows"] == []
+
+
+def test_features_made_with_one_k_serve_another(finished: Finished) -> None:
+    made = finished.folder("moco").path.joinpath("features.npy").stat().st_mtime_ns
+    run_stages(finished.job("dataset.num_clusters=4", "stage=proto", "overwrite=true"))
+    # The whole chain finds nothing changed in stage 1.
+    run_stages(finished.job("dataset.num_clusters=4", "stages=[moco,proto]"))
+    assert finished.folder("moco").path.joinpath("features.npy").stat().st_mtime_ns == made
+    assert finished.folder("proto").metrics["num_clusters"] == 4

@@ -136,7 +136,7 @@ def _changed(saved: Mapping[str, Any], step: Step) -> list[str]:
     old |= {key: current_target(str(old[key])) for key in targets}
     free = ["dataset.cache_dir", "dataset.on_bad_image"]
     free.append(f"{step.name}.checkpoint_epochs")  # a setting of before 0.2, without effect
-    if old.get("dataset.num_clusters") is None:  # stage 1 was trained before K was known
+    if not step.upstream or old.get("dataset.num_clusters") is None:  # features need no K
         free += ["dataset.num_clusters", f"{step.name}.module.num_clusters"]
     return [
         f"{key}: {old.get(key)} -> {new.get(key)}"

@@ -106,11 +106,13 @@ def stage_metrics(
     digests = folder.digests()
     logged = last_logged(folder)  # callback_metrics is empty when resumed after the last epoch
     oracle = oracle or any(_is_oracle(each) for each in upstream)
+    found = [*_clusterings(record, folder, images, table, answer, seconds_in_all)]
+    earlier = before.get("rows", [])
+    if upstream and before.get("num_clusters") != record.num_clusters:
+        earlier, found = [], [*_kmeans_again(record, upstream[0], images), *found]
     rows = [
         score_row(name, clusters, images, seed=record.seed, seconds=seconds, oracle=oracle)
-        for name, clusters, seconds in _clusterings(
-            record, folder, images, table, answer, seconds_in_all
-        )
+        for name, clusters, seconds in found
     ]
     return {
         **asdict(record),
@@ -126,7 +128,7 @@ def stage_metrics(
         "answer": None if answer is None else {"name": answer.name, "scores": answer.scores},
         "digest": identity(digests),
         "digests": digests,
-        "rows": [*before.get("rows", []), *map(asdict, rows)],
+        "rows": [*earlier, *map(asdict, rows)],
     }
 
 
@@ -145,15 +147,35 @@ def _clusterings(
         name = record.title if answer is None else f"{record.title}, chosen clusters"
         yield name, table.clusters, seconds
     elif record.num_clusters:
-        sources: list[tuple[str, NDArray[Any], float]] = [("pixels", images.images, 0.0)]
-        sources.append((f"{record.title} features", folder.features, seconds))
-        if folder.similarity == "smoothed":
-            embeddings = folder.embeddings(images.train_index).numpy()
-            sources.append((f"smoothed {record.title} features", embeddings, seconds))
-        for what, data, spent in sources:
-            begun = time.monotonic()
-            clusters = kmeans_clusters(data, record.num_clusters, record.seed)
-            yield f"k-means on {what}", clusters, spent + time.monotonic() - begun
+        yield from _kmeans_rows(record, record.title, folder, images, seconds)
+
+
+def _kmeans_again(
+    record: Record, upstream: RunFolder, images: ImageSet
+) -> Iterator[tuple[str, NDArray[np.int64], float]]:
+    """Yield k-means with this K on the features of a stage that had another K, or none.
+
+    Features are the same for any K. Without labels there is nothing to score.
+    """
+    if images.labels is not None:
+        before = upstream.metrics
+        spent = float(before["seconds_in_all"])
+        yield from _kmeans_rows(record, before["title"], upstream, images, spent)
+
+
+def _kmeans_rows(
+    record: Record, title: str, folder: RunFolder, images: ImageSet, seconds: float
+) -> Iterator[tuple[str, NDArray[np.int64], float]]:
+    """Yield name, clusters (N,) and seconds of k-means on pixels and on the features of a run."""
+    sources: list[tuple[str, NDArray[Any], float]] = [("pixels", images.images, 0.0)]
+    sources.append((f"{title} features", folder.features, seconds))
+    if folder.similarity == "smoothed":
+        embeddings = folder.embeddings(images.train_index).numpy()
+        sources.append((f"smoothed {title} features", embeddings, seconds))
+    for what, data, spent in sources:
+        begun = time.monotonic()
+        clusters = kmeans_clusters(data, record.num_clusters, record.seed)
+        yield f"k-means on {what}", clusters, spent + time.monotonic() - begun
 
 
 def _data_metrics(images: ImageSet) -> dict[str, Any]:
