@@ -14,6 +14,7 @@ import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -88,9 +89,6 @@ def stage_metrics(
 ) -> dict[str, Any]:
     """Return the content of metrics.json: settings, cost, scores, digests.
 
-    If K is known, a stage without clusters is scored by k-means on its features, next to k-means on
-    the pixels.
-
     Args:
         record: settings of the run.
         folder: artifacts of the run.
@@ -105,15 +103,12 @@ def stage_metrics(
     seconds_in_all = cost.seconds + float(before.get("seconds_in_all", 0.0))
     digests = folder.digests()
     logged = last_logged(folder)  # callback_metrics is empty when resumed after the last epoch
-    oracle = oracle or any(_is_oracle(each) for each in upstream)
-    found = [*_clusterings(record, folder, images, table, answer, seconds_in_all)]
+    found = _clusterings(record, folder, images, table, answer, seconds_in_all)
     earlier = before.get("rows", [])
     if upstream and before.get("num_clusters") != record.num_clusters:
-        earlier, found = [], [*_kmeans_again(record, upstream[0], images), *found]
-    rows = [
-        score_row(name, clusters, images, seed=record.seed, seconds=seconds, oracle=oracle)
-        for name, clusters, seconds in found
-    ]
+        earlier, found = [], chain(_kmeans_again(record, upstream[0], images), found)
+    more = {"seed": record.seed, "oracle": oracle or any(map(_is_oracle, upstream))}
+    rows = [score_row(name, ids, images, seconds=spent, **more) for name, ids, spent in found]
     return {
         **asdict(record),
         **_data_metrics(images),
@@ -140,7 +135,10 @@ def _clusterings(
     answer: Answer | None,
     seconds: float,
 ) -> Iterator[tuple[str, NDArray[np.int64], float]]:
-    """Yield name, clusters (N,) and seconds of each clustering of a stage to score."""
+    """Yield name, clusters (N,) and seconds of each clustering of a stage to score.
+
+    A stage without clusters is scored by k-means, if K is known.
+    """
     if table is not None:
         if answer is not None:
             yield record.title, folder.probs.argmax(axis=1).astype(np.int64), seconds
