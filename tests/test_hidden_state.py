@@ -232,7 +232,7 @@ def test_preset_is_named_where_the_data_set_has_one(
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = hydra_compose("config", given, return_hydra_config=True)
         HydraConfig.instance().set_config(cfg)
-        run.main(cfg)
+        cli.run_job(cfg)
     assert [(job.preset, list(job.overrides)) for job in jobs] == [(preset, given)]
 
 
@@ -254,10 +254,17 @@ def variable(name: str, patch: pytest.MonkeyPatch) -> Callable[[], str | None]:
 
 def test_idle_threads_spin_shortly_unless_you_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     read, seen = variable("GOMP_SPINCOUNT", monkeypatch), []
-    monkeypatch.setattr(run, "main", lambda cfg: seen.append(read()))
-    cli.run_job(OmegaConf.create({}))
+
+    def composed() -> None:  # the first thing that a job asks for
+        seen.append(read())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(HydraConfig, "get", composed)
+    with pytest.raises(KeyboardInterrupt):
+        cli.run_job(OmegaConf.create({}))
     monkeypatch.setenv("GOMP_SPINCOUNT", "7")
-    cli.run_job(OmegaConf.create({}))
+    with pytest.raises(KeyboardInterrupt):
+        cli.run_job(OmegaConf.create({}))
     assert seen == ["10000", "7"]
 
 

@@ -5,6 +5,9 @@ import sys
 from pathlib import Path
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from spice_pl.system import command
@@ -14,15 +17,33 @@ from spice_pl.usage import conf_folder, usage
 
 @hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")
 def run_job(cfg: DictConfig) -> float | None:
-    """Run the job. The slow imports are inside, so that --help answers at once."""
+    """Run the job that Hydra composed; return the label-free objective for sweeps.
+
+    The slow imports are inside, so that --help answers at once.
+    """
     # How long idle threads of OpenMP spin. With the default, another program on one of two cores
     # makes a training step 13 times slower, with this value 5 times. Without spinning a step takes
     # twice as long on an idle machine; with this value it does not.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-    from spice_pl.job import run
+    from spice_pl.job import sweep
+    from spice_pl.job.errors import clear_errors
+    from spice_pl.job.job import Job
+    from spice_pl.job.run import run_stages
 
-    return run.main(cfg)
+    composed = HydraConfig.get()
+    preset = str(composed.runtime.choices.get("preset"))
+    known = GlobalHydra.instance().config_loader().get_group_options("preset")
+    job = Job(
+        cfg=cfg,
+        overrides=tuple(composed.overrides.task),
+        preset=preset if preset in known else "none",
+        sweep=composed.mode == RunMode.MULTIRUN,
+    )
+    with clear_errors(job):
+        objective = run_stages(job)
+    sweep.note_folders(job.folder(name).path for name in job.stages)
+    return objective
 
 
 def with_folder(arguments: list[str]) -> list[str]:

@@ -1,7 +1,7 @@
 """Run a job: plan its steps, check them, then run each stage or task.
 
-`train.py` hands the composed settings to `main`. With several devices the parent starts
-one `job/rank.py` per device, and each of them calls `run_stages`.
+The command calls `run_stages`. With several devices the parent starts one `job/rank.py` per device,
+and each of them calls `run_stages` too.
 """
 
 from __future__ import annotations
@@ -12,15 +12,9 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
-from omegaconf import DictConfig
-
 from spice_pl.errors import UsageError
-from spice_pl.job import sweep
 from spice_pl.job.checks import check, check_chain, check_folders, check_upstream
-from spice_pl.job.errors import clear_errors, quiet
+from spice_pl.job.errors import quiet
 from spice_pl.job.finish import show
 from spice_pl.job.job import Job
 from spice_pl.job.num_clusters import settled
@@ -33,27 +27,6 @@ from spice_pl.system import ranks
 from spice_pl.system.interrupts import Interrupts
 
 logger = logging.getLogger(__name__)
-
-
-def main(cfg: DictConfig) -> float | None:
-    """Run the job that Hydra composed; return the label-free objective for sweeps.
-
-    Raises:
-        SystemExit: code 2 and one clear message, for mistakes that the user can correct.
-    """
-    composed = HydraConfig.get()
-    preset = str(composed.runtime.choices.get("preset"))
-    known = GlobalHydra.instance().config_loader().get_group_options("preset")
-    job = Job(
-        cfg=cfg,
-        overrides=tuple(composed.overrides.task),
-        preset=preset if preset in known else "none",
-        sweep=composed.mode == RunMode.MULTIRUN,
-    )
-    with clear_errors(job):
-        objective = run_stages(job)
-    sweep.note_folders(job.folder(name).path for name in job.stages)
-    return objective
 
 
 def run_stages(job: Job) -> float | None:

@@ -135,7 +135,7 @@ def compare(runs: Sequence[Mapping[str, Any]]) -> list[Line]:
 
 
 def markdown(lines: Sequence[Line]) -> str:
-    """Return a Markdown table, ending with a newline."""
+    """Return a Markdown table."""
     rule = "|".join("--:" if column in RIGHT else ":--" for column in COLUMNS)
     rows = [COLUMNS, *(line.cells for line in lines)]
     text = [f"| {' | '.join(_plain(cell) for cell in row)} |" for row in rows]

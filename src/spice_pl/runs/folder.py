@@ -86,7 +86,7 @@ class RunFolder(CheckedFiles):
         if (self.path / EMBEDDINGS).is_file():
             return as_tensor(self._array(EMBEDDINGS, np.dtype(np.float32), 2))
         return smoothed_embeddings(
-            as_tensor(self.features), fit_index=_fit_index(train_index, self)
+            as_tensor(self.features), fit_index=torch.from_numpy(train_index)
         )
 
     def write_embeddings(self, train_index: NDArray[np.int64], upstream: RunFolder | None) -> None:
@@ -341,11 +341,6 @@ def _same_features(one: RunFolder, other: RunFolder) -> bool:
     """Whether two runs have the same features, bit by bit."""
     file = other.path / "features.npy"
     return file.is_file() and np.array_equal(one.features, other.features)
-
-
-def _fit_index(train_index: NDArray[np.int64], folder: RunFolder) -> Tensor | None:
-    """Return the images to fit on, None for all of them."""
-    return None if len(train_index) == len(folder.features) else torch.from_numpy(train_index)
 
 
 def as_tensor(array: NDArray[np.float32]) -> Tensor:
