@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -107,3 +108,10 @@ def test_split_keeps_the_clusters_of_the_network(tiny: Sequence[str]) -> None:
     images = ImageSet("some", pixels, list("abcd"), "0", is_test=test, protocol="split")
     assert len(images.train_index) < len(images)
     assert write_answer(step, images) is None
+
+
+def test_what_you_edited_is_not_replaced(tiny: Sequence[str]) -> None:
+    (step,) = plan(make_job(*tiny, "answer=auto", "stage=proto"))
+    edited = replace(step, settings={**step.settings, "edits": "edits.json"})
+    images = ImageSet("some", np.zeros((4, 3, 8, 8), np.uint8), list("abcd"), "0")
+    assert write_answer(edited, images) is None

@@ -92,6 +92,9 @@ def write_answer(step: Step, images: ImageSet) -> Answer | None:
     if len(images.train_index) < len(images):
         logger.info("answer=auto: protocol split keeps the network's clusters")
         return None
+    if step.settings["edits"]:
+        logger.info("answer=auto: after edits the network's clusters are kept, which learned them")
+        return None
     features, probs = (torch.from_numpy(np.array(each)) for each in (folder.features, folder.probs))
     answer = choose_answer(features, probs, step.seed)
     if answer.name != NETWORK:
