@@ -486,6 +486,8 @@ def test_a_learning_rate_that_is_far_too_large_is_reported(finished: Finished, s
         (["moco.module.queue_size=91"], "moco.module.queue_size 91 exceeds the 90 training"),
         (["moco.streams.images.batch_size=61"], "batch_size 61 exceeds moco.module.queue_size 60"),
         (["backbone._target_=os.system"], "_target_ os.system lies outside spice_pl"),
+        (["embeddings=smooth"], "embeddings=smooth is none of cosine, smoothed"),
+        (["answer=automatic"], "answer=automatic is none of network, auto"),
         (["dataset.labels=files"], "dataset.labels 'files' is none of"),
         (["dataset.root=/nowhere/at/all"], "dataset.root=/nowhere/at/all does not exist"),
         (["moco.module.temperature=0"], "temperature 0 is not positive"),

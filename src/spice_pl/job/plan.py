@@ -19,6 +19,7 @@ from spice_pl.runs.folder import RunFolder
 from spice_pl.runs.results import Record
 from spice_pl.system import ranks
 
+WORDS = {"embeddings": ("cosine", "smoothed"), "answer": ("network", "auto")}
 ASKED = ("stage", "dataset.num_clusters", "overwrite")  # settings that the advice below replaces
 
 
@@ -82,6 +83,9 @@ def check_settings(job: Job) -> None:
     OmegaConf.set_struct(job.cfg, True)
     if absent := missing(job.cfg):
         raise UsageError(f"no value for {', '.join(absent)}; give it on the command line")
+    for key, words in WORDS.items():
+        if job.cfg[key] not in words:
+            raise UsageError(f"{key}={job.cfg[key]} is none of {', '.join(words)}")
     if job.cfg.edits and ranks.in_rank() and not ranks.is_ours():
         raise UsageError(
             "edits are written as a run by one process; leave torchrun or srun out and let "
