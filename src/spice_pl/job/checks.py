@@ -19,6 +19,7 @@ from spice_pl.job.job import Job
 from spice_pl.job.plan import Step
 from spice_pl.job.settings import current_target, flat, masked
 from spice_pl.runs.edited import write_edited
+from spice_pl.runs.edits import Edits
 from spice_pl.system.files import atomic
 
 
@@ -29,7 +30,7 @@ def check(job: Job, steps: Sequence[Step]) -> None:
         UsageError: edits do not fit, or a folder holds a run with other settings.
     """
     if job.edits is not None:
-        _take_edits(job, steps)
+        _take_edits(job, job.edits, steps)
     check_folders(job, steps)
 
 
@@ -145,9 +146,8 @@ def _changed(saved: Mapping[str, Any], step: Step) -> list[str]:
     ]
 
 
-def _take_edits(job: Job, steps: Sequence[Step]) -> None:
+def _take_edits(job: Job, edits: Edits, steps: Sequence[Step]) -> None:
     """Write the edited run that the only step of the job trains on."""
-    assert job.edits is not None  # noqa: S101 - asked by the caller
     step = steps[0]
     if len(steps) != 1 or not job.upstream(step.name):
         raise UsageError(
@@ -160,4 +160,4 @@ def _take_edits(job: Job, steps: Sequence[Step]) -> None:
             f"the edits are of {reviewed.path}, which this job would overwrite; give another "
             "run=NAME, such as run=reviewed"
         )
-    write_edited(job.edits, reviewed, edited, step.num_clusters)
+    write_edited(edits, reviewed, edited, step.num_clusters)
