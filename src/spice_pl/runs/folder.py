@@ -126,20 +126,53 @@ class RunFolder(CheckedFiles):
                 np.save(file, probs)
 
     @contextmanager
-    def lock(self) -> Iterator[int]:
+    def lock(self, *, wait: bool = True) -> Iterator[int]:
         """Lock the folder for one run; a second run waits. Yield a handle for child processes.
 
         The system releases the lock when the last process with the handle ends, even if it is
         killed.
+
+        Args:
+            wait: whether to wait for another run.
+
+        Raises:
+            UsageError: another run uses the folder, and `wait` is False.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self.path, os.O_RDONLY)
+        with self._locked(self.path, fcntl.LOCK_EX, wait=wait) as handle:
+            yield handle
+
+    @contextmanager
+    def used(self, *, alone: bool = False) -> Iterator[None]:
+        """Hold off jobs that would remove results of this folder, while this job uses them.
+
+        Args:
+            alone: wait until no other job uses the folder, and hold all others off.
+        """
+        place = self.path / ".hydra"
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            if alone:
+                raise
+            yield  # nobody can remove anything in a folder that cannot be written to
+            return
+        with self._locked(place, fcntl.LOCK_EX if alone else fcntl.LOCK_SH):
+            yield
+
+    @contextmanager
+    def _locked(self, place: Path, kind: int, *, wait: bool = True) -> Iterator[int]:
+        handle = os.open(place, os.O_RDONLY)
         try:
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                fcntl.flock(handle, kind | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                if not wait:
+                    raise UsageError(
+                        f"{self.path} is used by another run; try again when it has ended"
+                    ) from error
                 logger.info("%s: another run uses this folder; waiting until it ends", self.path)
-                fcntl.flock(handle, fcntl.LOCK_EX)
+                fcntl.flock(handle, kind)
             except OSError as error:
                 logger.warning(
                     "%s cannot be locked (%s); start one run at a time in it", self.path, error
