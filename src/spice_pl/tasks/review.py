@@ -31,7 +31,7 @@ from spice_pl.reports.page import render_report
 from spice_pl.runs.edits import check_reviewed, parse_edits, read_edits
 from spice_pl.runs.folder import RunFolder
 from spice_pl.runs.page_data import report_data
-from spice_pl.runs.small_files import parse_object
+from spice_pl.system.schema import parse_object
 from spice_pl.tasks.base import Context
 
 logger = logging.getLogger(__name__)
