@@ -17,6 +17,7 @@ from spice_pl.data.images import ImageSet
 from spice_pl.job.checks import stamp
 from spice_pl.job.finish import finish_stage
 from spice_pl.job.job import Job
+from spice_pl.job.memory import check_memory
 from spice_pl.job.plan import Step
 from spice_pl.job.settings import build
 from spice_pl.job.trainer import make_trainer
@@ -49,6 +50,8 @@ def run_stage(
     trainer = make_trainer(job, step, callbacks, interrupts)
     continues = step.continues
     _check_space(step.folder, shapes, module)
+    if trainer.max_epochs and trainer.strategy.root_device.type == "cpu":
+        check_memory(module, streams, images, trainer.world_size)
     if trainer.is_global_zero:
         step.folder.clear_temporary()
         stamp(step, keep=continues)

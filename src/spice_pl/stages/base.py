@@ -51,6 +51,7 @@ class Stage(pl.LightningModule):
 
     name = ""  # key of its settings, such as moco, for messages; the job may set another
     has_clusters = True
+    trains_encoder = True  # for the estimate of memory
     oracle = False  # whether it trains on true labels, which every result must say
     chosen_head: int | None = None  # of many, the one chosen without labels after the last epoch
     encoder: nn.Module

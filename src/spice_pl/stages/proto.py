@@ -138,6 +138,7 @@ class ProtoHeadModule(Stage):
         self.select_ratio, self.view_bank = select_ratio, view_bank
         self.selection = selection
         self.joint, self.moves, self.entropy = joint != "none", moves, entropy
+        self.trains_encoder = bool(self.joint)
         self.head_losses = head_losses(loss, temperature)
         self.has_floor = loss == "double_softmax"
         settings: Any = {

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from spice_pl.data.images import ImageSet
 from spice_pl.errors import UsageError
+from spice_pl.models.pixels import fitting_batch
 from spice_pl.models.portable import PortableModel, Predictions, load
 from spice_pl.system.files import atomic
 from spice_pl.system.progress import Bar
@@ -194,6 +195,7 @@ def pixel_batches(
     images: ImageSet, batch_size: int
 ) -> Iterator[tuple[Sequence[str], NDArray[np.uint8]]]:
     """Yield keys and pixels (B, 3, S, S) batch by batch, read from the memory map."""
+    batch_size = fitting_batch(batch_size, images.images.shape[-1])
     for start in range(0, len(images), batch_size):
         end = min(start + batch_size, len(images))
         yield images.keys[start:end], np.array(images.images[start:end])
