@@ -316,12 +316,12 @@ def _write_note(path: Path, found: Found) -> None:
         "sample": sample,
     }
     with atomic(path) as temporary:
-        temporary.write_text(json.dumps(note))
+        temporary.write_text(json.dumps(note), encoding="utf-8")
 
 
 def _trusted(root: Path, path: Path, scan: str) -> Note | None:
     try:
-        note = json.loads(path.read_text())
+        note = json.loads(path.read_text(encoding="utf-8"))
         if scan == "auto" and note["num_images"] <= TRUST_ABOVE:
             return None
         for folder, changed in note["folders"].items():

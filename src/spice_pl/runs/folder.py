@@ -12,9 +12,7 @@ Shapes: N images, D features, K clusters.
 from __future__ import annotations
 
 import csv
-import fcntl
 import json
-import logging
 import os
 import reprlib
 import shutil
@@ -45,9 +43,8 @@ from spice_pl.runs.small_files import (
     parse_object,
     read_text,
 )
-from spice_pl.system.files import atomic, sync_folder
-
-logger = logging.getLogger(__name__)
+from spice_pl.system.files import allocate, atomic, sync_file, sync_folder
+from spice_pl.system.locks import hold
 
 
 @dataclass(frozen=True)
@@ -130,23 +127,12 @@ class RunFolder(CheckedFiles):
         """Lock the folder for one run; a second run waits. Yield a handle for child processes.
 
         The system releases the lock when the last process with the handle ends, even if it is
-        killed.
+        killed (see `system.locks`).
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self.path, os.O_RDONLY)
-        try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                logger.info("%s: another run uses this folder; waiting until it ends", self.path)
-                fcntl.flock(handle, fcntl.LOCK_EX)
-            except OSError as error:
-                logger.warning(
-                    "%s cannot be locked (%s); start one run at a time in it", self.path, error
-                )
+        waiting = f"{self.path}: another run uses this folder; waiting until it ends"
+        with hold(self.path, waiting) as handle:
             yield handle
-        finally:
-            os.close(handle)
 
     def clear_temporary(self) -> None:
         """Remove incomplete files of a run that was killed. Call it only with the lock."""
@@ -216,11 +202,9 @@ class RunFolder(CheckedFiles):
         array = np.lib.format.open_memmap(
             self._part(name), mode="w+", dtype=np.float32, shape=shape
         )
-        size = self._part(name).stat().st_size
         del array
         # Writing to a memory map on a full disk kills the process; allocating first raises OSError.
-        with self._part(name).open("r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, size)
+        allocate(self._part(name))
 
     def write_rows(self, name: str, index: NDArray[np.int64], rows: NDArray[np.float32]) -> None:
         """Fill rows of an array that was made by `create`."""
@@ -230,15 +214,16 @@ class RunFolder(CheckedFiles):
 
     def publish(self, name: str) -> None:
         """Give an array its name after all rows are filled."""
-        with self._part(name).open("rb") as file:
-            os.fsync(file.fileno())
+        sync_file(self._part(name))
         os.replace(self._part(name), self.path / name)
         sync_folder(self.path)
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Write an indented JSON file."""
         with atomic(self.path / name) as temporary:
-            temporary.write_text(json.dumps(content, indent=2, default=float) + "\n")
+            temporary.write_text(
+                json.dumps(content, indent=2, default=float) + "\n", encoding="utf-8"
+            )
 
     def write_weights(self, name: str, module: nn.Module) -> None:
         """Write a module's state without pickle."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import io
 import logging
-import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -31,7 +30,7 @@ from spice_pl.runs.checked_files import identity
 from spice_pl.runs.clusters import ClusterTable
 from spice_pl.runs.folder import RunFolder
 from spice_pl.runs.small_files import read_text
-from spice_pl.system.provenance import machine, versions
+from spice_pl.system.provenance import machine, peak_memory_mb, versions
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +113,7 @@ def stage_metrics(
         **_data_metrics(images),
         **asdict(cost),
         "seconds_in_all": seconds_in_all,
-        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_memory_mb": peak_memory_mb(),
         "versions": versions(),
         "machine": machine(),
         "objective": objective(logged),
