@@ -182,6 +182,8 @@ def _data_metrics(images: ImageSet) -> dict[str, Any]:
         "protocol": images.protocol,
         "num_images": len(images),
         "num_skipped": images.num_skipped,
+        "num_unused": images.num_unused,
+        "num_files": images.num_files,
     }
 
 
