@@ -154,6 +154,7 @@ def write_portable(
         known=choose_known(
             images.keys, folder.features, table.clusters, int(step.settings["known_images"])
         ),
+        levels=step.settings["dataset"].get("levels"),
     )
     model.save(folder.path / portable.FILE_NAME)
 

@@ -9,6 +9,7 @@
 | threshold | number from 0 to 1 |
 | about | dictionary |
 | known | null, or one key per known image |
+| levels | null, or black and white of images of more than 8 bits; may be missing |
 
 Tensors begin with `encoder.`, `head.` or `known.`, are finite, and have the kind and shape of the
 module's own. safetensors holds the header to 100 MB, and tensors to the size of the file.
@@ -19,6 +20,7 @@ Shapes: K clusters, n known images, D features.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -48,6 +50,7 @@ class Header:
     threshold: float
     about: dict[str, Any]
     known: list[str] | None
+    levels: list[float] | None = None
 
 
 def _is_text(value: Any) -> bool:
@@ -60,6 +63,17 @@ def _is_key(value: Any) -> bool:
     return isinstance(value, str) and _is_text(re.sub("[\udc80-\udcff]", "", value))
 
 
+def _is_levels(value: Any) -> bool:
+    """Whether it is null, or two finite numbers in rising order."""
+    if value is None:
+        return True
+    if not isinstance(value, list) or len(value) != 2:
+        return False
+    numbers = all(type(each) in (int, float) and math.isfinite(each) for each in value)
+    return numbers and value[0] < value[1]
+
+
+OPTIONAL = ("levels",)  # not in the files of before 0.2
 RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "format": ("a whole number of 1 or more", lambda value: type(value) is int and value >= 1),
     "settings": ("a dictionary", lambda value: isinstance(value, dict)),
@@ -80,6 +94,7 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "null or a list of texts",
         lambda value: value is None or (isinstance(value, list) and all(map(_is_key, value))),
     ),
+    "levels": ("null or black and white, two numbers in rising order", _is_levels),
 }
 
 
@@ -100,6 +115,8 @@ def read(file: Path) -> tuple[Header, dict[str, Tensor]]:
         raise unreadable(file, f"its header is a {type(found).__name__}")
     for field, (rule, holds) in RULES.items():
         if field not in found:
+            if field in OPTIONAL:
+                continue
             raise unreadable(file, f"its header has no {field}")
         value = found[field]
         if not holds(value):
@@ -112,7 +129,9 @@ def read(file: Path) -> tuple[Header, dict[str, Tensor]]:
     for key in tensors:
         if not key.startswith(("encoder.", "head.", "known.")):
             raise unreadable(file, f"tensor {key!r:.80} belongs to neither encoder, head nor known")
-    return Header(**{field: found[field] for field in RULES if field != "format"}), tensors
+    return Header(
+        **{field: found[field] for field in RULES if field in found and field != "format"}
+    ), tensors
 
 
 def check_state(file: Path, part: str, module: nn.Module, state: Mapping[str, Tensor]) -> None:
