@@ -34,6 +34,7 @@ from spice_pl.models.header import (
     PARTS,
     check_known,
     check_state,
+    digest,
     names_beside,
     read,
     unreadable,
@@ -142,6 +143,8 @@ class PortableModel:
             "known": None if self.known is None else list(self.known.keys),
             "levels": None if self.levels is None else [float(each) for each in self.levels],
         }
+        header = json.loads(json.dumps(header))
+        header["digest"] = digest(header, tensors)
         with atomic(Path(path)) as temporary:
             save_file(tensors, temporary, {"spice_pl": json.dumps(header)})
 
@@ -260,7 +263,7 @@ def load(
         network=ClusterNetwork(parts["plain"], parts["encoder"], parts["head"]),
         settings=header.settings,
         image_size=header.image_size,
-        names=[given.get(str(k), name) for k, name in enumerate(header.names)],
+        names=[given.get(k, name) for k, name in enumerate(header.names)],
         threshold=float(header.threshold),
         about=header.about,
         known=known,
