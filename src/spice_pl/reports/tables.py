@@ -10,7 +10,7 @@ from rich.text import Text
 
 NO_LABELS = "No labels were given, so no accuracy can be computed."
 ORACLE = "Oracle rows used the true labels; do not compare them with rows that did not."
-_COLUMNS = ("Name", "ACC", "NMI", "ARI", "Protocol", "Seed", "Time")
+_SCORES = ("ACC", "NMI", "ARI")
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,10 @@ def footnotes(rows: Sequence[ResultRow]) -> list[str]:
 
 def results_markdown(rows: Sequence[ResultRow]) -> str:
     """Return a Markdown table with footnotes below; it ends with a newline."""
-    lines = [f"| {' | '.join(_COLUMNS)} |", "|:--|--:|--:|--:|:--|--:|--:|"]
-    lines += [f"| {' | '.join(_markdown(cell) for cell in _cells(row))} |" for row in rows]
+    columns = _columns(rows)
+    lines = [f"| {' | '.join(columns)} |"]
+    lines.append("|".join(["", *(":--" if _is_text(name) else "--:" for name in columns), ""]))
+    lines += [f"| {' | '.join(_markdown(cell) for cell in _cells(row, columns))} |" for row in rows]
     return "\n".join([*lines, *(f"\n{note}" for note in footnotes(rows))]) + "\n"
 
 
@@ -118,18 +120,34 @@ def results_rich(rows: Sequence[ResultRow]) -> Table:
         caption="\n".join(footnotes(rows)) or None,
         caption_justify="left",
     )
-    for column in _COLUMNS:
-        table.add_column(column, justify="left" if column in {"Name", "Protocol"} else "right")
+    columns = _columns(rows)
+    for column in columns:
+        table.add_column(column, justify="left" if _is_text(column) else "right")
     for row in rows:
         # Text, not str: a "[" in a name is not markup.
-        table.add_row(*map(Text, _cells(row)), style="dim" if row.oracle else None)
+        table.add_row(*map(Text, _cells(row, columns)), style="dim" if row.oracle else None)
     return table
 
 
-def _cells(row: ResultRow) -> tuple[str, ...]:
-    name = f"{row.name} (oracle)" if row.oracle else row.name
-    scores = (score_text(score) for score in (row.acc, row.nmi, row.ari))
-    return (name, *scores, row.protocol, str(row.seed), duration_text(row.seconds))
+def _columns(rows: Sequence[ResultRow]) -> tuple[str, ...]:
+    """Return the columns of a table; those of scores only if a row has scores."""
+    scores = _SCORES if any(row.has_scores for row in rows) else ()
+    return ("Name", *scores, "Protocol", "Seed", "Time")
+
+
+def _is_text(column: str) -> bool:
+    return column in {"Name", "Protocol"}
+
+
+def _cells(row: ResultRow, columns: Sequence[str]) -> list[str]:
+    cells = {
+        "Name": f"{row.name} (oracle)" if row.oracle else row.name,
+        **dict(zip(_SCORES, map(score_text, (row.acc, row.nmi, row.ari)), strict=True)),
+        "Protocol": row.protocol,
+        "Seed": str(row.seed),
+        "Time": duration_text(row.seconds),
+    }
+    return [cells[name] for name in columns]
 
 
 def _markdown(text: str) -> str:

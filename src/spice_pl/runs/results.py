@@ -136,14 +136,15 @@ def _clusterings(
 ) -> Iterator[tuple[str, NDArray[np.int64], float]]:
     """Yield name, clusters (N,) and seconds of each clustering of a stage to score.
 
-    A stage without clusters is scored by k-means, if K is known.
+    A stage without clusters is scored by k-means, if K is known. Without labels there is nothing to
+    score, and k-means on the pixels of photographs takes longer than all the rest.
     """
     if table is not None:
         if answer is not None:
             yield record.title, folder.probs.argmax(axis=1).astype(np.int64), seconds
         name = record.title if answer is None else f"{record.title}, chosen clusters"
         yield name, table.clusters, seconds
-    elif record.num_clusters:
+    elif record.num_clusters and images.labels is not None:
         yield from _kmeans_rows(record, record.title, folder, images, seconds)
 
 
