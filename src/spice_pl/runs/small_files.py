@@ -106,7 +106,7 @@ def object_of(fields: Mapping[str, Kind], needed: set[str]) -> Kind:
 
 _ROW: Mapping[str, Kind] = {  # fields of `ResultRow`
     "name": TEXT,
-    **dict.fromkeys(("acc", "nmi", "ari", "purity"), optional(NUMBER)),
+    **dict.fromkeys(("acc", "nmi", "ari", "purity", "recall"), optional(NUMBER)),
     "protocol": TEXT,
     "seed": WHOLE,
     "seconds": AMOUNT,
@@ -123,7 +123,7 @@ METRICS: Mapping[str, Kind] = {
     **dict.fromkeys(("settings", "versions", "digests"), map_of(TEXT)),
     "objective": optional(NUMBER),
     "cluster_sizes": list_of(COUNT),
-    "rows": list_of(object_of(_ROW, needed=_ROW.keys() - {"purity", "oracle"})),
+    "rows": list_of(object_of(_ROW, needed=_ROW.keys() - {"purity", "recall", "oracle"})),
 }
 # Fields of dataset.json.
 STAMP: Mapping[str, Kind] = {
