@@ -34,6 +34,8 @@ from spice_pl.system.provenance import machine, peak_memory_mb, versions
 
 logger = logging.getLogger(__name__)
 
+UNEQUAL = 2  # largest class over smallest, from which the mean recall is shown beside ACC
+
 
 @dataclass(frozen=True)
 class Record:
@@ -227,6 +229,9 @@ def score_row(name: str, clusters: NDArray[np.int64], images: ImageSet, **more: 
         )
         if len(np.unique(clusters[index])) <= len(np.unique(images.labels[index])):
             del scores["purity"]  # adds nothing to ACC
+        sizes = np.unique(images.labels[index], return_counts=True)[1]
+        if sizes.max() < UNEQUAL * sizes.min():
+            del scores["recall"]  # about ACC
     return ResultRow(name, **scores, protocol=images.protocol, **more)
 
 
