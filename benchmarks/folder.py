@@ -4,8 +4,8 @@
     python benchmarks/folder.py [--images 1000] [--size 4000x3000] [--source pictures] [settings]
 
 Without --folder, photos of that size are made first: crops of the pictures in --source (of the two
-that scikit-learn has, if it is not given), enlarged, with noise, as JPEG. Then `train.py FOLDER` runs
-as a process of its own, with an empty cache. The time of each part is the time between the lines
+that scikit-learn has, if it is not given), enlarged, with noise, as JPEG. Then `train.py FOLDER`
+runs as a process of its own, with an empty cache. The time of each part is the time between lines
 that the job prints. The plain loop reads the same photos with Pillow, scales and crops them with
 torchvision, and calls the network as it is, 32 images at a time; it is measured on at most 200
 photos and scaled. `over_plain` compares it with decoding and embedding here. Prints a table and, as
