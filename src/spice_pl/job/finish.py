@@ -65,7 +65,8 @@ def finish_stage(
                 step.reliable,
                 step.seed,
             )
-            folder.write_clusters(table)
+            spreadsheet = bool(step.settings["spreadsheet"])
+            folder.write_clusters(table, spreadsheet=spreadsheet)
         for part, weights in module.weights().items():
             step.folder.write_weights(f"{part}.safetensors", weights)
         if table is not None:
