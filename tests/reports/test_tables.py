@@ -42,9 +42,11 @@ def test_markdown_by_hand() -> None:
     )
 
 
-def test_without_labels_scores_are_dashes_with_the_reason_below() -> None:
+def test_without_labels_there_are_no_columns_of_scores_and_the_reason_is_below() -> None:
     text = results_markdown([UNSCORED])
-    assert "| proto | – | – | – | own folder | 0 | 4.3 s |" in text
+    assert "| Name | Protocol | Seed | Time |\n|:--|:--|--:|--:|\n" in text
+    assert "| proto | own folder | 0 | 4.3 s |" in text
+    assert "| proto | – | – | – | own folder | 0 | 4.3 s |" in results_markdown([SCORED, UNSCORED])
     assert text.endswith(f"\n{NO_LABELS}\n")
     assert NO_LABELS not in results_markdown([SCORED])
 
@@ -57,7 +59,7 @@ def test_oracle_rows_are_marked_and_explained() -> None:
 
 def test_markdown_cells_cannot_break_the_table() -> None:
     row = ResultRow("a|b\nc", None, None, None, "p", 0, 1)
-    assert "| a\\|b c | – |" in results_markdown([row])
+    assert "| a\\|b c | p |" in results_markdown([row])
 
 
 def test_rich_shows_the_same_and_takes_no_markup_from_names() -> None:

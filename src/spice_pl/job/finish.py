@@ -31,10 +31,13 @@ from spice_pl.runs.folder import RunFolder
 from spice_pl.runs.page_data import report_data
 from spice_pl.runs.results import Cost, stage_metrics
 from spice_pl.stages.base import Stage
+from spice_pl.system.desktop import open_page
 from spice_pl.system.files import atomic
 from spice_pl.system.provenance import versions
 
 logger = logging.getLogger(__name__)
+
+REPORT = "report.html"
 
 
 def finish_stage(
@@ -154,6 +157,7 @@ def write_portable(
         known=choose_known(
             images.keys, folder.features, table.clusters, int(step.settings["known_images"])
         ),
+        levels=step.settings["dataset"].get("levels"),
     )
     model.save(folder.path / portable.FILE_NAME)
 
@@ -178,7 +182,7 @@ def write_results(
             temporary.write_text(results_markdown(rows), encoding="utf-8")
         write_attention(folder, table, images, step.num_clusters, feature_map)
         shown = report_data(folder, upstream, images, metrics, table, str(step.settings["map"]))
-        write_report(shown, folder.path / "report.html")
+        write_report(shown, folder.path / REPORT)
     folder.write_json("metrics.json", metrics)
 
 
@@ -193,17 +197,24 @@ def feature_map_of(plain: View, module: Stage) -> FeatureMap:
     return feature_map
 
 
-def show(folder: RunFolder) -> None:
-    """Print the table of results of a finished run, and the files to look at."""
+def show(folder: RunFolder, opened: bool | str = False) -> None:
+    """Print the table of results of a finished run and the files to look at; open its report.
+
+    Args:
+        folder: artifacts of the run.
+        opened: whether the report opens in the browser; "auto" where there is a desktop.
+    """
     if not folder.finished:
         return
     metrics = folder.metrics
-    if "rows" in metrics:
+    if metrics.get("rows"):
         Console().print(results_rich([ResultRow(**row) for row in metrics["rows"]]))
     for file, what in (
-        ("report.html", "look at the clusters"),
+        (REPORT, "look at the clusters"),
         ("clusters.csv", "one line per image"),
         ("metrics.json", "scores, settings, cost"),
     ):
         if (folder.path / file).is_file():
             print(f"{folder.path / file}  {what}")
+    if (folder.path / REPORT).is_file():
+        open_page(folder.path / REPORT, opened)

@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 from omegaconf import DictConfig
 
 from spice_pl.data.datamodule import Stream
+from spice_pl.data.duplicates import few_distinct
 from spice_pl.data.images import ImageSet
 from spice_pl.data.sources.subset import subset
 from spice_pl.errors import UsageError
@@ -25,7 +26,7 @@ CHOSEN = ("classes", "imbalance", "limit")  # settings that choose images of any
 
 
 def open_images(cfg: DictConfig, **other: Any) -> ImageSet:
-    """Open the data set; `other` replaces some of its settings.
+    """Open the data set; `other` replaces settings, where the data set has them.
 
     Raises:
         UsageError: the data set cannot be opened, or holds fewer training images than clusters.
@@ -33,7 +34,7 @@ def open_images(cfg: DictConfig, **other: Any) -> ImageSet:
     settings = {
         key: value for key, value in cfg.dataset.items() if key not in (*DESCRIBED, *CHOSEN)
     }
-    source: ImageSet = build(cfg, settings | other)
+    source: ImageSet = build(cfg, settings | {key: other[key] for key in other if key in settings})
     images = subset(source, **build(cfg, {key: cfg.dataset[key] for key in CHOSEN}))
     num_clusters, num_train = int(cfg.dataset.num_clusters or 0), len(images.train_index)
     if num_clusters and not 2 <= num_clusters <= num_train:
@@ -56,6 +57,7 @@ def build_stage(job: Job, step: Step, images: ImageSet) -> tuple[Stage, dict[str
     Raises:
         UsageError: a setting does not fit the data.
     """
+    _check_distinct(images, max(2, step.num_clusters))
     own, changes = fitted(step.name, step.own, images, step.num_clusters, job.overrides)
     if changes:
         logger.info("fitted to %d images: %s", len(images.train_index), ", ".join(changes))
@@ -65,3 +67,15 @@ def build_stage(job: Job, step: Step, images: ImageSet) -> tuple[Stage, dict[str
     module.name = step.name
     module.check(images, streams)
     return module, streams
+
+
+def _check_distinct(images: ImageSet, num_clusters: int) -> None:
+    """Refuse images that are copies of fewer images than there are clusters."""
+    distinct = few_distinct(images.images, num_clusters)
+    if distinct is not None:
+        way = "" if distinct < 2 else f", or lower dataset.num_clusters to {distinct} or less"
+        raise UsageError(
+            f"the {len(images)} images of {images.name} are copies of {distinct}, pixel by pixel "
+            f"at dataset.image_size={images.images.shape[-1]}, which cannot be {num_clusters} "
+            f"clusters; give images that differ{way}"
+        )

@@ -19,7 +19,11 @@ from spice_pl.runs.folder import RunFolder
 from spice_pl.runs.results import Record
 from spice_pl.system import ranks
 
-WORDS = {"embeddings": ("cosine", "smoothed"), "answer": ("network", "auto")}
+WORDS = {
+    "embeddings": ("cosine", "smoothed"),
+    "answer": ("network", "auto"),
+    "open": ("auto", True, False),
+}
 ASKED = ("stage", "dataset.num_clusters", "overwrite")  # settings that the advice below replaces
 
 
@@ -85,7 +89,8 @@ def check_settings(job: Job) -> None:
         raise UsageError(f"no value for {', '.join(absent)}; give it on the command line")
     for key, words in WORDS.items():
         if job.cfg[key] not in words:
-            raise UsageError(f"{key}={job.cfg[key]} is none of {', '.join(words)}")
+            allowed = ", ".join(str(word).lower() for word in words)
+            raise UsageError(f"{key}={job.cfg[key]} is none of {allowed}")
     if job.cfg.edits and ranks.in_rank() and not ranks.is_ours():
         raise UsageError(
             "edits are written as a run by one process; leave torchrun or srun out and let "

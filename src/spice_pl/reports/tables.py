@@ -10,8 +10,8 @@ from rich.text import Text
 
 NO_LABELS = "No labels were given, so no accuracy can be computed."
 ORACLE = "Oracle rows used the true labels; do not compare them with rows that did not."
+_SCORES = ("ACC", "Recall", "NMI", "ARI")
 RECALL = "The classes differ in size: ACC counts every image alike, Recall every class alike."
-_COLUMNS = ("Name", "ACC", "Recall", "NMI", "ARI", "Protocol", "Seed", "Time")
 LEFT = {"Name", "Protocol"}
 
 
@@ -146,14 +146,20 @@ def _unequal(rows: Sequence[ResultRow]) -> bool:
 
 
 def _columns(rows: Sequence[ResultRow]) -> list[str]:
-    return [column for column in _COLUMNS if column != "Recall" or _unequal(rows)]
+    """Return the columns of a table; those of scores only if a row has scores."""
+    scores = _SCORES if any(row.has_scores for row in rows) else ()
+    return [
+        "Name",
+        *(column for column in scores if column != "Recall" or _unequal(rows)),
+        *("Protocol", "Seed", "Time"),
+    ]
 
 
 def _cells(row: ResultRow) -> dict[str, str]:
     scores = (row.acc, row.recall, row.nmi, row.ari)
     return {
         "Name": f"{row.name} (oracle)" if row.oracle else row.name,
-        **dict(zip(("ACC", "Recall", "NMI", "ARI"), map(score_text, scores), strict=True)),
+        **dict(zip(_SCORES, map(score_text, scores), strict=True)),
         "Protocol": row.protocol,
         "Seed": str(row.seed),
         "Time": duration_text(row.seconds),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -119,14 +120,21 @@ def write_table(table: ClusterTable, file: Path) -> None:
             writer.writerow([image, int(cluster), *numbers, int(kept)])
 
 
-def read_table(file: Path) -> ClusterTable:
+def read_table(file: Path, num_images: int | None = None) -> ClusterTable:
     """Read what `write_table` wrote.
+
+    Args:
+        file: path of the table.
+        num_images: N; None where it is not known.
 
     Raises:
         ValueError, KeyError, TypeError, OverflowError, csv.Error: the file is damaged.
     """
     with file.open(newline="", encoding="utf-8", errors="surrogateescape") as lines:
-        rows = list(csv.DictReader(lines))
+        most = None if num_images is None else num_images + 1  # no more than show that it is wrong
+        rows = list(islice(csv.DictReader(lines), most))
+    if num_images is not None and len(rows) != num_images:
+        raise ValueError(f"it has other rows than those of the {num_images} images")
     table = ClusterTable(
         keys=[row["image"] for row in rows],
         clusters=np.array([row["cluster"] for row in rows], dtype=np.int64),

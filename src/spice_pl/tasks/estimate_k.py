@@ -136,7 +136,8 @@ def sampled(features: NDArray[np.float32], limit: int, seed: int) -> NDArray[np.
     if not len(rows) or (rows == rows[0]).all():
         raise UsageError(
             "every image has the same feature, so no number of clusters fits better than another; "
-            "train their stage from scratch with another seed or a lower lr"
+            "if a stage trained them, train it again with another seed or a lower lr; if they are "
+            "of a pretrained network, give another encoder=NAME"
         )
     return rows
 

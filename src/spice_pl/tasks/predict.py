@@ -74,7 +74,13 @@ class Predict:
                 "the folder of a run that has one"
             )
         model = load(self.model, device=self.device, allow_targets=self.allow_targets)
-        images = context.images(image_size=model.image_size)
+        levels = {}
+        if model.levels is not None:
+            levels = {"levels": model.levels}
+            logger.info(
+                "levels of more than 8 bits: black %g, white %g, as the model says", *model.levels
+            )
+        images = context.images(image_size=model.image_size, **levels)
         sorter = self._sorter(context, images, model)
         counts, doubtful = np.zeros(model.num_clusters, dtype=np.int64), 0
         started = time.monotonic()
