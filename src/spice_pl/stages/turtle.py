@@ -66,7 +66,7 @@ class TurtleModule(StoredFeaturesStage):
         num_heads: int = 5,
         gamma: float = 10.0,
         inner_steps: int = 10,
-        batch_size: int = 1000,
+        batch_size: int = 500,
         steps_per_epoch: int = 50,
         lr: float = 1e-3,
         seed: int = 0,
