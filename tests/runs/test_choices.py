@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from spice_pl.data.images import ImageSet
 from spice_pl.reports.map import Map
@@ -30,10 +31,11 @@ KEYS = [str(i) for i in range(60)]
 IMAGES = ImageSet("noise", np.zeros((60, 3, 8, 8), np.uint8), KEYS, "f")
 
 
-def rows() -> np.ndarray[Any, np.dtype[np.float32]]:
+def rows() -> NDArray[np.float32]:
     """Three groups that any clustering finds."""
     spread = 0.05 * np.random.default_rng(0).normal(size=(60, 8))
-    return (np.eye(8)[GROUPS] + spread).astype(np.float32)
+    made: NDArray[np.float32] = (np.eye(8)[GROUPS] + spread).astype(np.float32)
+    return made
 
 
 @pytest.fixture

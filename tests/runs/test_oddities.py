@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from spice_pl.data.images import FILE_FACTS, ImageSet
+from spice_pl.reports.oddities import Oddity
 from spice_pl.runs import oddities
 from spice_pl.runs.folder import RunFolder
 from spice_pl.runs.oddities import find_oddities
@@ -18,7 +19,7 @@ from spice_pl.runs.oddities import find_oddities
 
 @pytest.fixture
 def images() -> ImageSet:
-    """Forty images of noise; 7 and 9 equal 3, 11 differs from 4 in one pixel, 5 is plain, 6 tiny."""
+    """Forty images of noise; 7 and 9 equal 3, 11 nearly equals 4, 5 is plain, 6 tiny."""
     pixels = np.random.default_rng(0).integers(0, 256, (40, 3, 32, 32), dtype=np.uint8)
     pixels[[7, 9]] = pixels[3]
     pixels[11] = pixels[4]
@@ -63,7 +64,7 @@ def test_images_are_looked_at_once(
     first = find_oddities(folder, images, METRICS)
     looks: list[int] = []
 
-    def look(*given: Any) -> list[oddities.Oddity]:
+    def look(*given: Any) -> list[Oddity]:
         looks.append(1)
         return list(first)
 

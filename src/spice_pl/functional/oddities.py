@@ -3,6 +3,8 @@
 Shapes: n images, N images of the data set, S side in pixels, D features, k neighbours.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -65,7 +67,7 @@ def blurred(values: NDArray[np.float32]) -> NDArray[np.bool_]:
     return np.asarray(values < min(BLURRED * float(np.median(edged)), MAX_SHARPNESS))
 
 
-def tiny(shorter: NDArray[np.integer], side: int) -> NDArray[np.bool_]:  # type: ignore[type-arg]
+def tiny(shorter: NDArray[np.integer[Any]], side: int) -> NDArray[np.bool_]:
     """Return which images are magnified more than twice and are half as large as is usual.
 
     Args:

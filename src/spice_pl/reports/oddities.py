@@ -13,8 +13,8 @@ RULES = {
     "exact copies": "equal to an earlier image in every pixel that the network sees",
     "outliers": "the fifth nearest image is farther away than is usual: more than 2.2 "
     "interquartile ranges above the upper quartile (l2-normalised features)",
-    "blurred": "changes from pixel to pixel are less than half as sharp as in the median image, and "
-    "below 0.45 (mean second difference over mean first difference)",
+    "blurred": "changes from pixel to pixel are less than half as sharp as in the median image, "
+    "and below 0.45 (mean second difference over mean first difference)",
     "tiny": "the shorter side of the file is less than half of what the network sees and less than "
     "half of the median",
     "one colour": "the levels of no channel vary by more than 4 of 255 (standard deviation)",
@@ -35,8 +35,8 @@ class Oddity:
 
     Attributes:
         name: one of RULES.
-        index: (n,) positions of the images, the oddest first. Exact copies come after the image that
-            they equal.
+        index: (n,) positions of the images, the oddest first. Exact copies come after the
+            image that they equal.
         count: number of odd images; of exact copies the first of each group is not counted.
     """
 

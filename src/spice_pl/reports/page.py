@@ -28,7 +28,7 @@ def render_report(data: ReportData) -> str:
     wall = shown_wall(data.confidence, data.agreement, data.clusters, data.num_clusters)
     odd = [each.index[:ODD_SHOWN].astype(np.intp) for each in data.oddities]
     groups = [*(chosen.shown for chosen in wall.clusters), *odd]
-    sheets, side = sheets_of(data.images, groups, data.attention, data.shapes)
+    sheets, side = sheets_of(data.images, groups, data.attention, data.shapes, len(wall.clusters))
     pictures = [
         pictures_of(data, index, sheet) for index, sheet in zip(groups, sheets, strict=True)
     ]

@@ -66,6 +66,7 @@ def sheets_of(
     groups: Sequence[Index],
     attention: Attention | None,
     shapes: Shapes | None = None,
+    num_walls: int | None = None,
 ) -> tuple[list[Sheet], int]:
     """Return one sheet per group, with the largest pictures that fit into SHEETS_BYTES, and S.
 
@@ -74,6 +75,8 @@ def sheets_of(
         groups: images of each sheet.
         attention: attention maps of some images.
         shapes: function that gives pictures in their own shape, see `ReportData`.
+        num_walls: number of groups at the start that get shades; in these, images with an attention
+            map come first. All if None.
     """
     limit = SIDES[0] if sum(map(len, groups)) <= MAX_PICTURES else SIDES[2]  # bounds the memory
     tiles = [_fitted(images(index), limit) if len(index) else None for index in groups]
@@ -97,7 +100,8 @@ def sheets_of(
             break
     sheets = []
     for number, ((uri, widths), index) in enumerate(zip(strips, groups, strict=True)):
-        maps = None if attention is None else attention.of(index.tolist())
+        shaded = attention is not None and (num_walls is None or number < num_walls)
+        maps = attention.of(index.tolist()) if attention is not None and shaded else None
         if maps is None or not len(maps):
             sheets.append(Sheet(number, uri, widths))
         else:
@@ -107,7 +111,8 @@ def sheets_of(
 
 def pictures_of(data: ReportData, index: Index, sheet: Sheet) -> list[Picture]:
     """Describe the images `index` (n,) of one sheet."""
-    maps = () if data.attention is None else data.attention.of(index.tolist())
+    shaded = data.attention is not None and sheet.num_shades
+    maps = data.attention.of(index.tolist()) if data.attention is not None and shaded else ()
     lefts = np.cumsum([0.0, *sheet.widths])
     return [
         Picture(

@@ -28,10 +28,7 @@ def script_data(data: ReportData, shown: NDArray[np.intp], threshold: float) -> 
         threshold: agreement below which an image is not sure.
     """
     everything = sum(len(str(key)) + 3 for key in data.keys) <= LISTED_BYTES
-    if everything:
-        listed = np.arange(data.num_images)
-    else:
-        listed = _pictured(data, shown)
+    listed = np.arange(data.num_images) if everything else _pictured(data, shown)
     not_sure = data.agreement[listed] < threshold
     content: dict[str, Any] = {
         "numImages": data.num_images,
@@ -73,7 +70,7 @@ def _tile(data: ReportData) -> int:
     """Return the side of a picture on the map."""
     if data.map is None:
         return ATLAS_PIXELS
-    side = data.images(data.map.index[:1]).shape[-1]
+    side = int(data.images(data.map.index[:1]).shape[-1])
     fitting = int(ATLAS_SIDE / np.ceil(np.sqrt(len(data.map.index))))
     return side if side < PIXEL_ART else min(max(fitting, ATLAS_PIXELS), 96, side)
 
