@@ -72,8 +72,15 @@ def main() -> None:
             file=sys.stderr,
         )
         raise SystemExit(2)
-    sys.argv[1:] = with_folder(sys.argv[1:])
+    from spice_pl.errors import UsageError
     from spice_pl.job.guard import checked_hydra
+    from spice_pl.job.words import with_quotes
+
+    try:
+        sys.argv[1:] = with_quotes(with_folder(sys.argv[1:]))
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
 
     with checked_hydra():
         run_job()

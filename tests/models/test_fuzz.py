@@ -190,6 +190,7 @@ def test_headers_of_portable_models(straight: Finished, tmp_path: Path) -> None:
     refused = 0
     for case in range(400):
         header, tensors = json.loads(text), load_file(whole)
+        del header["digest"]  # who writes a hostile file writes no digest, or one that fits
         for _ in range(draw.randint(1, 2)):
             names = header.get("known")  # 90, of which two are as good as all
             found = [

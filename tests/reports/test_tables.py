@@ -6,6 +6,7 @@ from rich.console import Console
 from spice_pl.reports.tables import (
     NO_LABELS,
     ORACLE,
+    RECALL,
     ResultRow,
     duration_text,
     mean_std,
@@ -67,6 +68,15 @@ def test_rich_shows_the_same_and_takes_no_markup_from_names() -> None:
     text = console.file.getvalue()  # type: ignore[attr-defined]
     for expected in ("0.912", "2 min 05 s", "[red]x[/red]", "–", NO_LABELS):
         assert expected in text
+
+
+def test_recall_is_a_column_where_the_classes_differ_in_size() -> None:
+    uneven = ResultRow("proto", 0.95, 0.5, 0.3, "whole", 0, 1.0, recall=0.75)
+    text = results_markdown([uneven, SCORED])
+    assert text.startswith("| Name | ACC | Recall | NMI | ARI | Protocol |")
+    assert "| proto | 0.950 | 0.750 | 0.500 | 0.300 | whole |" in text
+    assert "| fixmatch | 0.912 | – | 0.800 |" in text
+    assert text.endswith(f"\n{RECALL}\n")
 
 
 def test_purity_is_noted_below_rows_with_more_clusters_than_classes() -> None:

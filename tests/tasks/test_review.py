@@ -103,6 +103,9 @@ def test_page_comes_with_the_token_once_and_the_cookie_then(served: Served) -> N
         ({"Cookie": "review=0"}, b"wrong token"),
         ({"Host": "evil.example"}, b"is not this machine"),
         ({"Host": "127.0.0.1.evil.example:80"}, b"is not this machine"),
+        ({"Host": "127.0.0.1:80@evil.example"}, b"is not this machine"),
+        ({"Host": "localhost:80:80"}, b"is not this machine"),
+        ({"Host": ""}, b"is not this machine"),
         ({"Origin": "http://evil.example"}, b"comes from another page"),
     ],
 )
@@ -161,6 +164,11 @@ def test_nothing_outside_the_run_is_read(served: Served, tmp_path: Path) -> None
 def test_edits_are_checked_then_kept(served: Served) -> None:
     for sent, message in (
         (b"no json", b"not JSON"),
+        (b"\xff", b"not JSON"),
+        (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", b"nested more than 20 levels"),
+        (b'{"num_clusters": ' + b"9" * 5000 + b"}", b"not JSON"),
+        (body(served, reviewed="../../etc"), b"this page is of fixmatch/seed0"),
+        (body(served, names={"1": "a", "01": "b"}), b"not the number of a cluster"),
         (body(served, digest="0"), b"another clustering"),
         (body(served, num_clusters=4), b"of 4 clusters"),
         (body(served, move={"other.png": 1}), b"not among the images"),
@@ -180,3 +188,92 @@ def test_edits_are_checked_then_kept(served: Served) -> None:
     assert b"&lt;b&gt;cats&lt;/b&gt;" in page
     assert b"<b>cats</b>" not in page
     assert b'"003.png":1' in page  # the saved edits are on the page
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        'prefs={"a":1}',
+        "a[]=1",
+        "x=hello world",
+        "a{b}=1",
+        "user@x=1",
+        "=",
+        "review=1",
+        ";;",
+    ],
+)
+def test_cookies_of_other_applications_change_nothing(served: Served, before: str) -> None:
+    own = f"review{served.server.server_address[1]}={served.token}"
+    for cookie in (f"{before}; {own}", f"{own}; {before}", f"{own}x; {before};{own}"):
+        assert served.ask("/image/0", Cookie=cookie)[0] == 200, cookie
+    assert served.ask("/image/0", Cookie=before)[0] == 403
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/run/%00",
+        "/run/" + "a" * 5000,
+        "/run/%ff",
+        "/run/..",
+        "/run/.",
+        "/image/%00",
+        "/%00",
+        "/[::",
+    ],
+)
+def test_odd_addresses_are_answered(served: Served, path: str) -> None:
+    assert served.ask(path)[0] in (400, 404)
+
+
+def test_a_length_of_5000_digits_is_answered(served: Served) -> None:
+    assert served.ask("/edits", b"{}", Content_Length="9" * 5000)[0] == 413
+
+
+@pytest.fixture
+def remade(straight: Finished, tmp_path: Path) -> Iterator[tuple[Answers, Served]]:
+    """Answers about a run that was made again after its page was opened."""
+    folder = straight.copy(tmp_path).folder("fixmatch")
+    small = image_set()
+    keys = [f"{i:03}.png" for i in range(len(small))]
+    images = ImageSet(small.name, small.images, keys, folder.metrics["fingerprint"])
+    server, token = make_server(folder, [], images)
+    yield Answers(folder, [], images), Served(server, token, folder, images)
+    server.server_close()
+
+
+def test_a_run_that_was_made_again_gets_no_old_names(remade: tuple[Answers, Served]) -> None:
+    answers, seen = remade
+    old = body(seen)
+    answers.save(old)
+    folder = seen.folder
+    (folder.path / "names.json").unlink()
+    folder.write_json("metrics.json", {**folder.metrics, "digest": "0123456789abcdef"})
+    with pytest.raises(UsageError, match=r"another clustering: .* review it again"):
+        answers.save(old)
+    assert not (folder.path / "names.json").exists()
+    assert b'"003.png":1' not in answers.page()[1]  # edits of the earlier run
+    answers.save(body(seen))
+    assert folder.names == {1: "<b>cats</b>"}
+
+
+def test_a_run_that_is_being_made_again_gets_no_old_names(remade: tuple[Answers, Served]) -> None:
+    answers, seen = remade
+    old = body(seen)
+    with seen.folder.lock(), pytest.raises(UsageError, match="used by another run; try again"):
+        answers.save(old)
+    (seen.folder.path / "metrics.json").unlink()
+    with pytest.raises(UsageError, match=r"metrics\.json is missing"):
+        answers.save(old)
+    assert not (seen.folder.path / "names.json").exists()
+
+
+def test_a_damaged_run_is_a_message_on_the_page(served: Served) -> None:
+    file = served.folder.path / "clusters.csv"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-5])
+    code, said, _ = served.ask("/")
+    file.write_bytes(whole)
+    assert code == 500
+    assert b"clusters.csv has changed since it was written" in said

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import time
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,25 @@ from spice_pl.errors import UsageError
 from spice_pl.stages.base import as_stage
 from spice_pl.system.files import atomic
 from spice_pl.system.interrupts import Interrupts, Stopped
+from spice_pl.system.schema import COUNT, Kind, check_fields, is_text, map_of
+
+_TENSORS = Kind(
+    "tensors by name",
+    lambda value: (
+        isinstance(value, dict)
+        and all(is_text(name) and isinstance(each, torch.Tensor) for name, each in value.items())
+    ),
+)
+_STATES = Kind("a list of states", lambda value: isinstance(value, list))
+_NAMED = Kind("a state", lambda value: isinstance(value, dict))
+# Fields of a checkpoint, Lightning's and ours.
+STATE: Mapping[str, Kind] = {
+    **dict.fromkeys(("epoch", "global_step"), COUNT),
+    **dict.fromkeys(("state_dict", "epoch_sums"), _TENSORS),
+    **dict.fromkeys(("optimizer_states", "lr_schedulers"), _STATES),
+    **dict.fromkeys(("loops", "callbacks"), _NAMED),
+    "ViewsDataModule": map_of(COUNT),
+}
 
 
 class Checkpoints(pl.callbacks.Checkpoint):
@@ -138,17 +158,23 @@ class CheckpointFile(TorchCheckpointIO):
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint; check each part against the checksum (CRC-32) that the file holds.
 
+    It is not compressed, so that it takes no more memory than its size, and its state has the
+    types of `STATE`.
+
     Raises:
         UsageError: the file is damaged.
     """
     try:
         with zipfile.ZipFile(path) as parts:
+            if any(each.compress_type != zipfile.ZIP_STORED for each in parts.infolist()):
+                raise ValueError("it is compressed")
             damaged = parts.testzip()
         if damaged is not None:
             raise ValueError(f"the checksum of {damaged} is wrong")
         found = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(found, dict):
             raise ValueError("it holds no state")
+        check_fields(found, STATE)
     except FileNotFoundError:
         raise
     # A damaged file can break zipfile's and torch's readers in any way.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from spice_pl.errors import UsageError
 from spice_pl.system.files import atomic
+from spice_pl.system.schema import read_text
 
 
 class CurveLogger(Logger):
@@ -50,9 +52,8 @@ class CurveLogger(Logger):
         rows: dict[tuple[str, ...], dict[str, str]] = {}
         if self._file.is_file():
             try:
-                with self._file.open(newline="", encoding="utf-8") as file:
-                    for line in csv.DictReader(file):
-                        _put(rows, {key: value for key, value in line.items() if value})
+                for line in csv.DictReader(io.StringIO(read_text(self._file), newline="")):
+                    _put(rows, {key: value for key, value in line.items() if value})
             # A damaged table can lack its columns or hold anything in them.
             except (ValueError, KeyError, TypeError, OverflowError, csv.Error) as error:
                 raise UsageError(

@@ -65,7 +65,8 @@ def finish_stage(
                 step.reliable,
                 step.seed,
             )
-            folder.write_clusters(table)
+            spreadsheet = bool(step.settings["spreadsheet"])
+            folder.write_clusters(table, spreadsheet=spreadsheet)
         for part, weights in module.weights().items():
             step.folder.write_weights(f"{part}.safetensors", weights)
         if table is not None:
@@ -157,6 +158,7 @@ def write_portable(
         known=choose_known(
             images.keys, folder.features, table.clusters, int(step.settings["known_images"])
         ),
+        levels=step.settings["dataset"].get("levels"),
     )
     model.save(folder.path / portable.FILE_NAME)
 

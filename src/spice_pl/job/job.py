@@ -33,7 +33,7 @@ OmegaConf.register_new_resolver(  # a property of the encoder that a name stands
 NOT_IN_NAMES = {
     *("stage", "stages", "dataset", "run", "seed", "preset", "experiment", "resume", "overwrite"),
     *("hydra", "runs_dir", "cache_dir", "trainer", "logger", "on_bad_image", "allow_targets"),
-    *("map", "like", "checkpoint_minutes", "open"),
+    *("map", "like", "checkpoint_minutes", "open", "spreadsheet"),
 }
 
 SWEPT_OF_DATASET = tuple(

@@ -17,6 +17,7 @@ from spice_pl.job.checks import check, check_chain, check_folders, check_upstrea
 from spice_pl.job.errors import quiet
 from spice_pl.job.finish import show
 from spice_pl.job.job import Job
+from spice_pl.job.locks import holds_locks, remove_replaced, used_folders
 from spice_pl.job.num_clusters import settled
 from spice_pl.job.parts import build_stage, open_images
 from spice_pl.job.plan import Step, check_settings, plan
@@ -70,7 +71,11 @@ def start_ranks(job: Job, steps: Sequence[Step], num_processes: int) -> None:
             f"stage={','.join(tasks)} trains nothing and runs in one process; use trainer=auto "
             "for it"
         )
+    if job.cfg.overwrite:
+        remove_replaced(steps)
     with ExitStack() as held:
+        for step in steps:
+            held.enter_context(used_folders(step))
         locks = [held.enter_context(step.folder.lock()) for step in steps]
         ranks.launch_ranks(num_processes, job.dump(), locks)
 
@@ -83,26 +88,26 @@ def run_steps(job: Job, steps: Sequence[Step], interrupts: Interrupts) -> None:
         load_images()
         logger.info("preset: %s", job.preset)
     stages = {step.name: build_stage(job, step, load_images()) for step in todo}
-    if job.cfg.overwrite and ranks.is_first_rank():
-        for step in steps:  # all of them first: an interrupted overwrite leaves no stale result
-            step.folder.forget()
-    for step in steps:
-        with ExitStack() as held:
-            if step.trains and not step.reused:
-                check_upstream(job, step, load_images())
-                # The parent holds it for ranks. Trials that share a stage wait for it here.
-                if ranks.is_first_rank() and not ranks.is_ours():
-                    held.enter_context(step.folder.lock())
-            if step.reused:
-                check_chain(step)
-                logger.info("%s: finished earlier, reused from %s", step.name, step.folder.path)
-            elif step.trains:
-                images = load_images()
-                if step.name not in stages:  # another run removed what was reused
-                    stages[step.name] = build_stage(job, step, images)
-                run_stage(job, step, *stages.pop(step.name), images, interrupts)
-            else:
-                run_task(job, step, load_images)
+    if job.cfg.overwrite:
+        remove_replaced(steps)
+    with ExitStack() as used:
+        for step in steps:
+            with ExitStack() as held:
+                if step.trains and not step.reused:
+                    check_upstream(job, step, load_images())
+                    used.enter_context(used_folders(step))
+                    if holds_locks():  # trials that share a stage wait for it here
+                        held.enter_context(step.folder.lock())
+                if step.reused:
+                    check_chain(step)
+                    logger.info("%s: finished earlier, reused from %s", step.name, step.folder.path)
+                elif step.trains:
+                    images = load_images()
+                    if step.name not in stages:  # another run removed what was reused
+                        stages[step.name] = build_stage(job, step, images)
+                    run_stage(job, step, *stages.pop(step.name), images, interrupts)
+                else:
+                    run_task(job, step, load_images)
     if ranks.is_first_rank():
         show(steps[-1].folder, False if job.sweep else job.cfg.open)
 

@@ -9,18 +9,22 @@
 | threshold | number from 0 to 1 |
 | about | dictionary |
 | known | null, or one key per known image |
+| levels | null, or black and white of images of more than 8 bits; may be missing |
+| digest | digest of the other fields and all tensors; files of before 0.2 have none |
 
-Tensors begin with `encoder.`, `head.` or `known.`, are finite, and have the kind and shape of the
-module's own. safetensors holds the header to 100 MB, and tensors to the size of the file.
+It is JSON of at most 64 MB and 20 levels. Tensors begin with `encoder.`, `head.` or `known.`, are
+finite, and have the kind and shape of the module's own. safetensors holds them to the size of the
+file.
 
 Shapes: K clusters, n known images, D features.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import re
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,11 +34,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from spice_pl.errors import UsageError
+from spice_pl.system.schema import Kind, is_text, is_whole, parse_object, read_names
 
 FILE_NAME = "model.spice"
 FORMAT = 1  # raised when a file can no longer be read by the releases before
 MAX_PIXELS = 4096
-MAX_NAMES_BYTES = 2**24
 PARTS = ("encoder", "head", "plain")
 
 
@@ -48,38 +52,41 @@ class Header:
     threshold: float
     about: dict[str, Any]
     known: list[str] | None
+    levels: list[float] | None = None
 
 
-def _is_text(value: Any) -> bool:
-    """Whether it is text that UTF-8 can write."""
-    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
+def _is_levels(value: Any) -> bool:
+    """Whether it is null, or two finite numbers in rising order."""
+    if value is None:
+        return True
+    if not isinstance(value, list) or len(value) != 2:
+        return False
+    numbers = all(type(each) in (int, float) and math.isfinite(each) for each in value)
+    return numbers and value[0] < value[1]
 
 
-def _is_key(value: Any) -> bool:
-    """Whether it is text, or the name of a file that is not UTF-8, as Python reads it."""
-    return isinstance(value, str) and _is_text(re.sub("[\udc80-\udcff]", "", value))
-
-
-RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "format": ("a whole number of 1 or more", lambda value: type(value) is int and value >= 1),
-    "settings": ("a dictionary", lambda value: isinstance(value, dict)),
-    "image_size": (
+OPTIONAL = ("levels",)  # not in the files of before 0.2
+RULES: dict[str, Kind] = {
+    "format": Kind("a whole number of 1 or more", lambda value: is_whole(value) and value >= 1),
+    "settings": Kind("a dictionary", lambda value: isinstance(value, dict)),
+    "image_size": Kind(
         f"a whole number of pixels from 1 to {MAX_PIXELS:,}",
         lambda value: type(value) is int and 1 <= value <= MAX_PIXELS,
     ),
-    "names": (
+    "names": Kind(
         "a list of one text per cluster",
-        lambda value: isinstance(value, list) and all(map(_is_text, value)),
+        lambda value: isinstance(value, list) and all(map(_is_plain_text, value)),
     ),
-    "threshold": (
+    "threshold": Kind(
         "a number from 0 to 1",
         lambda value: type(value) in (int, float) and 0 <= value <= 1,
     ),
-    "about": ("a dictionary", lambda value: isinstance(value, dict)),
-    "known": (
+    "about": Kind("a dictionary", lambda value: isinstance(value, dict)),
+    "known": Kind(
         "null or a list of texts",
-        lambda value: value is None or (isinstance(value, list) and all(map(_is_key, value))),
+        lambda value: value is None or (isinstance(value, list) and all(map(is_text, value))),
     ),
+    "levels": Kind("null or black and white, two numbers in rising order", _is_levels),
 }
 
 
@@ -92,18 +99,18 @@ def read(file: Path) -> tuple[Header, dict[str, Tensor]]:
     """
     try:
         with safe_open(file, "pt") as opened:
-            found = json.loads((opened.metadata() or {})["spice_pl"])
+            found = parse_object((opened.metadata() or {})["spice_pl"])
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, KeyError, ValueError, RecursionError) as error:
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise unreadable(file, f"{type(error).__name__}: {error}") from error
-    if not isinstance(found, dict):
-        raise unreadable(file, f"its header is a {type(found).__name__}")
-    for field, (rule, holds) in RULES.items():
+    for field, kind in RULES.items():
         if field not in found:
+            if field in OPTIONAL:
+                continue
             raise unreadable(file, f"its header has no {field}")
         value = found[field]
-        if not holds(value):
-            raise unreadable(file, f"{field} is {value!r:.80}, and it must be {rule}")
+        if not kind.holds(value):
+            raise unreadable(file, f"{field} is {value!r:.80}, and it must be {kind.name}")
         if field == "format" and value > FORMAT:
             raise UsageError(
                 f"{file} was written by a newer spice-pl (format {value!r:.80}, this release "
@@ -112,7 +119,20 @@ def read(file: Path) -> tuple[Header, dict[str, Tensor]]:
     for key in tensors:
         if not key.startswith(("encoder.", "head.", "known.")):
             raise unreadable(file, f"tensor {key!r:.80} belongs to neither encoder, head nor known")
-    return Header(**{field: found[field] for field in RULES if field != "format"}), tensors
+    kept = found.pop("digest", None)
+    if kept is not None and kept != digest(found, tensors):
+        raise unreadable(file, "its digest does not fit its content")
+    known = {field: found[field] for field in RULES if field in found and field != "format"}
+    return Header(**known), tensors
+
+
+def digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """Return the BLAKE2b digest of a header, without its digest, and of all tensors."""
+    made = hashlib.blake2b(json.dumps(header, sort_keys=True).encode(), digest_size=8)
+    for name, tensor in sorted(tensors.items()):
+        made.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        made.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return made.hexdigest()
 
 
 def check_state(file: Path, part: str, module: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -169,27 +189,22 @@ def check_known(
     return embeddings, clusters
 
 
-def names_beside(file: Path) -> dict[str, str]:
+def names_beside(file: Path) -> dict[int, str]:
     """Return the names that were given to clusters in names.json beside a `model.spice`.
 
     Raises:
-        UsageError: that file is larger than 16 MB or is not a dictionary of texts.
+        UsageError: that file does not have its form, see `read_names`.
     """
     beside = file.with_name("names.json")
     if not beside.is_file():
         return {}
     try:
-        if beside.stat().st_size > MAX_NAMES_BYTES:
-            raise ValueError("it is larger than 16 MB")
-        found = json.loads(beside.read_text(encoding="utf-8"))
-        if not isinstance(found, dict) or not all(map(_is_text, found.values())):
-            raise ValueError("it is not a dictionary of texts")
-    except (OSError, ValueError, RecursionError) as error:
+        return read_names(beside)
+    except (OSError, ValueError) as error:
         raise UsageError(
             f'{beside} is damaged ({error}); its form is {{"0": "cats", "1": "dogs"}}: '
             "correct it, or remove it to use the names in the model"
         ) from error
-    return found
 
 
 def unreadable(file: Path, reason: str) -> UsageError:
@@ -198,6 +213,11 @@ def unreadable(file: Path, reason: str) -> UsageError:
         f"{file} is damaged or not a {FILE_NAME} ({reason}); copy it again, or make it again by "
         "running its stage with overwrite=true"
     )
+
+
+def _is_plain_text(value: Any) -> bool:
+    """Return whether a value is text of UTF-8; keys may hold bytes of file names beside it."""
+    return is_text(value) and not any("\udc80" <= letter <= "\udcff" for letter in value)
 
 
 def _kind(tensor: Tensor) -> str:

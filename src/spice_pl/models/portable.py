@@ -34,6 +34,7 @@ from spice_pl.models.header import (
     PARTS,
     check_known,
     check_state,
+    digest,
     names_beside,
     read,
     unreadable,
@@ -96,6 +97,7 @@ class PortableModel:
         threshold: confidence above which a prediction is sure.
         about: data set, fingerprint, stage, seed and versions, as information for the user.
         known: training images to show beside a new one, or None.
+        levels: black and white of images of more than 8 bits; None chooses them for each image.
     """
 
     network: ClusterNetwork
@@ -105,6 +107,7 @@ class PortableModel:
     threshold: float
     about: Mapping[str, Any] = field(default_factory=dict)
     known: Known | None = None
+    levels: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
         self.network.eval().requires_grad_(False)
@@ -138,7 +141,10 @@ class PortableModel:
             "threshold": min(max(self.threshold, 0.0), 1.0),  # outside, it says the same
             "about": self.about,
             "known": None if self.known is None else list(self.known.keys),
+            "levels": None if self.levels is None else [float(each) for each in self.levels],
         }
+        header = json.loads(json.dumps(header))
+        header["digest"] = digest(header, tensors)
         with atomic(Path(path)) as temporary:
             save_file(tensors, temporary, {"spice_pl": json.dumps(header)})
 
@@ -158,7 +164,7 @@ class PortableModel:
             UsageError: no image is left to predict, or an input is not an image.
         """
         skipped: list[tuple[str, str]] = []
-        batches = pixel_batches(images, self.image_size, batch_size, skipped)
+        batches = pixel_batches(images, self.image_size, batch_size, skipped, self.levels)
         parts = list(self.stream(batches, num_nearest=num_nearest))
         if not parts:
             first = f"; first: {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
@@ -257,10 +263,11 @@ def load(
         network=ClusterNetwork(parts["plain"], parts["encoder"], parts["head"]),
         settings=header.settings,
         image_size=header.image_size,
-        names=[given.get(str(k), name) for k, name in enumerate(header.names)],
+        names=[given.get(k, name) for k, name in enumerate(header.names)],
         threshold=float(header.threshold),
         about=header.about,
         known=known,
+        levels=header.levels,
     )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -10,7 +10,9 @@ from rich.text import Text
 
 NO_LABELS = "No labels were given, so no accuracy can be computed."
 ORACLE = "Oracle rows used the true labels; do not compare them with rows that did not."
-_SCORES = ("ACC", "NMI", "ARI")
+_SCORES = ("ACC", "Recall", "NMI", "ARI")
+RECALL = "The classes differ in size: ACC counts every image alike, Recall every class alike."
+LEFT = {"Name", "Protocol"}
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class ResultRow:
         oracle: whether the true labels were used to train or choose this result.
         purity: share of the images that are of their cluster's most frequent class, in [0, 1]; None
             without labels, or if there are not more clusters than classes.
+        recall: mean over classes of the share of their images that are in the class's cluster, in
+            [0, 1]; None without labels, or if the classes are of about equal size.
     """
 
     name: str
@@ -39,6 +43,7 @@ class ResultRow:
     seconds: float
     oracle: bool = False
     purity: float | None = None
+    recall: float | None = None
 
     @property
     def has_scores(self) -> bool:
@@ -86,7 +91,7 @@ def mean_std(values: Sequence[float]) -> str:
 
 
 def footnotes(rows: Sequence[ResultRow]) -> list[str]:
-    """Return notes that the rows need: purity, missing labels, use of labels."""
+    """Return notes that the rows need: purity, recall, missing labels, use of labels."""
     notes = []
     for row in rows:
         if row.purity is not None:
@@ -95,6 +100,8 @@ def footnotes(rows: Sequence[ResultRow]) -> list[str]:
                 f"each cluster counts as its most frequent class, {row.purity:.3f} of the images "
                 "are right (purity)."
             )
+    if _unequal(rows):
+        notes.append(RECALL)
     if not all(row.has_scores for row in rows):
         notes.append(NO_LABELS)
     if any(row.oracle for row in rows):
@@ -105,9 +112,11 @@ def footnotes(rows: Sequence[ResultRow]) -> list[str]:
 def results_markdown(rows: Sequence[ResultRow]) -> str:
     """Return a Markdown table with footnotes below; it ends with a newline."""
     columns = _columns(rows)
-    lines = [f"| {' | '.join(columns)} |"]
-    lines.append("|".join(["", *(":--" if _is_text(name) else "--:" for name in columns), ""]))
-    lines += [f"| {' | '.join(_markdown(cell) for cell in _cells(row, columns))} |" for row in rows]
+    rule = "|".join(":--" if column in LEFT else "--:" for column in columns)
+    lines = [f"| {' | '.join(columns)} |", f"|{rule}|"]
+    for row in rows:
+        cells = _cells(row)
+        lines.append(f"| {' | '.join(_markdown(cells[column]) for column in columns)} |")
     return "\n".join([*lines, *(f"\n{note}" for note in footnotes(rows))]) + "\n"
 
 
@@ -122,32 +131,39 @@ def results_rich(rows: Sequence[ResultRow]) -> Table:
     )
     columns = _columns(rows)
     for column in columns:
-        table.add_column(column, justify="left" if _is_text(column) else "right")
+        table.add_column(column, justify="left" if column in LEFT else "right")
     for row in rows:
+        cells = _cells(row)
         # Text, not str: a "[" in a name is not markup.
-        table.add_row(*map(Text, _cells(row, columns)), style="dim" if row.oracle else None)
+        table.add_row(
+            *(Text(cells[column]) for column in columns), style="dim" if row.oracle else None
+        )
     return table
 
 
-def _columns(rows: Sequence[ResultRow]) -> tuple[str, ...]:
+def _unequal(rows: Sequence[ResultRow]) -> bool:
+    return any(row.recall is not None for row in rows)
+
+
+def _columns(rows: Sequence[ResultRow]) -> list[str]:
     """Return the columns of a table; those of scores only if a row has scores."""
     scores = _SCORES if any(row.has_scores for row in rows) else ()
-    return ("Name", *scores, "Protocol", "Seed", "Time")
+    return [
+        "Name",
+        *(column for column in scores if column != "Recall" or _unequal(rows)),
+        *("Protocol", "Seed", "Time"),
+    ]
 
 
-def _is_text(column: str) -> bool:
-    return column in {"Name", "Protocol"}
-
-
-def _cells(row: ResultRow, columns: Sequence[str]) -> list[str]:
-    cells = {
+def _cells(row: ResultRow) -> dict[str, str]:
+    scores = (row.acc, row.recall, row.nmi, row.ari)
+    return {
         "Name": f"{row.name} (oracle)" if row.oracle else row.name,
-        **dict(zip(_SCORES, map(score_text, (row.acc, row.nmi, row.ari)), strict=True)),
+        **dict(zip(_SCORES, map(score_text, scores), strict=True)),
         "Protocol": row.protocol,
         "Seed": str(row.seed),
         "Time": duration_text(row.seconds),
     }
-    return [cells[name] for name in columns]
 
 
 def _markdown(text: str) -> str:

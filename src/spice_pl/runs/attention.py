@@ -6,6 +6,7 @@ Shapes: N images, n shown prototypes, h x w positions of a feature map, D featur
 from __future__ import annotations
 
 import logging
+import zipfile
 from collections.abc import Callable
 
 import numpy as np
@@ -22,6 +23,7 @@ from spice_pl.reports.shading import Attention
 from spice_pl.runs.clusters import ClusterTable
 from spice_pl.runs.folder import RunFolder
 from spice_pl.system.files import atomic
+from spice_pl.system.schema import MAX_BYTES
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +87,16 @@ def read_attention(folder: RunFolder) -> Attention | None:
     if not file.is_file():
         return None
     try:
-        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as held:
-            return Attention(held["index"], held["maps"])
+        with zipfile.ZipFile(file) as parts:  # it compares a checksum of each part
+            if sum(each.file_size for each in parts.infolist()) > MAX_BYTES:
+                raise ValueError(f"it unpacks to more than {MAX_BYTES // 1_000_000} MB")
+        with np.load(file, allow_pickle=False) as held:
+            index, maps = held["index"], held["maps"]
+        if (index.dtype, index.ndim, maps.dtype, maps.ndim) != (np.int64, 1, np.uint8, 3):
+            raise ValueError("its arrays have other types or dimensions than those written")
+        if len(index) != len(maps) or ((index < 0) | (index >= len(folder.features))).any():
+            raise ValueError("its maps belong to no images of the run")
+        return Attention(index, maps)
     # A damaged archive can cause any exception in the readers of numpy and zlib.
     except Exception as error:
         raise UsageError(

@@ -6,6 +6,7 @@ Shapes: N images, D features, K clusters.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +38,9 @@ WITH_DIGEST = (
     "model.spice",
     "moved.npy",
 )
+
+
+CHECKSUM = "checksum"  # field of metrics.json
 
 
 class Metrics(dict[str, Any]):
@@ -79,7 +83,12 @@ class CheckedFiles:
         Raises:
             UsageError: the file is missing or damaged, or later, a field that is read is missing.
         """
-        return Metrics(self.path / "metrics.json", self._json("metrics.json", METRICS))
+        file, content = self.path / "metrics.json", self._json("metrics.json", METRICS)
+        kept = content.pop(CHECKSUM, None)
+        found = Metrics(file, content)
+        if kept is not None and kept != checksum(content):  # runs before 0.2 have none
+            raise damaged(file, ValueError("its checksum does not fit its content"))
+        return found
 
     def checked(self, name: str) -> Path:
         """Return the path of a file after comparing it with its digest in metrics.json.
@@ -168,6 +177,12 @@ class CheckedFiles:
             f"{file} {changed if file.is_file() else 'is missing'}; put the original back and keep "
             f"a sorted or edited copy under another name, or {_written_again(self.path)}"
         )
+
+
+def checksum(content: Mapping[str, Any]) -> str:
+    """Return the BLAKE2b digest of JSON, in any order and indentation: 16 hexadecimal digits."""
+    whole = json.dumps(content, sort_keys=True, default=float)
+    return hashlib.blake2b(whole.encode(), digest_size=8).hexdigest()
 
 
 def identity(digests: Mapping[str, str]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from spice_pl.functional.reliability import (
     neighbors_for,
     select_reliable,
 )
-from spice_pl.system.files import atomic
+from spice_pl.system.files import atomic, for_spreadsheet, from_spreadsheet
 
 FILE_NAME = "clusters.csv"
 DECIMALS = 4  # of confidence and agreement, in the file and in memory
@@ -104,31 +105,45 @@ def cluster_table(
     )
 
 
-def write_table(table: ClusterTable, file: Path) -> None:
-    """Write one line per image, in the order of the data set."""
+def write_table(table: ClusterTable, file: Path, *, spreadsheet: bool = False) -> None:
+    """Write one line per image, in the order of the data set.
+
+    With spreadsheet=True a name that a spreadsheet would take for a formula begins with '. All
+    cells of such a table are in quotes, which tells it from one with the names as they are.
+    """
     with (
         atomic(file) as temporary,
         # A path may hold bytes that are not UTF-8; they are written as they are on disk.
         temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as lines,
     ):
-        writer = csv.writer(lines)
+        writer = csv.writer(lines, quoting=csv.QUOTE_ALL if spreadsheet else csv.QUOTE_MINIMAL)
         writer.writerow(COLUMNS)
         columns = (table.keys, table.clusters, table.confidence, table.agreement, table.reliable)
         for image, cluster, sure, agrees, kept in zip(*columns, strict=True):
             numbers = (f"{value:.{DECIMALS}f}" for value in (sure, agrees))
-            writer.writerow([image, int(cluster), *numbers, int(kept)])
+            name = for_spreadsheet(image) if spreadsheet else image
+            writer.writerow([name, int(cluster), *numbers, int(kept)])
 
 
-def read_table(file: Path) -> ClusterTable:
+def read_table(file: Path, num_images: int | None = None) -> ClusterTable:
     """Read what `write_table` wrote.
+
+    Args:
+        file: path of the table.
+        num_images: N; None where it is not known.
 
     Raises:
         ValueError, KeyError, TypeError, OverflowError, csv.Error: the file is damaged.
     """
     with file.open(newline="", encoding="utf-8", errors="surrogateescape") as lines:
-        rows = list(csv.DictReader(lines))
+        in_quotes = lines.read(1) == '"'
+        lines.seek(0)
+        most = None if num_images is None else num_images + 1  # no more than show that it is wrong
+        rows = list(islice(csv.DictReader(lines), most))
+    if num_images is not None and len(rows) != num_images:
+        raise ValueError(f"it has other rows than those of the {num_images} images")
     table = ClusterTable(
-        keys=[row["image"] for row in rows],
+        keys=[from_spreadsheet(row["image"]) if in_quotes else row["image"] for row in rows],
         clusters=np.array([row["cluster"] for row in rows], dtype=np.int64),
         confidence=np.array([row["confidence"] for row in rows], dtype=np.float32),
         agreement=np.array([row["agreement"] for row in rows], dtype=np.float32),

@@ -12,11 +12,8 @@ Shapes: N images, D features, K clusters.
 from __future__ import annotations
 
 import csv
-import fcntl
 import json
-import logging
 import os
-import reprlib
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -35,19 +32,20 @@ from torch.nn import functional as F
 from spice_pl.errors import UsageError
 from spice_pl.functional.embeddings import smoothed_embeddings
 from spice_pl.nn.weights import load_strictly
-from spice_pl.runs.checked_files import ANSWER, EMBEDDINGS, CheckedFiles, damaged
+from spice_pl.runs.checked_files import (
+    ANSWER,
+    CHECKSUM,
+    EMBEDDINGS,
+    CheckedFiles,
+    checksum,
+    damaged,
+)
 from spice_pl.runs.clusters import FILE_NAME as CLUSTERS
 from spice_pl.runs.clusters import ClusterTable, fits_probs, read_table, write_table
-from spice_pl.runs.small_files import (
-    STAMP,
-    is_cluster,
-    is_text,
-    parse_object,
-    read_text,
-)
-from spice_pl.system.files import atomic, sync_folder
-
-logger = logging.getLogger(__name__)
+from spice_pl.runs.small_files import STAMP
+from spice_pl.system.files import allocate, atomic, sync_file, sync_folder
+from spice_pl.system.locks import hold
+from spice_pl.system.schema import read_names
 
 
 @dataclass(frozen=True)
@@ -126,27 +124,44 @@ class RunFolder(CheckedFiles):
                 np.save(file, probs)
 
     @contextmanager
-    def lock(self) -> Iterator[int]:
+    def lock(self, *, wait: bool = True) -> Iterator[int]:
         """Lock the folder for one run; a second run waits. Yield a handle for child processes.
 
         The system releases the lock when the last process with the handle ends, even if it is
-        killed.
+        killed (see `system.locks`).
+
+        Args:
+            wait: whether to wait for another run.
+
+        Raises:
+            UsageError: another run uses the folder, and `wait` is False.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self.path, os.O_RDONLY)
-        try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                logger.info("%s: another run uses this folder; waiting until it ends", self.path)
-                fcntl.flock(handle, fcntl.LOCK_EX)
-            except OSError as error:
-                logger.warning(
-                    "%s cannot be locked (%s); start one run at a time in it", self.path, error
-                )
+        busy = f"{self.path} is used by another run; try again when it has ended"
+        with hold(self.path, self._waiting, busy=None if wait else busy) as handle:
             yield handle
-        finally:
-            os.close(handle)
+
+    @contextmanager
+    def used(self, *, alone: bool = False) -> Iterator[None]:
+        """Hold off jobs that would remove results of this folder, while this job uses them.
+
+        Args:
+            alone: wait until no other job uses the folder, and hold all others off.
+        """
+        place = self.path / ".hydra"
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            if alone:
+                raise
+            yield  # nobody can remove anything in a folder that cannot be written to
+            return
+        with hold(place, self._waiting, shared=not alone):
+            yield
+
+    @property
+    def _waiting(self) -> str:
+        return f"{self.path}: another run uses this folder; waiting until it ends"
 
     def clear_temporary(self) -> None:
         """Remove incomplete files of a run that was killed. Call it only with the lock."""
@@ -184,17 +199,12 @@ class RunFolder(CheckedFiles):
         if not file.is_file():
             return {}
         try:
-            found = parse_object(read_text(file))
-            for key, name in found.items():
-                if not (is_cluster(key) and is_text(name)):
-                    pair = reprlib.repr({key: name})
-                    raise ValueError(f"{pair} is not the number of a cluster and its name")
+            return read_names(file)
         except ValueError as error:
             raise UsageError(
                 f"{file} does not name clusters ({error}); its form is "
                 '{"0": "cats", "1": "dogs"}, correct it or delete it'
             ) from error
-        return {int(key): name for key, name in found.items()}
 
     def moved(self, num_images: int) -> NDArray[np.bool_]:
         """Return a mask (N,) of the images that the user moved; all false in a run without edits.
@@ -216,11 +226,9 @@ class RunFolder(CheckedFiles):
         array = np.lib.format.open_memmap(
             self._part(name), mode="w+", dtype=np.float32, shape=shape
         )
-        size = self._part(name).stat().st_size
         del array
         # Writing to a memory map on a full disk kills the process; allocating first raises OSError.
-        with self._part(name).open("r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, size)
+        allocate(self._part(name))
 
     def write_rows(self, name: str, index: NDArray[np.int64], rows: NDArray[np.float32]) -> None:
         """Fill rows of an array that was made by `create`."""
@@ -230,15 +238,17 @@ class RunFolder(CheckedFiles):
 
     def publish(self, name: str) -> None:
         """Give an array its name after all rows are filled."""
-        with self._part(name).open("rb") as file:
-            os.fsync(file.fileno())
+        sync_file(self._part(name))
         os.replace(self._part(name), self.path / name)
         sync_folder(self.path)
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        """Write an indented JSON file."""
+        """Write an indented JSON file; metrics.json with a checksum of its content."""
+        written: dict[str, Any] = json.loads(json.dumps(content, default=float))
+        if name == "metrics.json":
+            written[CHECKSUM] = checksum({k: v for k, v in written.items() if k != CHECKSUM})
         with atomic(self.path / name) as temporary:
-            temporary.write_text(json.dumps(content, indent=2, default=float) + "\n")
+            temporary.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
     def write_weights(self, name: str, module: nn.Module) -> None:
         """Write a module's state without pickle."""
@@ -257,9 +267,9 @@ class RunFolder(CheckedFiles):
         """
         load_strictly(module, self.read_weights(name), str(self.path / name))
 
-    def write_clusters(self, table: ClusterTable) -> None:
-        """Write clusters.csv."""
-        write_table(table, self.path / CLUSTERS)
+    def write_clusters(self, table: ClusterTable, *, spreadsheet: bool = False) -> None:
+        """Write clusters.csv, with neutral names for spreadsheets if asked to."""
+        write_table(table, self.path / CLUSTERS, spreadsheet=spreadsheet)
 
     def read_clusters(self) -> ClusterTable:
         """Read clusters.csv.
@@ -274,7 +284,8 @@ class RunFolder(CheckedFiles):
         if not file.is_file():
             raise UsageError(f"{file} is missing; run its stage again with overwrite=true")
         try:
-            table = read_table(file)
+            most = self.metrics.get("num_images") if self.finished else None
+            table = read_table(file, most)
         except (ValueError, KeyError, TypeError, OverflowError, csv.Error) as error:
             raise damaged(file, error) from error
         # Runs made before 0.2 have no digest of their table.

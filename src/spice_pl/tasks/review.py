@@ -1,19 +1,23 @@
 """Serve the report page of a run on this machine and save the edits made on it.
 
 The server binds to loopback and answers it only. Every request carries a secret. Nothing outside
-the run's folder is read; pictures are requested by number.
+the run's folder is read; pictures are requested by number. Connections, their time and the size of
+a request are bounded.
 """
 
 from __future__ import annotations
 
 import io
 import ipaddress
-import json
 import logging
+import re
 import secrets
+import socket
+import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from http.cookies import SimpleCookie
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -27,12 +31,15 @@ from spice_pl.reports.page import render_report
 from spice_pl.runs.edits import check_reviewed, parse_edits, read_edits
 from spice_pl.runs.folder import RunFolder
 from spice_pl.runs.page_data import report_data
+from spice_pl.system.schema import parse_object
 from spice_pl.tasks.base import Context
 
 logger = logging.getLogger(__name__)
 
 HOST = "127.0.0.1"  # loopback: no other machine can connect
 MAX_BODY = 16_000_000  # bytes of edits; 100,000 moved images with long names
+MAX_CONNECTIONS = 32  # at a time; a browser opens 6
+MAX_SECONDS = 60  # of a connection
 KINDS = {  # files of the run that may be read: content type by suffix
     ".csv": "text/csv",
     ".json": "application/json",
@@ -45,7 +52,12 @@ class Review:
 
     Args:
         port: port to listen on; 0 takes a free one.
+
+    Attributes:
+        locks: False, since a page may stay open for days; `Answers.save` locks the run.
     """
+
+    locks = False
 
     def __init__(self, port: int = 0) -> None:
         self.port = port
@@ -88,35 +100,49 @@ def make_server(
         site = answers
 
     try:
-        server = ThreadingHTTPServer((HOST, port), Handler)
+        server = _Server((HOST, port), Handler)
     except OSError as error:
         raise UsageError(
             f"review.task.port={port} cannot be used ({error}); 0 takes a free one"
         ) from error
-    server.daemon_threads = True
     return server, token
 
 
 class Answers:
-    """Answers to requests about one run: its page, its pictures, its files, and saving edits."""
+    """Answers to requests about one run: its page, its pictures, its files, and saving edits.
+
+    The run may be made again while its page is open, so its metrics are read for each answer. One
+    page or one save is made at a time.
+    """
 
     def __init__(self, folder: RunFolder, upstream: Sequence[RunFolder], images: ImageSet) -> None:
-        self.folder, self.images = folder, images
-        self.upstream, self.metrics = upstream, folder.metrics
+        self.path, self.similarity, self.images = folder.path, folder.similarity, images
+        self.upstream, self._one_at_a_time = upstream, threading.Lock()
+
+    @property
+    def folder(self) -> RunFolder:
+        """The run as it is now: a new object, which compares digests again."""
+        return RunFolder(self.path, self.similarity)
 
     def page(self) -> tuple[str, bytes]:
-        """Return the report page, with the edits that were saved last."""
-        data = report_data(
-            self.folder, self.upstream, self.images, self.metrics, self.folder.read_clusters()
-        )
-        more: dict[str, Any] = {"save": "/edits", "image": "/image/"}
-        saved = self.folder.path / "edits.json"
-        if saved.is_file():
-            edits = read_edits(saved)
-            if edits.digest == self.metrics["digest"]:
-                more["edits"] = edits.as_json()
-        data = replace(data, review={**data.review, **more})
-        return "text/html; charset=utf-8", render_report(data).encode("utf-8")
+        """Return the report page, with the edits that were saved last.
+
+        Raises:
+            UsageError: a file of the run is missing or damaged, or it is of other images by now.
+        """
+        with self._one_at_a_time:
+            folder = self.folder
+            metrics, table = folder.metrics, folder.read_clusters()
+            folder.check_dataset(self.images.fingerprint, len(self.images))
+            data = report_data(folder, self.upstream, self.images, metrics, table)
+            more: dict[str, Any] = {"save": "/edits", "image": "/image/"}
+            saved = folder.path / "edits.json"
+            if saved.is_file():
+                edits = read_edits(saved)
+                if edits.digest == metrics["digest"]:
+                    more["edits"] = edits.as_json()
+            data = replace(data, review={**data.review, **more})
+            return "text/html; charset=utf-8", render_report(data).encode("utf-8")
 
     def image(self, name: str) -> tuple[str, bytes] | None:
         """Return the picture of image number `name` as PNG; None for anything else."""
@@ -131,34 +157,89 @@ class Answers:
 
     def file(self, name: str) -> tuple[str, bytes] | None:
         """Return a file directly in the run's folder; None for others, by `..` or a link too."""
-        root = self.folder.path.resolve()
-        path = (root / name).resolve()
-        if path.parent != root or path.suffix not in KINDS or not path.is_file():
+        found = next((path for path in self.path.iterdir() if path.name == name), None)
+        if found is None or found.is_symlink() or not found.is_file() or found.suffix not in KINDS:
             return None
-        return KINDS[path.suffix], path.read_bytes()
+        return KINDS[found.suffix], found.read_bytes()
 
     def save(self, body: bytes) -> str:
         """Check edits and write edits.json and names.json; return the path of edits.json.
 
         Raises:
-            UsageError: the edits do not fit this run.
+            UsageError: the edits do not fit the run as it is now, or it is being made again.
         """
         try:
-            content = json.loads(body)
+            content = parse_object(body.decode())
         except ValueError as error:
             raise UsageError(f"the edits are not JSON: {error}") from error
-        edits = parse_edits(content, "the edits")
-        check_reviewed(
-            edits,
-            self.metrics["fingerprint"],
-            self.metrics["digest"],
-            self.metrics["num_clusters"],
-            self.images.keys,
-        )
-        self.folder.write_json("edits.json", edits.as_json())
-        self.folder.write_json("names.json", {str(c): name for c, name in edits.names.items()})
-        logger.info("edits saved in %s", self.folder.path / "edits.json")
-        return str(self.folder.path / "edits.json")
+        edits, folder = parse_edits(content, "the edits"), self.folder
+        with self._one_at_a_time, folder.lock(wait=False):
+            metrics = folder.metrics
+            check_reviewed(
+                edits,
+                metrics["fingerprint"],
+                metrics["digest"],
+                metrics["num_clusters"],
+                self.images.keys,
+            )
+            own = f"{folder.path.parent.name}/{folder.path.name}"
+            if edits.reviewed != own:
+                raise UsageError(f"the edits are of {edits.reviewed!r}, and this page is of {own}")
+            folder.write_json("edits.json", edits.as_json())
+            folder.write_json("names.json", {str(c): name for c, name in edits.names.items()})
+        logger.info("edits saved in %s", folder.path / "edits.json")
+        return str(folder.path / "edits.json")
+
+
+class _Server(ThreadingHTTPServer):
+    """A thread per connection, with a bound on their number and their time.
+
+    A connection beyond `MAX_CONNECTIONS` ends the oldest one, so that slow clients cannot lock the
+    user out.
+    """
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, *args: Any) -> None:
+        self._since: dict[socket.socket, float] = {}  # the oldest first
+        self._changing = threading.Lock()
+        super().__init__(*args)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answer a connection in a thread of its own."""
+        with self._changing:
+            if len(self._since) >= MAX_CONNECTIONS:
+                self._end(next(iter(self._since)))
+            self._since[request] = time.monotonic()
+        super().process_request(request, client_address)
+
+    def service_actions(self) -> None:
+        """End connections that are too old; called every half second."""
+        with self._changing:
+            late = time.monotonic() - MAX_SECONDS
+            for request in [each for each, since in self._since.items() if since < late]:
+                self._end(request)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Close a connection."""
+        with self._changing:
+            self._since.pop(request, None)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Log an error of a request without its traceback; clients that leave are no error."""
+        error = sys.exception()
+        if not isinstance(error, OSError):
+            logger.error("a request of the page failed: %r", error)
+
+    def _end(self, request: socket.socket) -> None:
+        """Have the thread of a connection read its end."""
+        del self._since[request]
+        try:
+            request.shutdown(socket.SHUT_RDWR)
+        except OSError:  # it is closed already
+            return
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -172,37 +253,46 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Answer /, /image/<number> and /run/<file>."""
-        url = urlsplit(self.path)
-        if not self._admitted(parse_qs(url.query).get("token", [""])[0]):
-            return
+        try:
+            url = urlsplit(self.path)
+            token = parse_qs(url.query, max_num_fields=10).get("token", [""])[0]
+        except ValueError as error:
+            return self._say(400, f"not an address: {error}")
+        if not self._admitted(token):
+            return None
         path = unquote(url.path)
         answer: tuple[str, bytes] | None = None
-        if path == "/":
-            answer = self.site.page()
-        elif path.startswith("/image/"):
-            answer = self.site.image(path.removeprefix("/image/"))
-        elif path.startswith("/run/"):
-            answer = self.site.file(path.removeprefix("/run/"))
-        if answer is None:
-            self._say(404, "not found")
-        else:
-            self._send(200, *answer)
+        try:
+            if path == "/":
+                answer = self.site.page()
+            elif path.startswith("/image/"):
+                answer = self.site.image(path.removeprefix("/image/"))
+            elif path.startswith("/run/"):
+                answer = self.site.file(path.removeprefix("/run/"))
+        except (UsageError, OSError) as error:
+            return self._say(500, str(error))
+        return self._say(404, "not found") if answer is None else self._send(200, *answer)
 
     def do_POST(self) -> None:
         """Answer /edits."""
         if not self._admitted(""):
             return None
-        if urlsplit(self.path).path != "/edits":
+        if self.path != "/edits":
             return self._say(404, "not found")
         if self.headers.get("Content-Type") != "application/json":
             return self._say(415, "edits are application/json")
         length = self.headers.get("Content-Length", "")
-        if not (length.isascii() and length.isdigit() and 0 < int(length) <= MAX_BODY):
+        if not (re.fullmatch("[0-9]{1,9}", length) and 0 < int(length) <= MAX_BODY):
             return self._say(413, f"edits have 1 to {MAX_BODY} bytes")
+        body = self.rfile.read(int(length))
+        if len(body) < int(length):  # the client left, or was too slow
+            return None
         try:
-            where = self.site.save(self.rfile.read(int(length)))
+            where = self.site.save(body)
         except UsageError as error:
             return self._say(400, str(error))
+        except OSError as error:
+            return self._say(500, f"the edits are not saved: {error}")
         return self._say(200, where)
 
     def _admitted(self, token: str) -> bool:
@@ -211,22 +301,24 @@ class _Handler(BaseHTTPRequestHandler):
         It must come from loopback, name this machine as host (against DNS rebinding), come from our
         own page and carry the secret.
         """
-        cookies = SimpleCookie(self.headers.get("Cookie", ""))
         own = f"review{self.server.server_port}"  # cookies do not tell ports apart
-        given = token or (cookies[own].value if own in cookies else "")
+        given = [token] if token else _cookies(self.headers.get_all("Cookie", []), own)
         host = self.headers.get("Host", "")
         origin = self.headers.get("Origin")
         reasons: list[tuple[Callable[[], bool], str]] = [
             (lambda: is_loopback(str(self.client_address[0])), "this machine only"),
             (lambda: _is_own_name(host), f"host {host!r} is not this machine"),
             (lambda: origin in (None, f"http://{host}"), "the request comes from another page"),
-            (lambda: secrets.compare_digest(given.encode(), self.secret.encode()), "wrong token"),
+            (lambda: any(map(self._is_secret, given)), "wrong token"),
         ]
         refused = next((reason for holds, reason in reasons if not holds()), None)
         if refused is not None:
             self.close_connection = True
             self._say(403, f"refused: {refused}")
         return refused is None
+
+    def _is_secret(self, text: str) -> bool:
+        return secrets.compare_digest(text.encode("utf-8", "replace"), self.secret.encode())
 
     def _say(self, code: int, text: str) -> None:
         self._send(code, "text/plain; charset=utf-8", text.encode("utf-8", "backslashreplace"))
@@ -249,6 +341,21 @@ class _Handler(BaseHTTPRequestHandler):
         """Log nothing: request lines hold the token."""
 
 
+def _cookies(headers: Sequence[str], name: str) -> list[str]:
+    """Return the values of the cookies of one name; other applications' may have any form.
+
+    >>> _cookies(['a={"b": "c; d"}; a[]=1; own=x', "own=y"], "own")
+    ['x', 'y']
+    """
+    pairs = (each.strip().partition("=") for header in headers for each in header.split(";"))
+    return [value for key, _, value in pairs if key == name]
+
+
 def _is_own_name(host: str) -> bool:
-    name = host.rpartition(":")[0] or host
-    return name == "localhost" or is_loopback(name.strip("[]"))
+    """Whether a Host header, a name or an address with or without port, is this machine.
+
+    >>> [_is_own_name(host) for host in ("localhost:80", "[::1]:80", "127.0.0.1:80@other")]
+    [True, True, False]
+    """
+    match = re.fullmatch(r"(\[[0-9a-f:.]+\]|[^:@/\[\]]+)(:[0-9]{1,5})?", host)
+    return match is not None and (match[1] == "localhost" or is_loopback(match[1].strip("[]")))
