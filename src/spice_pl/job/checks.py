@@ -47,7 +47,7 @@ def check_folders(job: Job, steps: Sequence[Step]) -> None:
     for step in steps:
         saved = step.folder.path / ".hydra" / "config.yaml"
         if saved.is_file():
-            _check_folder(step, _saved(saved), alone=len(steps) == 1)
+            _check_folder(step, saved_settings(saved), alone=len(steps) == 1)
 
 
 def check_chain(step: Step) -> None:
@@ -106,7 +106,7 @@ def _check_folder(step: Step, saved: Mapping[str, Any], *, alone: bool) -> None:
         )
 
 
-def _saved(file: Path) -> dict[str, Any]:
+def saved_settings(file: Path) -> dict[str, Any]:
     """Read the settings that a run was made with."""
     try:
         text = file.read_text(encoding="utf-8")

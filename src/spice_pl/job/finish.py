@@ -202,6 +202,7 @@ def show(folder: RunFolder) -> None:
         Console().print(results_rich([ResultRow(**row) for row in metrics["rows"]]))
     for file, what in (
         ("report.html", "look at the clusters"),
+        ("trust.html", "how far to believe them"),
         ("clusters.csv", "one line per image"),
         ("metrics.json", "scores, settings, cost"),
     ):

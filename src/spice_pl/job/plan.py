@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from spice_pl.errors import UsageError
 from spice_pl.job.job import Job
 from spice_pl.job.settings import flat, masked, masked_override, missing
+from spice_pl.job.values import check_values
 from spice_pl.runs.clusters import ReliableRule
 from spice_pl.runs.folder import RunFolder
 from spice_pl.runs.results import Record
@@ -83,6 +84,7 @@ def check_settings(job: Job) -> None:
     OmegaConf.set_struct(job.cfg, True)
     if absent := missing(job.cfg):
         raise UsageError(f"no value for {', '.join(absent)}; give it on the command line")
+    check_values(job.cfg)
     for key, words in WORDS.items():
         if job.cfg[key] not in words:
             raise UsageError(f"{key}={job.cfg[key]} is none of {', '.join(words)}")

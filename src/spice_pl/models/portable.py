@@ -42,6 +42,7 @@ from spice_pl.models.known import Known, choose_known
 from spice_pl.models.networks import WITHOUT_MEMORY, rule_for
 from spice_pl.models.pixels import pixel_batches
 from spice_pl.models.predictions import Predictions, join
+from spice_pl.nn.edited_head import EditedHead
 from spice_pl.nn.frozen import in_parts
 from spice_pl.nn.heads import ClusterHead, LinearHead
 from spice_pl.nn.weights import below_prefix, load_strictly
@@ -277,8 +278,8 @@ def portable_settings(encoder: Any, head: nn.Module, plain: Any) -> dict[str, An
         plain: settings of the plain view, with a `_target_`.
 
     Returns:
-        Settings by name, as in `PortableModel.settings`; None if the head is neither a
-        `ClusterHead` nor a `LinearHead`.
+        Settings by name, as in `PortableModel.settings`; None if the head is none of
+        `ClusterHead`, `LinearHead` and `EditedHead`.
     """
     described: dict[str, Any]
     if isinstance(head, ClusterHead):
@@ -286,6 +287,13 @@ def portable_settings(encoder: Any, head: nn.Module, plain: Any) -> dict[str, An
             "feature_dim": head.hidden.in_features,
             "hidden_dim": head.hidden.out_features,
             "num_clusters": head.output.out_features,
+        }
+    elif isinstance(head, EditedHead):
+        described = {
+            "feature_dim": head.feature_dim,
+            "hidden_dim": head.hidden_dim,
+            "num_clusters": head.num_clusters,
+            "rounds": head.rounds,
         }
     elif isinstance(head, LinearHead):
         described = {"in_features": head.in_features, "out_features": head.out_features}
@@ -332,6 +340,12 @@ def _sizes(
         width, num_clusters = head.hidden.in_features, head.output.out_features
     elif isinstance(head, LinearHead):
         width, num_clusters = head.in_features, head.out_features
+    elif isinstance(head, EditedHead):
+        width, num_clusters = head.feature_dim, head.num_clusters_after
+        try:
+            head.check()
+        except ValueError as error:
+            raise unreadable(file, f"head: {error}") from error
     else:
         return None, len(names)
     if len(names) != num_clusters:

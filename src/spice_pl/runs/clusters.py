@@ -6,7 +6,7 @@ Shapes: N images, D features, K clusters.
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,19 +104,27 @@ def cluster_table(
     )
 
 
-def write_table(table: ClusterTable, file: Path) -> None:
-    """Write one line per image, in the order of the data set."""
+def write_table(table: ClusterTable, file: Path, names: Mapping[int, str] | None = None) -> None:
+    """Write one line per image, in the order of the data set.
+
+    Args:
+        table: its columns.
+        file: where to write.
+        names: names of clusters, for one more column `name`; None leaves it out.
+    """
+    more = [] if names is None else ["name"]
     with (
         atomic(file) as temporary,
         # A path may hold bytes that are not UTF-8; they are written as they are on disk.
         temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as lines,
     ):
         writer = csv.writer(lines)
-        writer.writerow(COLUMNS)
+        writer.writerow([*COLUMNS, *more])
         columns = (table.keys, table.clusters, table.confidence, table.agreement, table.reliable)
         for image, cluster, sure, agrees, kept in zip(*columns, strict=True):
             numbers = (f"{value:.{DECIMALS}f}" for value in (sure, agrees))
-            writer.writerow([image, int(cluster), *numbers, int(kept)])
+            name = [] if names is None else [names.get(int(cluster), f"cluster {cluster}")]
+            writer.writerow([image, int(cluster), *numbers, int(kept), *name])
 
 
 def read_table(file: Path) -> ClusterTable:

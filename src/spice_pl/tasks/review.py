@@ -6,12 +6,14 @@ the run's folder is read; pictures are requested by number.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import ipaddress
 import json
 import logging
 import secrets
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from http.cookies import SimpleCookie
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,10 +26,12 @@ from PIL import Image
 from spice_pl.data.images import ImageSet
 from spice_pl.errors import UsageError
 from spice_pl.reports.page import render_report
-from spice_pl.runs.edits import check_reviewed, parse_edits, read_edits
+from spice_pl.runs.clusters import ReliableRule
+from spice_pl.runs.edits import Edits, check_reviewed, parse_edits, read_edits
 from spice_pl.runs.folder import RunFolder
 from spice_pl.runs.page_data import report_data
 from spice_pl.tasks.base import Context
+from spice_pl.tasks.edit import write_applied
 
 logger = logging.getLogger(__name__)
 
@@ -45,15 +49,35 @@ class Review:
 
     Args:
         port: port to listen on; 0 takes a free one.
+        reliable: which images count as reliable after edits, see `ReliableRule`.
+        allow_targets: names of your own packages that define the model's network.
     """
 
-    def __init__(self, port: int = 0) -> None:
-        self.port = port
+    def __init__(
+        self, port: int, reliable: Mapping[str, Any], allow_targets: Sequence[str] = ()
+    ) -> None:
+        self.port, self.rule, self.allow_targets = port, ReliableRule(**reliable), allow_targets
 
     def __call__(self, context: Context) -> None:
-        """Serve the page; saved edits go to edits.json and names.json of the reviewed run."""
+        """Serve the page; saved edits go to edits.json and names.json of the reviewed run.
+
+        They are also applied, see `tasks.edit`.
+        """
         images = context.images()
-        server, token = make_server(context.upstream[0], context.upstream[1:], images, self.port)
+
+        def apply(edits: Edits) -> RunFolder:
+            return write_applied(
+                edits,
+                context.upstream[0],
+                context.upstream[1:],
+                images,
+                self.rule,
+                self.allow_targets,
+            )
+
+        server, token = make_server(
+            context.upstream[0], context.upstream[1:], images, self.port, apply
+        )
         address = f"http://{HOST}:{server.server_port}/?token={token}"
         logger.info("open %s in a browser; Ctrl-C ends the review", address)
         try:
@@ -73,7 +97,11 @@ def is_loopback(host: str) -> bool:
 
 
 def make_server(
-    folder: RunFolder, upstream: Sequence[RunFolder], images: ImageSet, port: int = 0
+    folder: RunFolder,
+    upstream: Sequence[RunFolder],
+    images: ImageSet,
+    port: int = 0,
+    apply: Callable[[Edits], RunFolder] | None = None,
 ) -> tuple[ThreadingHTTPServer, str]:
     """Bind the server of a run; return it with the secret that every request must carry.
 
@@ -81,7 +109,7 @@ def make_server(
         UsageError: the port cannot be used.
     """
     token = secrets.token_urlsafe(24)
-    answers = Answers(folder, upstream, images)
+    answers = Answers(folder, upstream, images, apply)
 
     class Handler(_Handler):
         secret = token
@@ -98,10 +126,24 @@ def make_server(
 
 
 class Answers:
-    """Answers to requests about one run: its page, its pictures, its files, and saving edits."""
+    """Answers to requests about one run: its page, its pictures, its files, and saving edits.
 
-    def __init__(self, folder: RunFolder, upstream: Sequence[RunFolder], images: ImageSet) -> None:
-        self.folder, self.images = folder, images
+    Args:
+        folder: artifacts of the run.
+        upstream: artifacts of the stages before it, the nearest first.
+        images: the data set.
+        apply: function that writes the run after the edits; None only saves them.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        upstream: Sequence[RunFolder],
+        images: ImageSet,
+        apply: Callable[[Edits], RunFolder] | None = None,
+    ) -> None:
+        self.folder, self.images, self.apply = folder, images, apply
+        self.saving = threading.Lock()  # one save at a time: requests come in threads
         self.upstream, self.metrics = upstream, folder.metrics
 
     def page(self) -> tuple[str, bytes]:
@@ -115,6 +157,7 @@ class Answers:
             edits = read_edits(saved)
             if edits.digest == self.metrics["digest"]:
                 more["edits"] = edits.as_json()
+        more["version"] = self.version()
         data = replace(data, review={**data.review, **more})
         return "text/html; charset=utf-8", render_report(data).encode("utf-8")
 
@@ -137,12 +180,34 @@ class Answers:
             return None
         return KINDS[path.suffix], path.read_bytes()
 
-    def save(self, body: bytes) -> str:
-        """Check edits and write edits.json and names.json; return the path of edits.json.
+    def version(self) -> str:
+        """Return a digest of the saved edits; empty if there are none."""
+        saved = self.folder.path / "edits.json"
+        return hashlib.blake2b(saved.read_bytes()).hexdigest()[:16] if saved.is_file() else ""
+
+    def save(self, body: bytes, version: str | None = None) -> str:
+        """Check edits, write edits.json and names.json, and apply them.
+
+        Args:
+            body: JSON of the edits.
+            version: of the saved edits that the page began with; None does not compare it.
+
+        Returns:
+            Three lines: the path of edits.json, the report of the edited run (empty if edits are
+            only saved), and the new version.
 
         Raises:
-            UsageError: the edits do not fit this run.
+            UsageError: the edits do not fit this run, or another page saved since.
         """
+        with self.saving:
+            if version is not None and version != self.version():
+                raise UsageError(
+                    "another window or person saved edits of this run since this page was opened; "
+                    "open the page again to see them, then make your changes there"
+                )
+            return self._save(body)
+
+    def _save(self, body: bytes) -> str:
         try:
             content = json.loads(body)
         except ValueError as error:
@@ -155,10 +220,13 @@ class Answers:
             self.metrics["num_clusters"],
             self.images.keys,
         )
+        made = ""
+        if self.apply is not None:
+            made = str(self.apply(edits).path / "report.html")
         self.folder.write_json("edits.json", edits.as_json())
         self.folder.write_json("names.json", {str(c): name for c, name in edits.names.items()})
         logger.info("edits saved in %s", self.folder.path / "edits.json")
-        return str(self.folder.path / "edits.json")
+        return "\n".join([str(self.folder.path / "edits.json"), made, self.version()])
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -200,7 +268,8 @@ class _Handler(BaseHTTPRequestHandler):
         if not (length.isascii() and length.isdigit() and 0 < int(length) <= MAX_BODY):
             return self._say(413, f"edits have 1 to {MAX_BODY} bytes")
         try:
-            where = self.site.save(self.rfile.read(int(length)))
+            version = self.headers.get("X-Edits-Version")
+            where = self.site.save(self.rfile.read(int(length)), version)
         except UsageError as error:
             return self._say(400, str(error))
         return self._say(200, where)

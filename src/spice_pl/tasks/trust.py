@@ -25,6 +25,7 @@ from spice_pl.data.images import ImageSet
 from spice_pl.data.keyed import keyed_uniform
 from spice_pl.errors import UsageError
 from spice_pl.functional.assignment import clustering_scores
+from spice_pl.nn.edited_head import EditedHead
 from spice_pl.nn.frozen import Frozen
 from spice_pl.nn.heads import ParallelHeads, head_of
 from spice_pl.nn.weights import load_strictly
@@ -144,6 +145,10 @@ def read_head(folder: RunFolder) -> nn.Module | None:
     """Load a run's head, whose kind the names of its weights tell; None for another kind."""
     file = folder.path / "head.safetensors"
     state = load_file(file) if file.is_file() else {}
+    if "merge_0" in state:
+        edited = EditedHead.of_state(state)
+        load_strictly(edited, state, str(file))
+        return edited
     ours = (
         {"hidden.weight", "hidden.bias", "output.weight", "output.bias"},
         {"weight", "bias"},
