@@ -111,14 +111,10 @@ def finished_runs(paths: Iterable[str | os.PathLike[str]]) -> list[dict[str, Any
             metrics.json is damaged.
     """
     found: dict[Path, dict[str, Any]] = {}
-    for path in map(Path, paths):
+    for given in map(Path, paths):
+        path = given if given.is_dir() else Path("runs", given)  # a data set below the usual folder
         if not path.is_dir():
-            path = Path("runs", path)
-        if not path.is_dir():
-            raise UsageError(
-                f"{path.relative_to('runs')} is not a folder, here or below runs; give folders of "
-                "runs, such as runs/digits"
-            )
+            raise UsageError(f"{given} is not a folder; give folders of runs, such as runs/digits")
         for file in sorted(path.rglob("metrics.json")):
             metrics = RunFolder(file.parent).metrics
             if metrics.get("rows"):  # tasks may leave none
