@@ -34,6 +34,7 @@ def refused(*overrides: str) -> str:
         ("~moco.epoch", "there is no setting moco.epoch; did you mean moco.epochs?"),
         ("epochs=3", "did you mean moco.epochs or proto.epochs or fixmatch.epochs?"),
         ("+moco.more.epochs=3", "there is no setting moco.more.epochs"),
+        ("moco.module.learning_rate=1", "; moco.module has backbone, "),
         ("+seeds=3", "there is no setting seeds; did you mean seed?"),
         ("+selectors.mine=3", "there is no setting selectors.mine"),
         ("stage=trsut", "did you mean trust?"),

@@ -169,7 +169,13 @@ def unknown_key(key: str, cfg: DictConfig) -> str:
     settings: Any = OmegaConf.to_container(cfg, resolve=False)
     settings.pop("hydra", None)
     near = nearest_keys(key, list(_keys(settings)), [str(name) for name in cfg.stages])
-    advice = f"did you mean {' or '.join(near)}?" if near else "`--cfg job` prints all settings"
+    parent = _node(cfg, key.rpartition(".")[0])
+    advice = "`--cfg job` prints all settings"
+    if near:
+        advice = f"did you mean {' or '.join(near)}?"
+    elif parent is not cfg and isinstance(parent, DictConfig):
+        names = [str(name) for name in parent if not str(name).startswith("_")]
+        advice = f"{key.rpartition('.')[0]} has {', '.join(names)}"
     return f"there is no setting {key}; {advice}"
 
 

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from spice_pl.errors import UsageError
 from spice_pl.job.job import Job
+from spice_pl.job.origin import titled
 from spice_pl.job.settings import flat, masked, masked_override, missing
 from spice_pl.job.values import check_values
 from spice_pl.runs.clusters import ReliableRule
@@ -117,7 +118,7 @@ def _step(job: Job, name: str, settings: Mapping[str, Any]) -> Step:
     shown = masked("", {key: settings[key] for key in ("dataset", "backbone", name)})
     record = Record(
         stage=name,
-        title=str(own["title"]),
+        title=titled(name, settings),
         num_clusters=num_clusters,
         seed=int(settings["seed"]),
         preset=job.preset,

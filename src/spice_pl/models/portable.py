@@ -38,7 +38,7 @@ from spice_pl.models.header import (
     read,
     unreadable,
 )
-from spice_pl.models.known import Known, choose_known
+from spice_pl.models.known import NOT_SURE, Known, choose_known
 from spice_pl.models.networks import WITHOUT_MEMORY, rule_for
 from spice_pl.models.pixels import pixel_batches
 from spice_pl.models.predictions import Predictions, join
@@ -85,8 +85,9 @@ class ClusterNetwork(nn.Module):
 class PortableModel:
     """A trained clustering that needs neither its run folder nor its data set.
 
-    An image is marked "not sure" if its confidence is not above the threshold: the confidence that
-    reliable images had to exceed in the run that wrote the model (`reliable.confidence`).
+    An image is marked "not sure" if fewer than half of its nearest known images are in its cluster,
+    as on the report page with the neighbours in the data set. Without known images it is "not sure"
+    if its confidence is not above the threshold.
 
     Attributes:
         network: plain view, encoder and head, in eval mode.
@@ -94,7 +95,8 @@ class PortableModel:
             arguments.
         image_size: S; images are scaled and cut to it.
         names: (K,) name of each cluster.
-        threshold: confidence above which a prediction is sure.
+        threshold: confidence that reliable images had to exceed in the run that wrote the model
+            (`reliable.confidence`).
         about: data set, fingerprint, stage, seed and versions, as information for the user.
         known: training images to show beside a new one, or None.
     """
@@ -194,6 +196,10 @@ class PortableModel:
             similarity = np.empty((len(keys), 0), np.float32)
             if self.known is not None and num_nearest:
                 nearest, similarity = self.known.nearest(embeddings, num_nearest)
+            not_sure = confidence <= self.threshold
+            if self.known is not None and len(self.known.keys):
+                agreement = self.known.agreement(embeddings, clusters, self.num_clusters)
+                not_sure = agreement < NOT_SURE
             ids = clusters.cpu().numpy()
             sure = confidence.cpu().numpy()
             if not np.isfinite(sure).all():
@@ -207,7 +213,7 @@ class PortableModel:
                 clusters=ids,
                 names=[self.names[cluster] for cluster in ids],
                 confidence=sure,
-                not_sure=sure <= self.threshold,
+                not_sure=not_sure.cpu().numpy(),
                 nearest=nearest,
                 similarity=similarity,
             )
