@@ -56,7 +56,7 @@ def check_folders(job: Job, steps: Sequence[Step]) -> None:
         file = step.folder.path / ".hydra" / "config.yaml"
         if not file.is_file():
             continue
-        changed = _changed(_saved(file), step)
+        changed = _changed(saved_settings(file), step)
         if step.continues and _has_more_epochs(step, changed):
             del changed[f"{step.name}.epochs"]
             longer += [step] if step.folder.finished else []
@@ -173,7 +173,7 @@ def _check_folder(step: Step, changed: Mapping[str, tuple[Any, Any]], *, alone: 
         )
 
 
-def _saved(file: Path) -> dict[str, Any]:
+def saved_settings(file: Path) -> dict[str, Any]:
     """Read the settings that a run was made with."""
     try:
         text = file.read_text(encoding="utf-8")

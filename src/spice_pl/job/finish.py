@@ -229,6 +229,7 @@ def show(folder: RunFolder, opened: bool | str = False) -> None:
         Console().print(results_rich([ResultRow(**row) for row in metrics["rows"]]))
     for file, what in (
         (REPORT, "look at the clusters"),
+        ("trust.html", "how far to believe them"),
         ("clusters.csv", "one line per image"),
         ("metrics.json", "scores, settings, cost"),
     ):

@@ -103,11 +103,14 @@ class Predict:
                 bar.advance(len(part))
                 bar.show()
         rate = len(images) / (time.monotonic() - started)
+        meaning = "fewer than half of the most similar known images are in the same cluster"
+        if model.known is None:
+            meaning = f"confidence at most {model.threshold:g}"
         for name, count in zip(model.names, counts, strict=True):
             logger.info("%8d  %s", count, name)
         logger.info(
-            "%d images, %.0f per second, %d not sure (confidence at most %g): %s",
-            *(len(images), rate, doubtful, model.threshold),
+            "%d images, %.0f per second, %d not sure (%s): %s",
+            *(len(images), rate, doubtful, meaning),
             context.folder.path / "predictions.csv",
         )
 
