@@ -2,7 +2,11 @@ import itertools
 
 import pytest
 import torch
-from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+from sklearn.metrics import (
+    adjusted_rand_score,
+    balanced_accuracy_score,
+    normalized_mutual_info_score,
+)
 from torch import Tensor
 
 from spice_pl.functional.assignment import (
@@ -11,6 +15,8 @@ from spice_pl.functional.assignment import (
     match_clusters,
     scores_from_counts,
 )
+
+SCORES = ("acc", "recall", "nmi", "ari", "purity")
 
 
 def random_ids(num_samples: int, num_ids: int, seed: int) -> Tensor:
@@ -85,12 +91,12 @@ def test_an_empty_cluster_changes_nothing() -> None:
 @pytest.mark.parametrize("num_samples", [1, 7])
 def test_one_cluster_and_one_class_agree(num_samples: int) -> None:
     zeros = torch.zeros(num_samples, dtype=torch.long)
-    assert clustering_scores(zeros, zeros) == {"acc": 1.0, "nmi": 1.0, "ari": 1.0, "purity": 1.0}
+    assert clustering_scores(zeros, zeros) == dict.fromkeys(SCORES, 1.0)
 
 
 def test_one_cluster_for_many_classes_scores_zero_nmi_and_ari() -> None:
     scores = scores_from_counts(torch.tensor([[1, 1, 1, 3, 7]]))
-    assert scores == {"acc": 7 / 13, "nmi": 0.0, "ari": 0.0, "purity": 7 / 13}
+    assert scores == {"acc": 7 / 13, "recall": 1 / 5, "nmi": 0.0, "ari": 0.0, "purity": 7 / 13}
 
 
 def test_one_cluster_per_sample() -> None:
@@ -118,7 +124,7 @@ def test_a_million_samples_do_not_overflow() -> None:
 
 def test_a_cluster_of_one_in_a_million_samples_is_scored_without_rounding() -> None:
     table = torch.tensor([[999_999, 0], [0, 1]])
-    ones = dict.fromkeys(("acc", "nmi", "ari", "purity"), 1.0)
+    ones = dict.fromkeys(SCORES, 1.0)
     assert scores_from_counts(table) == pytest.approx(ones)
 
 
@@ -129,6 +135,20 @@ def test_purity_counts_clusters_that_have_no_class() -> None:
     assert scores["purity"] == (5 + 4 + 3 + 6) / 20
     merged = scores_from_counts(torch.stack([table[:2].sum(0), table[2:].sum(0)]))
     assert merged["purity"] == merged["acc"] == scores["purity"]
+
+
+def test_recall_counts_a_small_class_as_much_as_a_large_one() -> None:
+    labels = torch.tensor([0] * 90 + [1] * 10)
+    clusters = torch.where(torch.arange(100) < 95, 1, 0)  # half of the small class is missed
+    scores = clustering_scores(clusters, labels)
+    assert (scores["acc"], scores["recall"]) == (0.95, 0.75)
+    matched = torch.where(clusters == 1, 0, 1)
+    assert scores["recall"] == balanced_accuracy_score(labels, matched)
+
+
+def test_a_class_without_a_cluster_has_no_recall() -> None:
+    scores = scores_from_counts(torch.tensor([[8, 1, 0]]))  # the third class has no sample
+    assert scores["recall"] == 0.5
 
 
 def test_samples_without_truth_are_not_counted() -> None:

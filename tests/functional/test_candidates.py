@@ -17,10 +17,15 @@ from spice_pl.functional.candidates import (
     evenness,
     neighbor_agreement,
     spectral_clusters,
+    vote_clusters,
     walk_clusters,
     ward_clusters,
 )
-from spice_pl.functional.embeddings import neighbor_graph, smoothed_embeddings
+from spice_pl.functional.embeddings import (
+    nearest_others,
+    neighbor_graph,
+    smoothed_embeddings,
+)
 from spice_pl.functional.kmeans import kmeans_clusters
 from spice_pl.functional.neighbors import unit_rows
 from spice_pl.functional.reliability import local_consistency
@@ -39,6 +44,12 @@ def groups(
 
 def acc(clusters: Tensor, group: Tensor) -> float:
     return float(clustering_scores(clusters, group)["acc"])
+
+
+def scores(
+    features: Tensor, candidates: Tensor, num_clusters: int, num_neighbors: int = 10
+) -> Tensor:
+    return cluster_scores(nearest_others(features, num_neighbors), candidates, num_clusters)
 
 
 def same(left: Tensor, right: Tensor) -> bool:
@@ -66,14 +77,14 @@ def test_a_long_walk_keeps_unequal_groups_whole_and_the_score_chooses_it() -> No
     found = walk_clusters(features, 4, walks=(0, 100))
     assert acc(found[0], group) < 0.7  # the large group is cut
     assert acc(found[1], group) > 0.95
-    assert int(cluster_scores(features, found, 4).argmax()) == 1
+    assert int(scores(features, found, 4).argmax()) == 1
 
 
 def test_the_score_keeps_even_groups_from_a_walk_that_is_too_long() -> None:
     features, group = groups([40] * 8, noise=0.35)
     found = walk_clusters(features, 8, walks=(3, 2000))
     assert acc(found[1], group) < acc(found[0], group) - 0.2
-    assert int(cluster_scores(features, found, 8).argmax()) == 0
+    assert int(scores(features, found, 8).argmax()) == 0
 
 
 def test_walks_of_copies_and_of_equal_features_give_clusters_without_warnings() -> None:
@@ -232,22 +243,26 @@ def test_agreement_counts_neighbours_one_by_one() -> None:
         np.mean([row[i] == row[j] for i in range(35) for j in np.argsort(-likeness[i])[:4]])
         for row in candidates.numpy()
     ]
-    np.testing.assert_allclose(neighbor_agreement(features, candidates, 4).numpy(), wanted)
+    np.testing.assert_allclose(
+        neighbor_agreement(nearest_others(features, 4), candidates).numpy(), wanted
+    )
     assert wanted[2] == 1 > wanted[0] > wanted[1]
 
 
 def test_agreement_is_local_consistency_without_the_sample_itself() -> None:
     features, group = groups([40, 30], noise=0.6)
     whole = float(local_consistency(features, group, 11).double().mean())  # the sample counted
-    found = float(neighbor_agreement(features, group[None], 10))
+    found = float(neighbor_agreement(nearest_others(features, 10), group[None]))
     assert found == pytest.approx((11 * whole - 1) / 10, abs=1e-6)
 
 
 def test_agreement_with_few_samples() -> None:
     features = torch.eye(3)
     candidates = torch.tensor([[0, 0, 1]])
-    assert float(neighbor_agreement(features, candidates, 10)) == pytest.approx(2 / 6)
-    assert neighbor_agreement(features[:1], candidates[:, :1]).tolist() == [1.0]
+    assert float(neighbor_agreement(nearest_others(features, 10), candidates)) == pytest.approx(
+        2 / 6
+    )
+    assert neighbor_agreement(nearest_others(features[:1], 10), candidates[:, :1]).tolist() == [1.0]
 
 
 @pytest.mark.parametrize("sizes", [[5, 5, 5, 5], [17, 1, 1, 1], [20, 0, 0, 0], [10, 6, 4, 0]])
@@ -261,17 +276,17 @@ def test_the_score_by_hand() -> None:
     features = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.1, 0.9], [0.0, 1.0]])
     candidates = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]])  # agreement 1 and 1/2
     even = (0.25 * np.log(4) + 0.75 * np.log(4 / 3)) / np.log(2)
-    wanted = [1.5 - np.log(0.04), 1.5 * even - np.log(0.54)]
-    np.testing.assert_allclose(cluster_scores(features, candidates, 2, 1).numpy(), wanted)
+    wanted = [2 - np.log(0.04), 2 * even - np.log(0.54)]
+    np.testing.assert_allclose(scores(features, candidates, 2, 1).numpy(), wanted)
 
 
 def test_neither_names_of_clusters_nor_order_of_samples_change_the_score() -> None:
     features, group = groups([40, 20, 10], noise=0.6)
-    wanted = cluster_scores(features, group[None], 3)
+    wanted = scores(features, group[None], 3)
     renamed = torch.tensor([2, 0, 1])[group]
     order = torch.randperm(70, generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(cluster_scores(features, renamed[None], 3), wanted)
-    torch.testing.assert_close(cluster_scores(features[order], group[order][None], 3), wanted)
+    torch.testing.assert_close(scores(features, renamed[None], 3), wanted)
+    torch.testing.assert_close(scores(features[order], group[order][None], 3), wanted)
 
 
 def test_the_score_prefers_the_truth_to_a_merge_a_cut_and_noise() -> None:
@@ -289,14 +304,44 @@ def test_the_score_prefers_the_truth_to_a_merge_a_cut_and_noise() -> None:
         noisy[::5] = torch.randint(
             4, (len(noisy[::5]),), generator=torch.Generator().manual_seed(3)
         )
-        scores = cluster_scores(features, torch.stack([merged, cut, group, noisy]), 4)
-        assert int(scores.argmax()) == 2
+        found = scores(features, torch.stack([merged, cut, group, noisy]), 4)
+        assert int(found.argmax()) == 2
 
 
-def test_refuses_candidates_of_another_length_and_no_neighbours() -> None:
+def test_refuses_candidates_of_another_length() -> None:
+    others = torch.tensor([[1], [2], [0]])
     with pytest.raises(ValueError, match=r"\(1, 4\) are not \(R, N\) with the N = 3"):
-        neighbor_agreement(torch.eye(3), torch.zeros(1, 4, dtype=torch.long))
+        neighbor_agreement(others, torch.zeros(1, 4, dtype=torch.long))
     with pytest.raises(ValueError, match=r"candidates \(3,\) are not \(R, N\)"):
-        neighbor_agreement(torch.eye(3), torch.zeros(3, dtype=torch.long))
-    with pytest.raises(ValueError, match="num_neighbors 0 is not positive"):
-        neighbor_agreement(torch.eye(3), torch.zeros(1, 3, dtype=torch.long), 0)
+        neighbor_agreement(others, torch.zeros(3, dtype=torch.long))
+
+
+# The vote.
+
+
+def test_the_vote_takes_the_majority_whatever_the_numbers_of_clusters() -> None:
+    """Each of three clusterings is wrong on other samples, so two of three are always right."""
+    features, group = groups([30, 30, 30], noise=0.1)
+    found = torch.stack([(group + shift) % 3 for shift in (1, 2, 0)])
+    for row in range(3):
+        found[row, 10 * row : 10 * row + 10] = (found[row, 10 * row : 10 * row + 10] + 1) % 3
+    voted = vote_clusters(found, nearest_others(features, 5), 3)
+    assert torch.equal(voted, group)
+
+
+def test_neighbours_decide_where_all_clusterings_differ() -> None:
+    found = torch.tensor([[0, 0, 0, 1, 1, 2, 2], [0, 0, 1, 1, 1, 2, 2], [0, 0, 2, 1, 1, 2, 2]])
+    neighbours = [[1], [0], [4], [4], [3], [6], [5]]
+    assert vote_clusters(found, torch.tensor(neighbours), 3).tolist() == [0, 0, 1, 1, 1, 2, 2]
+    neighbours[2] = [6]
+    assert vote_clusters(found, torch.tensor(neighbours), 3).tolist() == [0, 0, 2, 1, 1, 2, 2]
+
+
+def test_the_vote_of_equal_clusterings_and_of_one_sample() -> None:
+    group = torch.tensor([0, 0, 1, 1])
+    others = torch.tensor([[1], [0], [3], [2]])
+    assert torch.equal(vote_clusters(torch.stack([group, 1 - group]), others, 2), 1 - group)
+    single = vote_clusters(
+        torch.zeros(2, 1, dtype=torch.long), torch.zeros(1, 0, dtype=torch.long), 1
+    )
+    assert single.tolist() == [0]

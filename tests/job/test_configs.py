@@ -18,7 +18,10 @@ from spice_pl.job.settings import ALLOWED_NAMES, ALLOWED_TARGETS, build
 from spice_pl.stages.base import Stage
 
 STAGES = ("moco", "proto", "fixmatch")
-FAMILY = ("clusmatch", "freematch", "flexmatch", "softmatch", "supervised", "scan", "selflabel")
+FAMILY = (
+    *("clusmatch", "freematch", "flexmatch", "softmatch", "supervised"),
+    *("scan", "selflabel", "temi", "turtle"),
+)
 GROUPS = {
     group.name: sorted(file.stem for file in group.glob("*.yaml"))
     for group in sorted(CONF.iterdir())

@@ -6,6 +6,7 @@ from rich.console import Console
 from spice_pl.reports.tables import (
     NO_LABELS,
     ORACLE,
+    RECALL,
     ResultRow,
     duration_text,
     mean_std,
@@ -41,9 +42,11 @@ def test_markdown_by_hand() -> None:
     )
 
 
-def test_without_labels_scores_are_dashes_with_the_reason_below() -> None:
+def test_without_labels_there_are_no_columns_of_scores_and_the_reason_is_below() -> None:
     text = results_markdown([UNSCORED])
-    assert "| proto | – | – | – | own folder | 0 | 4.3 s |" in text
+    assert "| Name | Protocol | Seed | Time |\n|:--|:--|--:|--:|\n" in text
+    assert "| proto | own folder | 0 | 4.3 s |" in text
+    assert "| proto | – | – | – | own folder | 0 | 4.3 s |" in results_markdown([SCORED, UNSCORED])
     assert text.endswith(f"\n{NO_LABELS}\n")
     assert NO_LABELS not in results_markdown([SCORED])
 
@@ -56,7 +59,7 @@ def test_oracle_rows_are_marked_and_explained() -> None:
 
 def test_markdown_cells_cannot_break_the_table() -> None:
     row = ResultRow("a|b\nc", None, None, None, "p", 0, 1)
-    assert "| a\\|b c | – |" in results_markdown([row])
+    assert "| a\\|b c | p |" in results_markdown([row])
 
 
 def test_rich_shows_the_same_and_takes_no_markup_from_names() -> None:
@@ -65,6 +68,15 @@ def test_rich_shows_the_same_and_takes_no_markup_from_names() -> None:
     text = console.file.getvalue()  # type: ignore[attr-defined]
     for expected in ("0.912", "2 min 05 s", "[red]x[/red]", "–", NO_LABELS):
         assert expected in text
+
+
+def test_recall_is_a_column_where_the_classes_differ_in_size() -> None:
+    uneven = ResultRow("proto", 0.95, 0.5, 0.3, "whole", 0, 1.0, recall=0.75)
+    text = results_markdown([uneven, SCORED])
+    assert text.startswith("| Name | ACC | Recall | NMI | ARI | Protocol |")
+    assert "| proto | 0.950 | 0.750 | 0.500 | 0.300 | whole |" in text
+    assert "| fixmatch | 0.912 | – | 0.800 |" in text
+    assert text.endswith(f"\n{RECALL}\n")
 
 
 def test_purity_is_noted_below_rows_with_more_clusters_than_classes() -> None:

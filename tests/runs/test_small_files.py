@@ -214,7 +214,7 @@ def test_the_schema_is_that_of_what_is_written(straight: Finished) -> None:
     assert all(kind.holds(metrics[name]) for name, kind in kinds.items())
     assert small_files._ROW.keys() == {each.name for each in dataclasses.fields(ResultRow)}
     row = {"name": "a", "acc": 0.5, "nmi": None, "ari": None, "protocol": "", "seed": 0}
-    assert METRICS["rows"].holds([row | {"seconds": 1.5}])  # purity and oracle came later
+    assert METRICS["rows"].holds([row | {"seconds": 1.5}])  # purity, recall and oracle came later
     assert not METRICS["rows"].holds([row])
 
 

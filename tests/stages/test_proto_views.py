@@ -39,14 +39,14 @@ M, H = 40, 3
 STREAMS = {"images": stream(16, weak=WEAK, strong=STRONG)}
 
 
-def proto(path: Path, **settings: Any) -> tuple[ProtoHeadModule, Any]:
+def proto(path: Path, streams: Any = STREAMS, **settings: Any) -> tuple[ProtoHeadModule, Any]:
     defaults: dict[str, Any] = {"num_heads": H, "buffer_size": M, "repeats": 2}
     module = ProtoHeadModule(backbone(1), K, head_batch_size=10, **defaults | settings)
     encoder = backbone(0)
     for key, value in encoder.named_buffers():
         if "running" in key:
             value.copy_(torch.rand(value.shape) + 0.5)
-    return module, module.prepare(image_set(), write_upstream(path / "up", encoder), STREAMS)
+    return module, module.prepare(image_set(), write_upstream(path / "up", encoder), streams)
 
 
 class Watch(pl.Callback):
@@ -87,6 +87,20 @@ def test_a_bank_costs_n_passes_of_each_view_whatever_the_epochs(
     fit(module, streams, epochs=epochs, default_root_dir=tmp_path)
     assert sum(passed) == 2 * num_views * N
     assert not (tmp_path / "view_bank").exists()  # removed after the last epoch
+
+
+def test_the_plain_view_needs_no_bank_and_no_pass(tmp_path: Path) -> None:
+    streams = {"images": stream(16, weak=PLAIN, strong=STRONG)}
+    module, streams = proto(tmp_path, streams, view_bank=1)
+    passed = count_passes(module)
+    watch = Watch(stop_in=0)
+    with pytest.raises(InterruptedError):
+        fit(module, streams, watch, default_root_dir=tmp_path)
+    assert sum(passed) == N
+    assert not (tmp_path / "view_bank/weak.npy").exists()
+    index = torch.tensor([7, 0, 89])
+    weak, _ = module.view_features.embed(Views(index, {}))
+    assert torch.equal(weak, plain_features(module.encoder)[index])
 
 
 def test_a_bank_of_one_view_equals_fresh_views_in_the_first_epoch(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from spice_pl.job.job import Job
 from spice_pl.job.run import run_stages
 from spice_pl.runs.folder import RunFolder
 from spice_pl.tasks.base import Context
-from spice_pl.tasks.estimate_k import EstimateK, Point, choose, doubts_of, look
+from spice_pl.tasks.estimate_k import EstimateK, Point, choose, doubts_of, look, sentence
 
 TASK = EstimateK(largest=7, num_splits=3)
 
@@ -47,11 +47,26 @@ def test_clear_groups_are_counted(tmp_path: Path) -> None:
     result = TASK(job)
     assert (result["estimated_num_clusters"], result["clear"]) == (4, True)
     assert "the data shows 4 clusters" in result["sentence"]
+    estimate = result["k_estimate"]
+    assert (estimate["num_clusters"], estimate["clear"]) == (4, True)
+    assert estimate["candidates"] == [2, 3, 4, 5, 6, 7]
+    assert np.argmax(estimate["scores"]) == 2
+    assert result["about_as_well"] == [4]
     with (job.folder.path / "k.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [int(row["num_clusters"]) for row in rows] == [2, 3, 4, 5, 6, 7]
     assert float(rows[2]["stability"]) == pytest.approx(1)
     assert (job.folder.path / "k.svg").read_text().startswith("<svg")
+
+
+@pytest.mark.parametrize("num_groups", [2, 3, 5, 9])
+def test_groups_of_unequal_sizes_are_counted(tmp_path: Path, num_groups: int) -> None:
+    generator = np.random.default_rng(1)
+    sizes = np.geomspace(10, 1, num_groups) * 300 / num_groups
+    group = np.repeat(np.arange(num_groups), np.maximum(sizes.astype(int), 12))
+    features = 12 * np.eye(12)[group] + generator.normal(size=(len(group), 12))
+    result = replace(TASK, largest=12)(context(tmp_path, features.astype(np.float32)))
+    assert result["estimated_num_clusters"] == num_groups
 
 
 def test_one_cloud_shows_no_clear_number(tmp_path: Path) -> None:
@@ -72,29 +87,31 @@ def point(num_clusters: int, stability: float, null: float = 0.2, silhouette: fl
     return Point(num_clusters, stability, 0.06, null, silhouette)
 
 
-def test_smallest_number_within_a_standard_error_of_the_largest_gain() -> None:
-    """Gains .1, .6, .67, .7, .5 and an error of .06 / √4: .67 is enough."""
-    curve = [
-        point(2, 0.9, 0.8),
-        *(point(k, s) for k, s in ((3, 0.8), (4, 0.87), (5, 0.9), (6, 0.7))),
-    ]
-    assert choose(curve, num_splits=4).num_clusters == 4
-    assert choose(curve, num_splits=400).num_clusters == 5
+def test_the_largest_silhouette_is_taken_and_what_fits_about_as_well_is_listed() -> None:
+    silhouettes = {2: 0.1, 3: 0.193, 4: 0.19, 5: 0.2, 6: 0.18, 7: 0.2}  # 0.95 x 0.2 is 0.19
+    curve = [point(k, 0.9, silhouette=value) for k, value in silhouettes.items()]
+    found, candidates = choose(curve)
+    assert (found.num_clusters, candidates) == (5, [3, 4, 5, 7])
+    text = sentence(found, [], candidates)
+    assert "the data shows 5 clusters" in text
+    assert text.endswith("about as well fit 3, 4, 7")
+    negative = [point(k, 0.9, silhouette=-0.1 * k) for k in (2, 3)]
+    assert choose(negative)[1] == [2]
 
 
 def test_each_doubt_is_named() -> None:
-    curve = [point(2, 0.79), point(3, 0.9, silhouette=0.24), point(4, 0.9), point(5, 0.9)]
+    curve = [point(2, 0.79), point(3, 0.9, silhouette=0.0), point(4, 0.9), point(5, 0.9)]
     doubts = [doubts_of(each, curve) for each in curve]
     assert [len(each) for each in doubts] == [1, 1, 0, 1]
     assert doubts[0] == ["halves of the images agree to 0.79, less than 0.8"]
-    assert doubts[1] == ["the silhouette 0.24 is less than 0.25"]
+    assert doubts[1] == ["the silhouette 0.00 is not positive"]
     assert "raise estimate_k.task.largest" in doubts[3][0]
 
 
 def test_copies_of_two_images_give_finite_numbers() -> None:
     rows = np.repeat(np.eye(2), 20, axis=0)
     with pytest.warns(match="distinct clusters"):
-        found = look(rows, 4, 2, seed=0)
+        found = look(rows, rows.astype(np.float32), 4, 2, seed=0)
     assert found.stability == pytest.approx(1)
     assert np.isfinite(found.null)
     assert np.isfinite(found.silhouette)

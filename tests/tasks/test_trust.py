@@ -18,7 +18,6 @@ from spice_pl.tasks.trust import (
     Trust,
     matched_agreement,
     null_check,
-    read_head,
     seeds_agreement,
     separation,
 )
@@ -92,14 +91,15 @@ def test_page_gives_the_verdict_and_escapes() -> None:
     assert "No real clusters here" not in page(NullCheck(0.60, (0.29, 0.25)))
 
 
-def test_head_is_read_as_it_was_written(straight: Finished) -> None:
-    proto = straight.folder("proto")
-    head = read_head(proto)
-    assert head is not None
-    with torch.no_grad():
-        probs = head(torch.from_numpy(np.array(proto.features)))
-    np.testing.assert_allclose(probs.numpy(), proto.probs, atol=1e-5)
-    assert read_head(straight.folder("moco")) is None
+def test_a_run_is_judged_with_its_own_network(finished: Finished) -> None:
+    # The settings of the job may name another network than that of the run.
+    measured = []
+    for widths in ("8", "16"):
+        more = ("overwrite=true", "trust.task.num_nulls=2", f"backbone.widths=[{widths}]")
+        run_stages(finished.job("stage=trust", *more))
+        measured.append(finished.folder("trust").metrics["measures"]["views"])
+    assert measured[0] is not None
+    assert measured[0] == measured[1]
 
 
 def test_seeds_are_compared_on_the_same_images_only(straight: Finished, tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_seeds_are_compared_on_the_same_images_only(straight: Finished, tmp_path
 
 def test_nulls_need_a_spread() -> None:
     with pytest.raises(UsageError, match="num_nulls 1"):
-        Trust(torch.nn.Identity(), None, num_nulls=1)  # type: ignore[arg-type]
+        Trust(None, num_nulls=1)  # type: ignore[arg-type]
 
 
 def test_trust_of_a_run(finished: Finished) -> None:

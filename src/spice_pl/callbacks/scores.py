@@ -13,7 +13,7 @@ from spice_pl.functional.assignment import count_table, scores_from_counts
 
 
 class ClusteringScores(Metric):
-    """ACC, NMI, ARI and purity of a whole pass, from a clusters x classes table summed over ranks.
+    """Scores of a whole pass, from a clusters x classes table summed over ranks.
 
     Only the table is kept, so the result does not depend on how samples are split over batches and
     ranks. See `spice_pl.functional.assignment.scores_from_counts`.
@@ -28,7 +28,7 @@ class ClusteringScores(Metric):
         >>> scores.update(torch.tensor([1, 1]), torch.tensor([0, 0]))
         >>> scores.update(torch.tensor([0, 0]), torch.tensor([1, -1]))
         >>> scores.compute()
-        {'acc': 1.0, 'nmi': 1.0, 'ari': 1.0, 'purity': 1.0}
+        {'acc': 1.0, 'recall': 1.0, 'nmi': 1.0, 'ari': 1.0, 'purity': 1.0}
     """
 
     is_differentiable = False
@@ -57,6 +57,6 @@ class ClusteringScores(Metric):
         """Score everything counted so far.
 
         Returns:
-            acc, nmi, ari and purity; an empty dictionary if no sample had a label.
+            acc, recall, nmi, ari and purity; an empty dictionary if no sample had a label.
         """
         return scores_from_counts(self.counts) if self.counts.any() else {}

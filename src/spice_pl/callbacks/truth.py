@@ -20,7 +20,8 @@ from spice_pl.stages.base import Prediction, as_stage
 class TruthMonitor(pl.Callback):
     """Log how well the watched images are clustered, and how many training labels are right.
 
-    - `truth/acc`, `truth/nmi`, `truth/ari`, `truth/purity` of a stage with clusters.
+    - `truth/acc`, `truth/recall`, `truth/nmi`, `truth/ari`, `truth/purity` of a stage with
+      clusters.
     - `truth/best_head_acc` and `truth/epoch_head_acc` of a stage with many heads: the best of them,
       and the one chosen without labels after this epoch (SPICE, Figure 6).
     - `truth/knn_acc` of a stage without clusters: `knn_accuracy`.

@@ -29,8 +29,16 @@ from spice_pl.errors import UsageError
 MAX_DECODE_MB = 1024  # memory that decoding may take
 # Bytes of memory that decoding takes per pixel, by format; what alpha or more than 8 bits, several
 # channels of 16 bits and a rotation add; what a progressive JPEG adds for each pixel of the file.
-FORMAT_BYTES = {"TIFF": 8, "WEBP": 17, "AVIF": 12, "HEIF": 12}  # the others: 5
+FORMAT_BYTES = {
+    "TIFF": 8,
+    "WEBP": 17,
+    "AVIF": 12,
+    "HEIF": 12,
+    "JPEG2000": 24,
+    "JXL": 24,
+}  # the others: 5
 MODE_BYTES, DEEP_BYTES, TURN_BYTES, PROGRESSIVE_BYTES = 8, 20, 4, 6
+ZEROS = 512  # bytes of zeros at the end of a JPEG that are looked for
 ORIENTATION = 0x0112  # tag of EXIF
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -122,9 +130,11 @@ class Decoding:
         return [f"max_decode_mb {self.max_bytes / 1e6:g}"]
 
 
-def decode(path: Path, image_size: int) -> NDArray[np.uint8] | str:
+def decode(
+    path: Path, image_size: int, levels: Sequence[float] | None = None
+) -> NDArray[np.uint8] | str:
     """Return one image as `square` does, or the reason why it cannot be decoded."""
-    image = read_image(path, Decoding(image_size))
+    image = read_image(path, Decoding(image_size, levels))
     if isinstance(image, Unread):
         return image.reason
     return image if isinstance(image, str) else image.pixels
@@ -145,6 +155,8 @@ def read_image(file: Path | bytes | Part, decoding: Decoding) -> Decoded | Unrea
     try:
         with open_bytes(file) as data, open_image(data) as opened:
             (width, height), kind = opened.size, str(opened.format)
+            if kind == "JPEG" and _ends_in_zeros(data):
+                return "cut off: the file ends in zeros"
             opened.draft(None, (2 * image_size, 2 * image_size))
             need = _memory(opened, width * height, data)
             if need > decoding.max_bytes:
@@ -162,6 +174,25 @@ def read_image(file: Path | bytes | Part, decoding: Decoding) -> Decoded | Unrea
         return Unread("permission denied", soon=False)
     except Exception as error:  # Pillow raises many types on damaged files
         return unread(error) if may_pass(error) else _reason(error)
+
+
+def _ends_in_zeros(data: BinaryIO) -> bool:
+    """Return whether the end of a JPEG is missing and was filled with zeros, as failed copies are.
+
+    Pillow would decode the missing part as grey. Zeros after the end of the image do not matter.
+    """
+    size = data.seek(0, os.SEEK_END)
+    if size < ZEROS:
+        return False
+    data.seek(size - ZEROS)
+    if any(data.read(ZEROS)):
+        return False
+    for start in range(size - ZEROS, -ZEROS, -ZEROS):  # back to the last byte that is not zero
+        data.seek(max(start, 0))
+        if tail := data.read(ZEROS).rstrip(b"\0"):
+            data.seek(max(start, 0) + len(tail) - 2 if len(tail) + start > 1 else 0)
+            return data.read(2) != b"\xff\xd9"
+    return True
 
 
 def unread(error: BaseException) -> Unread:

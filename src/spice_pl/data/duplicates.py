@@ -31,6 +31,16 @@ def num_copies(digests: NDArray[np.uint64]) -> int:
     return len(digests) - len(np.unique(digests))
 
 
+def few_distinct(images: NDArray[np.uint8], needed: int) -> int | None:
+    """Count the distinct images (N, 3, S, S) if there are fewer than `needed`; else return None."""
+    found: set[bytes] = set()
+    for row in images:
+        found.add(hashlib.blake2b(row.tobytes(), digest_size=8).digest())
+        if len(found) >= needed:
+            return None
+    return len(found)
+
+
 def copies(digests: NDArray[np.uint64]) -> list[NDArray[np.int64]]:
     """Return the groups of equal images, in the order of the data set."""
     order = np.argsort(digests, kind="stable")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import io
 import os
 import re
@@ -18,24 +19,51 @@ from PIL import Image, ImageFile, UnidentifiedImageError, features
 from spice_pl.data.levels import name_planes
 
 # Only these decoders are tried, whatever a file is called: others of Pillow run programs (EPS).
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF", "HEIF")
+FORMATS = (
+    *("JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF", "HEIF"),
+    *("JPEG2000", "JXL", "QOI", "DIB"),
+)
 # A file with one of these is expected to be an image; other files are if they begin like one.
 SUFFIXES = {
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".pjp", ".mpo", ".png", ".apng", ".webp", ".bmp"),
     *(".dib", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm", ".pnm", ".heic", ".heif", ".avif"),
+    *(".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".jxl", ".qoi", ".hif", ".avifs"),
 }
 RAW_SUFFIXES = {
     *(".dng", ".cr2", ".cr3", ".nef", ".nrw", ".arw", ".srf", ".sr2", ".orf", ".rw2", ".raf"),
     *(".pef", ".srw", ".3fr", ".iiq", ".erf", ".kdc", ".dcr", ".mef", ".mos", ".mrw", ".rwl"),
 }
+# Pictures of formats that are not read: drawings, layers, icons, textures, films of medicine.
+OTHER_SUFFIXES = {
+    *(
+        ".psd",
+        ".psb",
+        ".xcf",
+        ".kra",
+        ".tga",
+        ".dds",
+        ".exr",
+        ".hdr",
+        ".pcx",
+        ".sgi",
+        ".ico",
+        ".cur",
+    ),
+    *(".icns", ".svg", ".svgz", ".eps", ".ai", ".pdf", ".wmf", ".emf", ".dcm", ".dicom", ".nii"),
+    *(".fits", ".fit", ".jxr", ".wdp", ".hdp", ".pfm", ".xbm", ".xpm", ".ras", ".djvu", ".czi"),
+}
 HEAD_BYTES = 32  # of a file, enough to tell its format
 # The first bytes of the formats above. BMP's two letters may begin a text, so the size of its
-# second header counts too; the last kind is HEIF and AVIF, with their brands.
+# second header counts too; HEIF and AVIF have brands. The last line is JPEG 2000, JPEG XL and QOI.
 HEADS = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|II[*+]\0|MM\0[*+]|P[1-6]\s+[\d#]"
-    rb"|BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0|....ftyp(avi[fs]|he[iv][cfmsx]|mif1|msf1)",
+    rb"|BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0|....ftyp(avi[fs]|he[iv][cfmsx]|mif1|msf1)"
+    rb"|\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51|\0\0\0\x0cJXL \r\n\x87\n|qoif",
     re.DOTALL,
 )
+
+
+PLUGINS = ("pillow_heif", "pillow_jxl")  # packages that add decoders to Pillow
 
 
 @dataclass(frozen=True)
@@ -60,12 +88,11 @@ def is_image(head: bytes) -> bool:
 def decoders() -> tuple[str, ...]:
     """Return names and versions of everything that decides which files can be decoded."""
     known = {*features.modules, *features.codecs, *features.features}
-    libraries = ("libjpeg_turbo", "jpg", "zlib", "libtiff", "webp", "avif")
+    libraries = ("libjpeg_turbo", "jpg", "jpg_2000", "zlib", "libtiff", "webp", "avif")
     found = [f"{name} {features.version(name)}" for name in libraries if name in known]
-    with suppress(ImportError):
-        import pillow_heif
-
-        found.append(f"pillow_heif {pillow_heif.__version__}")
+    for plugin in PLUGINS:
+        with suppress(ImportError):
+            found.append(f"{plugin} {importlib.import_module(plugin).__version__}")
     return (f"Pillow {PIL.__version__}", *found)
 
 
@@ -82,9 +109,9 @@ def open_image(file: BinaryIO) -> ImageFile.ImageFile:
     head = file.read(HEAD_BYTES)
     for name in _formats():
         factory, accepts = Image.OPEN[name]
-        if accepts is None or accepts(head) is True:
-            file.seek(0)
-            with suppress(SyntaxError, IndexError, TypeError, struct.error):  # another format
+        with suppress(SyntaxError, IndexError, TypeError, struct.error):  # another format
+            if accepts is None or accepts(head) is True:
+                file.seek(0)
                 opened = factory(file, "")
                 name_planes(opened)
                 return opened
@@ -140,6 +167,8 @@ def _formats() -> tuple[str, ...]:
         from pillow_heif import register_heif_opener
 
         register_heif_opener()
+    with suppress(ImportError):
+        import pillow_jxl  # noqa: F401 - registers its decoder
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
@@ -151,4 +180,6 @@ def _unidentified(head: bytes) -> str:
             return "AVIF needs Pillow 11.3 or newer"
         if "HEIF" not in _formats():
             return "HEIC needs one more package; pip install 'spice-pl[heic]'"
+    if head.startswith((b"\0\0\0\x0cJXL ", b"\xff\x0a")) and "JXL" not in _formats():
+        return "JPEG XL needs one more package; pip install pillow-jxl-plugin"
     return "cannot identify image file"

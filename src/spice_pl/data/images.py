@@ -43,6 +43,7 @@ class ImageSet:
             test images.
         skipped: name and reason of files that were left out.
         unlisted: number of further files that were left out and are not in `skipped`.
+        num_unused: number of images that `dataset.classes`, `imbalance` or `limit` leave out.
         root: folder that the keys are relative to; None if images are not files.
         extra: (M, 3, S, S) uint8, images beside the data set, such as the unlabelled ones of STL10.
             Streams that ask for them see them as images N to N + M - 1. They are never clustered,
@@ -60,6 +61,7 @@ class ImageSet:
     protocol: str = "whole"
     skipped: Sequence[tuple[str, str]] = field(default_factory=tuple)
     unlisted: int = 0
+    num_unused: int = 0
     root: Path | None = None
     extra: NDArray[np.uint8] | None = None
     files: NDArray[Any] | None = None
@@ -80,6 +82,11 @@ class ImageSet:
     def num_skipped(self) -> int:
         """Number of files that were left out."""
         return len(self.skipped) + self.unlisted
+
+    @property
+    def num_files(self) -> int:
+        """Number of files that were found: each is used, left out with a reason, or unused."""
+        return len(self) + self.num_skipped + self.num_unused
 
     @property
     def train_index(self) -> NDArray[np.int64]:

@@ -25,8 +25,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from spice_pl.data.formats import HEAD_BYTES, RAW_SUFFIXES, SUFFIXES, is_image
-from spice_pl.data.left_out import RESULTS, LeftOut, unwanted
+from spice_pl.data.formats import HEAD_BYTES, OTHER_SUFFIXES, RAW_SUFFIXES, SUFFIXES, is_image
+from spice_pl.data.left_out import MARKS, LeftOut, unwanted
 from spice_pl.data.retry import may_pass, try_again
 from spice_pl.errors import UsageError
 from spice_pl.system.files import atomic
@@ -34,7 +34,7 @@ from spice_pl.system.files import atomic
 logger = logging.getLogger(__name__)
 
 SCAN = ("auto", "files", "folders")
-SCAN_VERSION = 2
+SCAN_VERSION = 3
 TRUST_ABOVE = 100_000  # files; fewer are scanned in a second or two
 SAMPLED = 10_000  # files that are checked in any case
 GONE, DENIED, UNREAD = -1, -2, -3
@@ -202,14 +202,16 @@ class _Scan:
             self._complete &= not may_pass(error)
             self.left_out.add(below or ".", f"cannot be listed: {error.strerror}")
             return []
-        if not given and any(entry.name == RESULTS for entry in entries):
-            self.leave_out_folder(below, "among the results of a run")
+        marks = {entry.name for entry in entries} & MARKS.keys()
+        if marks and not given:
+            self.leave_out_folder(below, MARKS[min(marks)])
             return []
         return entries
 
     def unwanted(self, name: str, path: str, *, is_folder: bool) -> str | None:
         """Return why a file or folder is left out by its name or path, or None."""
-        if reason := unwanted(name, is_folder=is_folder):
+        parent = path.split("/")[-2] if "/" in path else ""
+        if reason := unwanted(name, is_folder=is_folder, parent=parent):
             return reason
         if self._excluded and (self._excluded.match(name) or self._excluded.match(path)):
             return "excluded by dataset.exclude"
@@ -220,9 +222,17 @@ class _Scan:
         if os.path.islink(self._root / path):
             self.left_out.add(path, reason)
             return
-        for folder, _, names in os.walk(self._root / path):
-            for name in names:
-                self.left_out.add(os.path.relpath(os.path.join(folder, name), self._root), reason)
+
+        def not_listed(error: OSError) -> None:
+            self.left_out.add(self._relative(error.filename), f"cannot be listed: {error.strerror}")
+
+        for folder, below, names in os.walk(self._root / path, onerror=not_listed):
+            links = [name for name in below if os.path.islink(os.path.join(folder, name))]
+            for name in (*names, *links):
+                self.left_out.add(self._relative(os.path.join(folder, name)), reason)
+
+    def _relative(self, path: str) -> str:
+        return os.path.relpath(path, self._root).replace(os.sep, "/")
 
     def add_file(self, entry: os.DirEntry[str], path: str, reason: str | None) -> None:
         """Add a candidate, or leave the file out."""
@@ -245,17 +255,18 @@ class _Scan:
             return "a raw file of a camera; export it as JPEG, PNG or TIFF"
         try:
             if not entry.is_file():
-                return "broken link" if entry.is_symlink() else "not a file"
-            return (
-                None
-                if is_image(try_again(functools.partial(_head, entry.path)))
-                else "not an image"
-            )
+                there = not entry.is_symlink() or os.path.exists(entry.path)
+                return "not a file" if there else "broken link"
+            if is_image(try_again(functools.partial(_head, entry.path))):
+                return None
         except PermissionError:
             return "permission denied"
         except OSError as error:
             self._complete &= not may_pass(error)
             return f"cannot be read: {error.strerror}"
+        if suffix in OTHER_SUFFIXES:
+            return f"a format that is not read ({suffix}); export it as JPEG, PNG or TIFF"
+        return "not an image"
 
     def found(self) -> Found:
         """Return everything found, sorted by path."""
@@ -316,12 +327,12 @@ def _write_note(path: Path, found: Found) -> None:
         "sample": sample,
     }
     with atomic(path) as temporary:
-        temporary.write_text(json.dumps(note))
+        temporary.write_text(json.dumps(note), encoding="utf-8")
 
 
 def _trusted(root: Path, path: Path, scan: str) -> Note | None:
     try:
-        note = json.loads(path.read_text())
+        note = json.loads(path.read_text(encoding="utf-8"))
         if scan == "auto" and note["num_images"] <= TRUST_ABOVE:
             return None
         for folder, changed in note["folders"].items():

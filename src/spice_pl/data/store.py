@@ -10,7 +10,6 @@ wait for it.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -31,6 +30,7 @@ from spice_pl.data.store_writer import Source, as_skipped, bad_image, loader, re
 from spice_pl.errors import UsageError
 from spice_pl.system import ranks
 from spice_pl.system.files import atomic, is_disk_full
+from spice_pl.system.locks import hold
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ def _try_again(job: StoreJob, source: Source) -> None:
         ]
         index["rules"] = job.rules
         with atomic(job.place / "index.json") as temporary:
-            temporary.write_text(json.dumps(index))
+            temporary.write_text(json.dumps(index), encoding="utf-8")
         return
     logger.info("%d images of %s that were skipped can be decoded now", found, source.name)
     stored = read_stored(job, index)
@@ -158,13 +158,10 @@ def _read(job: StoreJob) -> Stored:
 
 @contextmanager
 def _only_writer(place: Path) -> Iterator[None]:
-    """Let one process at a time make a store; the system frees the lock when a process ends."""
-    with place.with_name(f".{place.name}.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("waiting for another run that decodes the same images")
-            fcntl.flock(file, fcntl.LOCK_EX)
+    """Let one process at a time make a store."""
+    file = place.with_name(f".{place.name}.lock")
+    file.touch()
+    with hold(file, "waiting for another run that decodes the same images"):
         yield
 
 

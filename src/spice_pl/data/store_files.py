@@ -133,7 +133,7 @@ class StoreJob:
 
     def index(self) -> dict[str, Any]:
         """Return what index.json says."""
-        index: dict[str, Any] = json.loads((self.place / "index.json").read_text())
+        index: dict[str, Any] = json.loads((self.place / "index.json").read_text(encoding="utf-8"))
         return index
 
 

@@ -150,8 +150,9 @@ def _finish(job: StoreJob, part: Path, source: Source, journal: Journal) -> None
         "levels": _levels(files),
         "left_out": [source.left_out.counts, source.left_out.names],
     }
+    del images  # Windows cannot rename a folder whose files are open
     with atomic(part / "index.json") as temporary:  # also writes the folder's names to the disk
-        temporary.write_text(json.dumps(index))
+        temporary.write_text(json.dumps(index), encoding="utf-8")
     old = job.place.with_name(f".{job.place.name}.old")
     if job.place.exists():  # a store that is made again; runs that have it open keep its files
         shutil.rmtree(old, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Agreement of clusters with classes: ACC, NMI, ARI and purity, all from one table of counts.
+"""Agreement of clusters with classes, all from one table of counts.
 
 Shapes: N samples, K clusters, C classes; K and C may differ.
 """
@@ -69,19 +69,20 @@ def match_clusters(table: Tensor) -> Tensor:
 def scores_from_counts(table: Tensor) -> dict[str, float]:
     """Score clusters against classes in float64.
 
-    acc is the share of samples in the class that `match_clusters` gives to their cluster. nmi is
-    the mutual information divided by the geometric mean of the entropies, as in the SPICE paper
-    (scikit-learn's default is the arithmetic mean). ari is the adjusted Rand index of Hubert and
-    Arabie 1985. purity is the share of samples in the most frequent class of their cluster; it
-    never falls when a cluster is split. It is for K > C, where acc leaves K - C clusters without a
-    class.
+    acc is the share of samples in the class that `match_clusters` gives to their cluster. recall
+    is the mean over classes of the share of their samples in that cluster, so that small classes
+    count as much as large ones; a class without a cluster has 0. nmi is the mutual information
+    divided by the geometric mean of the entropies, as in the SPICE paper (scikit-learn's default is
+    the arithmetic mean). ari is the adjusted Rand index of Hubert and Arabie 1985. purity is the
+    share of samples in the most frequent class of their cluster; it never falls when a cluster is
+    split. It is for K > C, where acc leaves K - C clusters without a class.
 
     Args:
         table: (K, C), counts; empty rows and columns do not change the scores.
 
     Returns:
-        acc, nmi and purity in [0, 1] and ari in [-1, 1]; higher is better. One cluster and one
-        class score 1, as in scikit-learn.
+        acc, recall, nmi and purity in [0, 1] and ari in [-1, 1]; higher is better. One cluster and
+        one class score 1, as in scikit-learn.
 
     Raises:
         ValueError: the table is empty.
@@ -98,7 +99,16 @@ def scores_from_counts(table: Tensor) -> dict[str, float]:
     matched = match >= 0  # (K,)
     hits = int(table[matched, match[matched]].sum())
     purest = int(table.max(dim=1).values.sum())
-    return {"acc": hits / total, "nmi": _nmi(table), "ari": _ari(table), "purity": purest / total}
+    sizes = table.sum(dim=0)  # (C,)
+    right = torch.zeros(len(sizes), dtype=torch.float64)
+    right[match[matched]] = table[matched, match[matched]].double()
+    return {
+        "acc": hits / total,
+        "recall": float((right[sizes > 0] / sizes[sizes > 0]).mean()),
+        "nmi": _nmi(table),
+        "ari": _ari(table),
+        "purity": purest / total,
+    }
 
 
 def clustering_scores(clusters: Tensor, labels: Tensor) -> dict[str, float]:
@@ -109,14 +119,14 @@ def clustering_scores(clusters: Tensor, labels: Tensor) -> dict[str, float]:
         labels: (N,), ids from 0, or -1 for a sample without truth, which is not counted.
 
     Returns:
-        acc, nmi, ari, purity.
+        acc, recall, nmi, ari, purity.
 
     Raises:
         ValueError: the shapes disagree, an id is out of range, or no sample has a label.
 
     Examples:
         >>> clustering_scores(torch.tensor([1, 1, 0]), torch.tensor([0, 0, 1]))
-        {'acc': 1.0, 'nmi': 1.0, 'ari': 1.0, 'purity': 1.0}
+        {'acc': 1.0, 'recall': 1.0, 'nmi': 1.0, 'ari': 1.0, 'purity': 1.0}
     """
     sizes = [int(ids.max()) + 1 if ids.numel() else 0 for ids in (clusters, labels)]
     return scores_from_counts(count_table(clusters, labels, *sizes))

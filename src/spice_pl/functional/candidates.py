@@ -15,11 +15,12 @@ from scipy.sparse.linalg import eigsh
 from sklearn.cluster import AgglomerativeClustering
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
+from torch.nn import functional as F
 
+from spice_pl.functional.assignment import count_table, match_clusters
 from spice_pl.functional.embeddings import (
     Whitening,
     fit_projection,
-    nearest_others,
     neighbor_graph,
     project,
     walk_states,
@@ -27,8 +28,8 @@ from spice_pl.functional.embeddings import (
 from spice_pl.functional.kmeans import kmeans_clusters
 from spice_pl.functional.neighbors import SIMILARITIES_PER_CHUNK, similarities, unit_rows
 
-WALKS = (10, 30, 100)  # steps; few suit even classes, many suit unequal ones
-EVENNESS_WEIGHT = 1.5  # 1.25 to 2 choose about alike
+WALKS = (3, 10, 100)  # steps; few suit even classes, many suit unequal ones
+EVENNESS_WEIGHT = 2.0  # with less, long walks that merge classes of photographs are chosen
 DISAGREEMENT_FLOOR = 0.04  # 0.03 to 0.05 choose alike; where few disagree, evenness decides
 DENSE_UP_TO = 200  # samples whose eigenvectors are found without iteration
 
@@ -178,38 +179,77 @@ def connect(graph: sparse.csr_array, embeddings: Tensor) -> sparse.csr_array:
     return (graph + added + added.T).tocsr()
 
 
-def neighbor_agreement(features: Tensor, candidates: Tensor, num_neighbors: int = 10) -> Tensor:
+def vote_clusters(found: Tensor, others: Tensor, num_clusters: int) -> Tensor:
+    """Give each sample the cluster that most clusterings give to it and to its neighbours.
+
+    Ours: a consensus of clusterings (Strehl and Ghosh 2002, by relabelling) with one step of label
+    propagation (Zhou et al. 2004). Clusters are renumbered to share most samples with the last
+    clustering. A sample has one vote per clustering, and the mean votes of its neighbours count as
+    much as its own.
+
+    Args:
+        found: (R, N), clusters of R clusterings, ids 0 to K - 1.
+        others: (N, k), neighbours, from `nearest_others`; k may be 0.
+        num_clusters: K.
+
+    Returns:
+        Clusters (N,), with the numbers of the last clustering; of equal votes the smaller number
+        wins. A cluster may be empty.
+
+    Examples:
+        >>> found = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 1], [0, 0, 1, 1]])
+        >>> vote_clusters(found, torch.tensor([[1], [0], [3], [2]]), 2)
+        tensor([0, 0, 1, 1])
+    """
+    votes = torch.zeros(found.shape[1], num_clusters, device=found.device)
+    for row in found:
+        votes += F.one_hot(numbered_like(row, found[-1], num_clusters), num_clusters)
+    total = votes.clone()
+    for column in others.T:
+        total += votes[column] / others.shape[1]
+    return total.argmax(dim=1)
+
+
+def numbered_like(clusters: Tensor, reference: Tensor, num_clusters: int) -> Tensor:
+    """Return the same clusters (N,) under the numbers of a reference that shares most samples.
+
+    Examples:
+        >>> numbered_like(torch.tensor([2, 2, 0, 1]), torch.tensor([0, 0, 1, 2]), 3)
+        tensor([0, 0, 1, 2])
+    """
+    number = match_clusters(count_table(clusters, reference, num_clusters, num_clusters))
+    return number.to(clusters.device)[clusters]
+
+
+def neighbor_agreement(others: Tensor, candidates: Tensor) -> Tensor:
     """Measure how often a sample and its nearest others are in one cluster.
 
     The mean over samples of r in SPICE, Eq. 6, but without the sample itself, whose own cluster
     says nothing.
 
     Args:
-        features: (N, D); by cosine.
+        others: (N, k), neighbours of each sample, from `nearest_others`.
         candidates: (R, N), clusters of each candidate.
-        num_neighbors: k; all others where N ≤ k.
 
     Returns:
-        Share (R,), float64, in [0, 1]; 1 for a single sample.
+        Share (R,), float64, in [0, 1]; 1 for a single sample, which has no others.
 
     Raises:
-        ValueError: the lengths disagree, or num_neighbors is not positive.
+        ValueError: the lengths disagree.
 
     Examples:
-        >>> features = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.1, 0.9], [0.0, 1.0]])
-        >>> neighbor_agreement(features, torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]]), 1)
+        >>> others = torch.tensor([[1], [0], [3], [2]])
+        >>> neighbor_agreement(others, torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]]))
         tensor([1.0000, 0.5000], dtype=torch.float64)
     """
-    if candidates.ndim != 2 or candidates.shape[1] != len(features):
+    if candidates.ndim != 2 or candidates.shape[1] != len(others):
         raise ValueError(
-            f"candidates {tuple(candidates.shape)} are not (R, N) with the N = {len(features)} of "
-            "the features; give one row of clusters per candidate"
+            f"candidates {tuple(candidates.shape)} are not (R, N) with the N = {len(others)} of "
+            "the neighbours; give one row of clusters per candidate"
         )
-    if num_neighbors < 1:
-        raise ValueError(f"num_neighbors {num_neighbors} is not positive; use at least 1")
-    if len(features) == 1:
+    if not others.shape[1]:
         return torch.ones(len(candidates), dtype=torch.float64)
-    others = nearest_others(features, num_neighbors).to(candidates.device)  # (N, k)
+    others = others.to(candidates.device)
     shares = [(row[others] == row.unsqueeze(1)).double().mean() for row in candidates]
     return torch.stack(shares).cpu()
 
@@ -231,28 +271,24 @@ def evenness(clusters: Tensor, num_clusters: int) -> float:
     return abs(float(torch.special.entr(shares).sum())) / float(np.log(num_clusters))
 
 
-def cluster_scores(
-    features: Tensor, candidates: Tensor, num_clusters: int, num_neighbors: int = 10
-) -> Tensor:
+def cluster_scores(others: Tensor, candidates: Tensor, num_clusters: int) -> Tensor:
     """Score candidates without labels; the largest is the one to keep.
 
-    Ours: score = 1.5 h − log(1 − a + 0.04), with the agreement a of `neighbor_agreement` and the
+    Ours: score = 2 h − log(1 − a + 0.04), with the agreement a of `neighbor_agreement` and the
     evenness h of `evenness`. The agreement alone favours candidates that split off a small odd
     group and merge two classes in its place. The product a h rejects classes that are truly
     unequal: a of good candidates differs by hundredths only, and h by tenths. The logarithm
     compares the shares of neighbours that disagree, which differ by a factor where a large class
     is cut in two.
 
-    Candidates have to share K and the features. The score does not choose K. Measured on 20 sets
-    after the constants were fixed, with three walks of `walk_clusters` as candidates: for MoCo
-    features the ACC of the choice is at most .009 below the best, for even and for unequal classes.
-    Features that separate classes less leave up to .026 for even and .135 for unequal classes.
+    Candidates have to share K and the features. The score does not choose K, and it tells close
+    candidates apart badly: the longer embeddings are smoothed over neighbours, the more neighbours
+    agree, right or wrong. benchmarks/choice.py measures what its choices lose.
 
     Args:
-        features: (N, D), as the encoder gives them; by cosine.
+        others: (N, k), neighbours by the cosine of the features, from `nearest_others`.
         candidates: (R, N), clusters of each candidate, ids 0 to K - 1.
         num_clusters: K.
-        num_neighbors: k; all others where N ≤ k.
 
     Returns:
         Scores (R,), float64.
@@ -261,12 +297,12 @@ def cluster_scores(
         ValueError: as in `neighbor_agreement`.
 
     Examples:
-        >>> features = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.1, 0.9], [0.0, 1.0]])
+        >>> others = torch.tensor([[1], [0], [3], [2]])
         >>> candidates = torch.tensor([[0, 0, 0, 1], [0, 0, 1, 1]])
-        >>> cluster_scores(features, candidates, num_clusters=2, num_neighbors=1).argmax()
+        >>> cluster_scores(others, candidates, num_clusters=2).argmax()
         tensor(1)
     """
-    agreements = neighbor_agreement(features, candidates, num_neighbors)
+    agreements = neighbor_agreement(others, candidates)
     even = torch.tensor([evenness(row, num_clusters) for row in candidates], dtype=torch.float64)
     return EVENNESS_WEIGHT * even - (1 - agreements + DISAGREEMENT_FLOOR).log()
 

@@ -6,6 +6,7 @@ upstream run.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,17 @@ from omegaconf import OmegaConf
 from spice_pl.data.images import ImageSet
 from spice_pl.errors import UsageError
 from spice_pl.job.job import Job
+from spice_pl.job.parts import open_images
 from spice_pl.job.plan import Step
 from spice_pl.job.settings import current_target, flat, masked
 from spice_pl.runs.edited import write_edited
 from spice_pl.runs.edits import Edits
 from spice_pl.system.files import atomic
+
+logger = logging.getLogger(__name__)
+
+# Settings that say where images are. The fingerprint decides whether they are the same.
+PLACES = {"dataset.root", "dataset.path", "dataset.table"}
 
 
 def check(job: Job, steps: Sequence[Step]) -> None:
@@ -44,10 +51,21 @@ def check_folders(job: Job, steps: Sequence[Step]) -> None:
         raise UsageError("overwrite=true and resume=true exclude each other; give one of them")
     if job.cfg.overwrite:
         return
+    longer = []
     for step in steps:
-        saved = step.folder.path / ".hydra" / "config.yaml"
-        if saved.is_file():
-            _check_folder(step, _saved(saved), alone=len(steps) == 1)
+        file = step.folder.path / ".hydra" / "config.yaml"
+        if not file.is_file():
+            continue
+        changed = _changed(saved_settings(file), step)
+        if step.continues and _has_more_epochs(step, changed):
+            del changed[f"{step.name}.epochs"]
+            longer += [step] if step.folder.finished else []
+        if changed and changed.keys() <= PLACES:
+            _check_place(job, step, changed)
+            changed = {}
+        _check_folder(step, changed, alone=len(steps) == 1)
+    if longer:
+        _continue_finished(steps, longer)
 
 
 def check_chain(step: Step) -> None:
@@ -84,13 +102,62 @@ def stamp(step: Step, *, keep: bool) -> None:
             OmegaConf.save(OmegaConf.create(settings), temporary)
 
 
-def _check_folder(step: Step, saved: Mapping[str, Any], *, alone: bool) -> None:
+def _has_more_epochs(step: Step, changed: Mapping[str, tuple[Any, Any]]) -> bool:
+    before, now = changed.get(f"{step.name}.epochs", (0, 0))
+    return isinstance(before, int) and isinstance(now, int) and before < now
+
+
+def _check_place(job: Job, step: Step, changed: Mapping[str, tuple[Any, Any]]) -> None:
+    """Compare the images with those of an earlier run that read them from another place.
+
+    Raises:
+        UsageError: they are others, or a task would replace what it made of them.
+    """
     folder = step.folder
-    changed = _changed(saved, step)
-    if changed and (folder.finished or step.resume):
+    if not step.trains and not step.upstream and not folder.finished:
         raise UsageError(
-            f"{folder.path} was made with other settings:\n  " + "\n  ".join(changed) + "\n"
-            "give those again, or use overwrite=true to replace it, or another run=NAME"
+            f"{folder.path} holds what stage={step.name} made of the images in another place:\n  "
+            f"{_lines(changed)}\ngive dataset.name=NAME or run=NAME to keep both, or "
+            "overwrite=true to replace it"
+        )
+    if not folder.finished and not step.continues:  # nothing is kept
+        return
+    images = open_images(job.cfg)
+    folder.check_dataset(images.fingerprint, len(images))
+    logger.info("%s: the same images in another place: %s", step.name, _lines(changed))
+
+
+def _continue_finished(steps: Sequence[Step], longer: Sequence[Step]) -> None:
+    """Mark finished runs as unfinished that are to be trained for more epochs.
+
+    Raises:
+        UsageError: a later step of the job was made from one of them.
+    """
+    first = longer[0]
+    for step in steps[steps.index(first) + 1 :]:
+        if step.folder.finished:
+            raise UsageError(
+                f"{step.folder.path} was made from {first.folder.path}, which "
+                f"{first.name}.epochs={first.epochs} changes; give stage={first.name} to train "
+                "that one alone, then run the later stages with overwrite=true"
+            )
+    for step in longer:
+        logger.info("%s: continues to %d epochs", step.name, step.epochs)
+        (step.folder.path / "metrics.json").unlink()
+
+
+def _lines(changed: Mapping[str, tuple[Any, Any]]) -> str:
+    return "\n  ".join(f"{key}: {before} -> {now}" for key, (before, now) in changed.items())
+
+
+def _check_folder(step: Step, changed: Mapping[str, tuple[Any, Any]], *, alone: bool) -> None:
+    folder = step.folder
+    if changed and (folder.finished or step.resume):
+        more = changed.keys() == {f"{step.name}.epochs"} and _has_more_epochs(step, changed)
+        way = "resume=true to train on, " if more and folder.checkpoint.is_file() else ""
+        raise UsageError(
+            f"{folder.path} was made with other settings:\n  {_lines(changed)}\n"
+            f"give those again, or use {way}overwrite=true to replace it, or another run=NAME"
         )
     if folder.finished or step.continues:
         check_chain(step)
@@ -106,7 +173,7 @@ def _check_folder(step: Step, saved: Mapping[str, Any], *, alone: bool) -> None:
         )
 
 
-def _saved(file: Path) -> dict[str, Any]:
+def saved_settings(file: Path) -> dict[str, Any]:
     """Read the settings that a run was made with."""
     try:
         text = file.read_text(encoding="utf-8")
@@ -125,8 +192,8 @@ def _saved(file: Path) -> dict[str, Any]:
     return {str(key): value for key, value in found.items()}
 
 
-def _changed(saved: Mapping[str, Any], step: Step) -> list[str]:
-    """List the settings of a step that differ from those its folder was made with."""
+def _changed(saved: Mapping[str, Any], step: Step) -> dict[str, tuple[Any, Any]]:
+    """Return the settings of a step that differ from those its folder was made with, and both."""
     parts = ["seed", "dataset", "backbone", "augment", step.name]
     if step.upstream:  # features do not depend on what is read from them
         parts.append("embeddings")
@@ -139,11 +206,11 @@ def _changed(saved: Mapping[str, Any], step: Step) -> list[str]:
     free.append(f"{step.name}.checkpoint_epochs")  # a setting of before 0.2, without effect
     if not step.upstream or old.get("dataset.num_clusters") is None:  # features need no K
         free += ["dataset.num_clusters", f"{step.name}.module.num_clusters"]
-    return [
-        f"{key}: {old.get(key)} -> {new.get(key)}"
+    return {
+        key: (old.get(key), new.get(key))
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key) and key not in free
-    ]
+    }
 
 
 def _take_edits(job: Job, edits: Edits, steps: Sequence[Step]) -> None:

@@ -26,15 +26,19 @@ from spice_pl.reports.tables import ResultRow, results_markdown, results_rich
 from spice_pl.runs.answer import NETWORK, Answer, choose_answer
 from spice_pl.runs.attention import FeatureMap, write_attention
 from spice_pl.runs.clusters import ClusterTable, cluster_table
+from spice_pl.runs.earlier import better_of
 from spice_pl.runs.edited import inherited_names, order_like, renumber_
 from spice_pl.runs.folder import RunFolder
 from spice_pl.runs.page_data import report_data
 from spice_pl.runs.results import Cost, stage_metrics
 from spice_pl.stages.base import Stage
+from spice_pl.system.desktop import open_page
 from spice_pl.system.files import atomic
 from spice_pl.system.provenance import versions
 
 logger = logging.getLogger(__name__)
+
+REPORT = "report.html"
 
 
 def finish_stage(
@@ -54,6 +58,8 @@ def finish_stage(
         if module.has_clusters:
             keep_numbers(step, module, images)
             answer = write_answer(step, images)
+            if answer is not None:
+                answer = keep_better(step, module, answer)
             folder = step.folder
             table = cluster_table(
                 images.keys,
@@ -62,7 +68,8 @@ def finish_stage(
                 step.reliable,
                 step.seed,
             )
-            folder.write_clusters(table)
+            spreadsheet = bool(step.settings["spreadsheet"])
+            folder.write_clusters(table, spreadsheet=spreadsheet)
         for part, weights in module.weights().items():
             step.folder.write_weights(f"{part}.safetensors", weights)
         if table is not None:
@@ -100,6 +107,20 @@ def write_answer(step: Step, images: ImageSet) -> Answer | None:
     if answer.name != NETWORK:
         folder.write_answer(answer.probs.numpy())
     return answer
+
+
+def keep_better(step: Step, module: Stage, answer: Answer) -> Answer:
+    """Keep the clusters of the upstream where a stage that learned from them made them worse."""
+    learned = module.labelled() is not None and not module.oracle
+    if not learned or not step.upstream or not (step.upstream[0].path / "probs.npy").is_file():
+        return answer
+    upstream, probs = step.upstream[0], torch.from_numpy(np.array(step.folder.probs))
+    if upstream.answer.shape[1] != step.num_clusters:  # labels from a file, with another K
+        return answer
+    better = better_of(answer, probs, step.name, upstream)
+    if better is not answer:
+        step.folder.write_answer(better.probs.numpy())
+    return better
 
 
 def keep_numbers(step: Step, module: Stage, images: ImageSet) -> None:
@@ -154,6 +175,7 @@ def write_portable(
         known=choose_known(
             images.keys, folder.features, table.clusters, int(step.settings["known_images"])
         ),
+        levels=step.settings["dataset"].get("levels"),
     )
     model.save(folder.path / portable.FILE_NAME)
 
@@ -178,7 +200,7 @@ def write_results(
             temporary.write_text(results_markdown(rows), encoding="utf-8")
         write_attention(folder, table, images, step.num_clusters, feature_map)
         shown = report_data(folder, upstream, images, metrics, table, str(step.settings["map"]))
-        write_report(shown, folder.path / "report.html")
+        write_report(shown, folder.path / REPORT)
     folder.write_json("metrics.json", metrics)
 
 
@@ -193,17 +215,25 @@ def feature_map_of(plain: View, module: Stage) -> FeatureMap:
     return feature_map
 
 
-def show(folder: RunFolder) -> None:
-    """Print the table of results of a finished run, and the files to look at."""
+def show(folder: RunFolder, opened: bool | str = False) -> None:
+    """Print the table of results of a finished run and the files to look at; open its report.
+
+    Args:
+        folder: artifacts of the run.
+        opened: whether the report opens in the browser; "auto" where there is a desktop.
+    """
     if not folder.finished:
         return
     metrics = folder.metrics
-    if "rows" in metrics:
+    if metrics.get("rows"):
         Console().print(results_rich([ResultRow(**row) for row in metrics["rows"]]))
     for file, what in (
-        ("report.html", "look at the clusters"),
+        (REPORT, "look at the clusters"),
+        ("trust.html", "how far to believe them"),
         ("clusters.csv", "one line per image"),
         ("metrics.json", "scores, settings, cost"),
     ):
         if (folder.path / file).is_file():
             print(f"{folder.path / file}  {what}")
+    if (folder.path / REPORT).is_file():
+        open_page(folder.path / REPORT, opened)

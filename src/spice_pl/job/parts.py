@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 from omegaconf import DictConfig
 
 from spice_pl.data.datamodule import Stream
+from spice_pl.data.duplicates import few_distinct
 from spice_pl.data.images import ImageSet
 from spice_pl.data.sources.subset import subset
 from spice_pl.errors import UsageError
@@ -16,6 +17,7 @@ from spice_pl.job.fit import fitted
 from spice_pl.job.job import Job
 from spice_pl.job.plan import Step
 from spice_pl.job.settings import build
+from spice_pl.nn.pretrained import is_not_fetched, without_network
 from spice_pl.stages.base import Stage
 
 logger = logging.getLogger(__name__)
@@ -25,7 +27,7 @@ CHOSEN = ("classes", "imbalance", "limit")  # settings that choose images of any
 
 
 def open_images(cfg: DictConfig, **other: Any) -> ImageSet:
-    """Open the data set; `other` replaces some of its settings.
+    """Open the data set; `other` replaces settings, where the data set has them.
 
     Raises:
         UsageError: the data set cannot be opened, or holds fewer training images than clusters.
@@ -33,7 +35,7 @@ def open_images(cfg: DictConfig, **other: Any) -> ImageSet:
     settings = {
         key: value for key, value in cfg.dataset.items() if key not in (*DESCRIBED, *CHOSEN)
     }
-    source: ImageSet = build(cfg, settings | other)
+    source: ImageSet = build(cfg, settings | {key: other[key] for key in other if key in settings})
     images = subset(source, **build(cfg, {key: cfg.dataset[key] for key in CHOSEN}))
     num_clusters, num_train = int(cfg.dataset.num_clusters or 0), len(images.train_index)
     if num_clusters and not 2 <= num_clusters <= num_train:
@@ -56,12 +58,34 @@ def build_stage(job: Job, step: Step, images: ImageSet) -> tuple[Stage, dict[str
     Raises:
         UsageError: a setting does not fit the data.
     """
+    _check_distinct(images, max(2, step.num_clusters))
     own, changes = fitted(step.name, step.own, images, step.num_clusters, job.overrides)
     if changes:
         logger.info("fitted to %d images: %s", len(images.train_index), ", ".join(changes))
     pl.seed_everything(step.seed, verbose=False)
     streams = {key: build(job.cfg, value) for key, value in own["streams"].items()}
-    module: Stage = build(job.cfg, own["module"])
+    try:
+        module: Stage = build(job.cfg, own["module"])
+    except Exception as error:  # each library of networks has errors of its own
+        if isinstance(error, UsageError) or not is_not_fetched(error):
+            raise
+        backbone = own["module"].get("backbone", step.settings["backbone"])
+        raise UsageError(
+            f"the pretrained weights cannot be fetched ({str(error).splitlines()[0]}): "
+            f"{without_network(backbone)}"
+        ) from error
     module.name = step.name
     module.check(images, streams)
     return module, streams
+
+
+def _check_distinct(images: ImageSet, num_clusters: int) -> None:
+    """Refuse images that are copies of fewer images than there are clusters."""
+    distinct = few_distinct(images.images, num_clusters)
+    if distinct is not None:
+        way = "" if distinct < 2 else f", or lower dataset.num_clusters to {distinct} or less"
+        raise UsageError(
+            f"the {len(images)} images of {images.name} are copies of {distinct}, pixel by pixel "
+            f"at dataset.image_size={images.images.shape[-1]}, which cannot be {num_clusters} "
+            f"clusters; give images that differ{way}"
+        )

@@ -109,7 +109,7 @@ def run_steps(job: Job, steps: Sequence[Step], interrupts: Interrupts) -> None:
                 else:
                     run_task(job, step, load_images)
     if ranks.is_first_rank():
-        show(steps[-1].folder)
+        show(steps[-1].folder, False if job.sweep else job.cfg.open)
 
 
 def _metrics(step: Step) -> dict[str, Any]:

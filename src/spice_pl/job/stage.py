@@ -75,7 +75,9 @@ def prediction_shapes(step: Step, module: Stage, images: ImageSet) -> dict[str, 
 
 
 def _check_space(folder: RunFolder, shapes: Mapping[str, tuple[int, ...]], module: Stage) -> None:
-    """Refuse a disk that cannot hold the predictions, and two checkpoints with their optimizer."""
+    """Refuse a disk that cannot hold predictions, banks of views, and two whole checkpoints."""
     predictions = sum(4 * math.prod(shape) for shape in shapes.values())
+    views = 2 * (getattr(module, "view_bank", None) or 0)  # weak and strong, in half precision
+    predictions += views * 2 * math.prod(shapes["features.npy"])
     weights = sum(each.nbytes for each in module.state_dict().values())
     folder.check_space(predictions + 6 * weights)

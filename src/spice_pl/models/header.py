@@ -9,6 +9,7 @@
 | threshold | number from 0 to 1 |
 | about | dictionary |
 | known | null, or one key per known image |
+| levels | null, or black and white of images of more than 8 bits; may be missing |
 | digest | digest of the other fields and all tensors; files of before 0.2 have none |
 
 It is JSON of at most 64 MB and 20 levels. Tensors begin with `encoder.`, `head.` or `known.`, are
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,8 +52,20 @@ class Header:
     threshold: float
     about: dict[str, Any]
     known: list[str] | None
+    levels: list[float] | None = None
 
 
+def _is_levels(value: Any) -> bool:
+    """Whether it is null, or two finite numbers in rising order."""
+    if value is None:
+        return True
+    if not isinstance(value, list) or len(value) != 2:
+        return False
+    numbers = all(type(each) in (int, float) and math.isfinite(each) for each in value)
+    return numbers and value[0] < value[1]
+
+
+OPTIONAL = ("levels",)  # not in the files of before 0.2
 RULES: dict[str, Kind] = {
     "format": Kind("a whole number of 1 or more", lambda value: is_whole(value) and value >= 1),
     "settings": Kind("a dictionary", lambda value: isinstance(value, dict)),
@@ -72,6 +86,7 @@ RULES: dict[str, Kind] = {
         "null or a list of texts",
         lambda value: value is None or (isinstance(value, list) and all(map(is_text, value))),
     ),
+    "levels": Kind("null or black and white, two numbers in rising order", _is_levels),
 }
 
 
@@ -90,6 +105,8 @@ def read(file: Path) -> tuple[Header, dict[str, Tensor]]:
         raise unreadable(file, f"{type(error).__name__}: {error}") from error
     for field, kind in RULES.items():
         if field not in found:
+            if field in OPTIONAL:
+                continue
             raise unreadable(file, f"its header has no {field}")
         value = found[field]
         if not kind.holds(value):
@@ -105,7 +122,8 @@ def read(file: Path) -> tuple[Header, dict[str, Tensor]]:
     kept = found.pop("digest", None)
     if kept is not None and kept != digest(found, tensors):
         raise unreadable(file, "its digest does not fit its content")
-    return Header(**{field: found[field] for field in RULES if field != "format"}), tensors
+    known = {field: found[field] for field in RULES if field in found and field != "format"}
+    return Header(**known), tensors
 
 
 def digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

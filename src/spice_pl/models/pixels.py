@@ -6,7 +6,7 @@ Shapes: N images, B images of a batch, S pixels a side.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain, islice
 from pathlib import Path
@@ -25,7 +25,11 @@ MAX_BATCH = 2**28  # bytes of pixels of a batch
 
 
 def pixel_batches(
-    images: Any, image_size: int, batch_size: int, skipped: list[tuple[str, str]]
+    images: Any,
+    image_size: int,
+    batch_size: int,
+    skipped: list[tuple[str, str]],
+    levels: Sequence[float] | None = None,
 ) -> Iterator[tuple[list[str], NDArray[np.uint8]]]:
     """Scale and cut images to one size; the next batch is prepared while the last one is used.
 
@@ -34,6 +38,7 @@ def pixel_batches(
         image_size: S.
         batch_size: number of images that are decoded together.
         skipped: list to which the key and the reason of each undecodable image are appended.
+        levels: as in `pixels_of`.
 
     Yields:
         Keys (B,) and pixels (B, 3, S, S) uint8, in the order given, without the skipped images; a
@@ -48,7 +53,9 @@ def pixel_batches(
         batch_size = fitting_batch(batch_size, image_size)
         chunks = iter(lambda: list(islice(each, batch_size)), [])
         for chunk in chain(chunks, [[]]):
-            ahead = [(key, pool.submit(pixels_of, image, image_size)) for key, image in chunk]
+            ahead = [
+                (key, pool.submit(pixels_of, image, image_size, levels)) for key, image in chunk
+            ]
             made = [(key, future.result()) for key, future in waiting]
             waiting = ahead
             skipped += [(key, pixels) for key, pixels in made if isinstance(pixels, str)]
@@ -93,12 +100,15 @@ def named_images(images: Any) -> Iterator[tuple[str, Any]]:
             yield (str(image), Path(image)) if is_path else (str(i), image)
 
 
-def pixels_of(image: Any, image_size: int) -> NDArray[np.uint8] | str:
+def pixels_of(
+    image: Any, image_size: int, levels: Sequence[float] | None = None
+) -> NDArray[np.uint8] | str:
     """Return pixels (3, S, S) of one image, or the reason why it cannot be decoded.
 
     Args:
         image: path, PIL image, or uint8 array (H, W), (H, W, 3) or (3, H, W).
         image_size: S; the shorter side is scaled to it and the middle square is kept.
+        levels: black and white of images of more than 8 bits; None chooses them for each image.
 
     Raises:
         UsageError: an array does not have the shape or type of an image.
@@ -109,9 +119,9 @@ def pixels_of(image: Any, image_size: int) -> NDArray[np.uint8] | str:
         [[0, 255], [9, 9]]
     """
     if isinstance(image, Path):
-        return decode(image, image_size) if image.is_file() else "there is no such file"
+        return decode(image, image_size, levels) if image.is_file() else "there is no such file"
     if isinstance(image, Image.Image):
-        return square(image, image_size)
+        return square(image, image_size, levels)
     array = image.numpy(force=True) if isinstance(image, Tensor) else np.asarray(image)
     if array.ndim == 3 and array.shape[0] == 3 and array.shape[-1] != 3:
         array = array.transpose(1, 2, 0)  # (H, W, 3)

@@ -39,10 +39,11 @@ from spice_pl.models.header import (
     read,
     unreadable,
 )
-from spice_pl.models.known import Known, choose_known
+from spice_pl.models.known import NOT_SURE, Known, choose_known
 from spice_pl.models.networks import WITHOUT_MEMORY, rule_for
 from spice_pl.models.pixels import pixel_batches
 from spice_pl.models.predictions import Predictions, join
+from spice_pl.nn.edited_head import EditedHead
 from spice_pl.nn.frozen import in_parts
 from spice_pl.nn.heads import ClusterHead, LinearHead
 from spice_pl.nn.weights import below_prefix, load_strictly
@@ -85,8 +86,9 @@ class ClusterNetwork(nn.Module):
 class PortableModel:
     """A trained clustering that needs neither its run folder nor its data set.
 
-    An image is marked "not sure" if its confidence is not above the threshold: the confidence that
-    reliable images had to exceed in the run that wrote the model (`reliable.confidence`).
+    An image is marked "not sure" if fewer than half of its nearest known images are in its cluster,
+    as on the report page with the neighbours in the data set. Without known images it is "not sure"
+    if its confidence is not above the threshold.
 
     Attributes:
         network: plain view, encoder and head, in eval mode.
@@ -94,9 +96,11 @@ class PortableModel:
             arguments.
         image_size: S; images are scaled and cut to it.
         names: (K,) name of each cluster.
-        threshold: confidence above which a prediction is sure.
+        threshold: confidence that reliable images had to exceed in the run that wrote the model
+            (`reliable.confidence`).
         about: data set, fingerprint, stage, seed and versions, as information for the user.
         known: training images to show beside a new one, or None.
+        levels: black and white of images of more than 8 bits; None chooses them for each image.
     """
 
     network: ClusterNetwork
@@ -106,6 +110,7 @@ class PortableModel:
     threshold: float
     about: Mapping[str, Any] = field(default_factory=dict)
     known: Known | None = None
+    levels: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
         self.network.eval().requires_grad_(False)
@@ -139,6 +144,7 @@ class PortableModel:
             "threshold": min(max(self.threshold, 0.0), 1.0),  # outside, it says the same
             "about": self.about,
             "known": None if self.known is None else list(self.known.keys),
+            "levels": None if self.levels is None else [float(each) for each in self.levels],
         }
         header = json.loads(json.dumps(header))
         header["digest"] = digest(header, tensors)
@@ -161,7 +167,7 @@ class PortableModel:
             UsageError: no image is left to predict, or an input is not an image.
         """
         skipped: list[tuple[str, str]] = []
-        batches = pixel_batches(images, self.image_size, batch_size, skipped)
+        batches = pixel_batches(images, self.image_size, batch_size, skipped, self.levels)
         parts = list(self.stream(batches, num_nearest=num_nearest))
         if not parts:
             first = f"; first: {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
@@ -196,6 +202,10 @@ class PortableModel:
             similarity = np.empty((len(keys), 0), np.float32)
             if self.known is not None and num_nearest:
                 nearest, similarity = self.known.nearest(embeddings, num_nearest)
+            not_sure = confidence <= self.threshold
+            if self.known is not None and len(self.known.keys):
+                agreement = self.known.agreement(embeddings, clusters, self.num_clusters)
+                not_sure = agreement < NOT_SURE
             ids = clusters.cpu().numpy()
             sure = confidence.cpu().numpy()
             if not np.isfinite(sure).all():
@@ -209,7 +219,7 @@ class PortableModel:
                 clusters=ids,
                 names=[self.names[cluster] for cluster in ids],
                 confidence=sure,
-                not_sure=sure <= self.threshold,
+                not_sure=not_sure.cpu().numpy(),
                 nearest=nearest,
                 similarity=similarity,
             )
@@ -264,6 +274,7 @@ def load(
         threshold=float(header.threshold),
         about=header.about,
         known=known,
+        levels=header.levels,
     )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -280,8 +291,8 @@ def portable_settings(encoder: Any, head: nn.Module, plain: Any) -> dict[str, An
         plain: settings of the plain view, with a `_target_`.
 
     Returns:
-        Settings by name, as in `PortableModel.settings`; None if the head is neither a
-        `ClusterHead` nor a `LinearHead`.
+        Settings by name, as in `PortableModel.settings`; None if the head is none of
+        `ClusterHead`, `LinearHead` and `EditedHead`.
     """
     described: dict[str, Any]
     if isinstance(head, ClusterHead):
@@ -289,6 +300,13 @@ def portable_settings(encoder: Any, head: nn.Module, plain: Any) -> dict[str, An
             "feature_dim": head.hidden.in_features,
             "hidden_dim": head.hidden.out_features,
             "num_clusters": head.output.out_features,
+        }
+    elif isinstance(head, EditedHead):
+        described = {
+            "feature_dim": head.feature_dim,
+            "hidden_dim": head.hidden_dim,
+            "num_clusters": head.num_clusters,
+            "rounds": head.rounds,
         }
     elif isinstance(head, LinearHead):
         described = {"in_features": head.in_features, "out_features": head.out_features}
@@ -335,6 +353,12 @@ def _sizes(
         width, num_clusters = head.hidden.in_features, head.output.out_features
     elif isinstance(head, LinearHead):
         width, num_clusters = head.in_features, head.out_features
+    elif isinstance(head, EditedHead):
+        width, num_clusters = head.feature_dim, head.num_clusters_after
+        try:
+            head.check()
+        except ValueError as error:
+            raise unreadable(file, f"head: {error}") from error
     else:
         return None, len(names)
     if len(names) != num_clusters:

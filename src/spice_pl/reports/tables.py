@@ -10,7 +10,9 @@ from rich.text import Text
 
 NO_LABELS = "No labels were given, so no accuracy can be computed."
 ORACLE = "Oracle rows used the true labels; do not compare them with rows that did not."
-_COLUMNS = ("Name", "ACC", "NMI", "ARI", "Protocol", "Seed", "Time")
+_SCORES = ("ACC", "Recall", "NMI", "ARI")
+RECALL = "The classes differ in size: ACC counts every image alike, Recall every class alike."
+LEFT = {"Name", "Protocol"}
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class ResultRow:
         oracle: whether the true labels were used to train or choose this result.
         purity: share of the images that are of their cluster's most frequent class, in [0, 1]; None
             without labels, or if there are not more clusters than classes.
+        recall: mean over classes of the share of their images that are in the class's cluster, in
+            [0, 1]; None without labels, or if the classes are of about equal size.
     """
 
     name: str
@@ -39,6 +43,7 @@ class ResultRow:
     seconds: float
     oracle: bool = False
     purity: float | None = None
+    recall: float | None = None
 
     @property
     def has_scores(self) -> bool:
@@ -86,7 +91,7 @@ def mean_std(values: Sequence[float]) -> str:
 
 
 def footnotes(rows: Sequence[ResultRow]) -> list[str]:
-    """Return notes that the rows need: purity, missing labels, use of labels."""
+    """Return notes that the rows need: purity, recall, missing labels, use of labels."""
     notes = []
     for row in rows:
         if row.purity is not None:
@@ -95,6 +100,8 @@ def footnotes(rows: Sequence[ResultRow]) -> list[str]:
                 f"each cluster counts as its most frequent class, {row.purity:.3f} of the images "
                 "are right (purity)."
             )
+    if _unequal(rows):
+        notes.append(RECALL)
     if not all(row.has_scores for row in rows):
         notes.append(NO_LABELS)
     if any(row.oracle for row in rows):
@@ -104,8 +111,12 @@ def footnotes(rows: Sequence[ResultRow]) -> list[str]:
 
 def results_markdown(rows: Sequence[ResultRow]) -> str:
     """Return a Markdown table with footnotes below; it ends with a newline."""
-    lines = [f"| {' | '.join(_COLUMNS)} |", "|:--|--:|--:|--:|:--|--:|--:|"]
-    lines += [f"| {' | '.join(_markdown(cell) for cell in _cells(row))} |" for row in rows]
+    columns = _columns(rows)
+    rule = "|".join(":--" if column in LEFT else "--:" for column in columns)
+    lines = [f"| {' | '.join(columns)} |", f"|{rule}|"]
+    for row in rows:
+        cells = _cells(row)
+        lines.append(f"| {' | '.join(_markdown(cells[column]) for column in columns)} |")
     return "\n".join([*lines, *(f"\n{note}" for note in footnotes(rows))]) + "\n"
 
 
@@ -118,18 +129,41 @@ def results_rich(rows: Sequence[ResultRow]) -> Table:
         caption="\n".join(footnotes(rows)) or None,
         caption_justify="left",
     )
-    for column in _COLUMNS:
-        table.add_column(column, justify="left" if column in {"Name", "Protocol"} else "right")
+    columns = _columns(rows)
+    for column in columns:
+        table.add_column(column, justify="left" if column in LEFT else "right")
     for row in rows:
+        cells = _cells(row)
         # Text, not str: a "[" in a name is not markup.
-        table.add_row(*map(Text, _cells(row)), style="dim" if row.oracle else None)
+        table.add_row(
+            *(Text(cells[column]) for column in columns), style="dim" if row.oracle else None
+        )
     return table
 
 
-def _cells(row: ResultRow) -> tuple[str, ...]:
-    name = f"{row.name} (oracle)" if row.oracle else row.name
-    scores = (score_text(score) for score in (row.acc, row.nmi, row.ari))
-    return (name, *scores, row.protocol, str(row.seed), duration_text(row.seconds))
+def _unequal(rows: Sequence[ResultRow]) -> bool:
+    return any(row.recall is not None for row in rows)
+
+
+def _columns(rows: Sequence[ResultRow]) -> list[str]:
+    """Return the columns of a table; those of scores only if a row has scores."""
+    scores = _SCORES if any(row.has_scores for row in rows) else ()
+    return [
+        "Name",
+        *(column for column in scores if column != "Recall" or _unequal(rows)),
+        *("Protocol", "Seed", "Time"),
+    ]
+
+
+def _cells(row: ResultRow) -> dict[str, str]:
+    scores = (row.acc, row.recall, row.nmi, row.ari)
+    return {
+        "Name": f"{row.name} (oracle)" if row.oracle else row.name,
+        **dict(zip(_SCORES, map(score_text, scores), strict=True)),
+        "Protocol": row.protocol,
+        "Seed": str(row.seed),
+        "Time": duration_text(row.seconds),
+    }
 
 
 def _markdown(text: str) -> str:

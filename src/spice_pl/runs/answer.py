@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from spice_pl.functional.assignment import count_table, match_clusters
 from spice_pl.functional.candidates import (
     WALKS,
     cluster_scores,
     evenness,
+    numbered_like,
+    vote_clusters,
     walk_clusters,
 )
 from spice_pl.functional.embeddings import nearest_others
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 NUM_NEIGHBORS = 10
 NETWORK = "network"
+VOTE = "vote of network and k-means"
 COLLAPSED = 0.3  # less even than the evenest candidate by this much; classes 10:1 are even to 0.1
 
 
@@ -48,12 +50,14 @@ class Answer:
 
 
 def choose_answer(features: Tensor, probs: Tensor, seed: int) -> Answer:
-    """Choose between the network's clusters and k-means on embeddings smoothed for 10 to 100 steps.
+    """Choose between the network's clusters, a vote, and k-means on much smoothed embeddings.
 
-    `functional.candidates` has both halves: `walk_clusters` makes the candidates, `cluster_scores`
-    chooses. The chosen clusters get the numbers of the network's clusters that they share most
-    images with. Their probability is ½ for the image's own cluster and ½ for the clusters of the
-    image and its nearest others, one step of label propagation (Zhou et al. 2004).
+    `functional.candidates` has the parts: the vote is that of the network and of k-means on
+    embeddings smoothed for 3 and for 10 steps (`vote_clusters`); k-means after 100 steps
+    (`walk_clusters`) is for very unequal clusters; `cluster_scores` chooses. The chosen clusters
+    get the numbers of the network's clusters that they share most images with. Their probability is
+    ½ for the image's own cluster and ½ for the clusters of the image and its nearest others, one
+    step of label propagation (Zhou et al. 2004).
 
     Args:
         features: (N, D), raw.
@@ -61,35 +65,34 @@ def choose_answer(features: Tensor, probs: Tensor, seed: int) -> Answer:
         seed: seed of k-means.
     """
     num_clusters, own = probs.shape[1], probs.argmax(dim=1)
-    # Spectral clustering and Ward's are no candidates: with them the choice gets worse.
+    others = nearest_others(features, NUM_NEIGHBORS)  # (N, k)
     walked = walk_clusters(features, num_clusters, seed=seed)
-    found = {NETWORK: own}
-    found |= {f"k-means after {steps} steps": row for steps, row in zip(WALKS, walked, strict=True)}
+    # A choice between the network and each k-means loses more than their vote, and spectral and
+    # Ward's clustering make it worse (benchmarks/choice.py).
+    voters = torch.stack([own, *walked[:-1]])
+    found = {
+        NETWORK: own,
+        VOTE: vote_clusters(voters, others, num_clusters),
+        f"k-means after {WALKS[-1]} steps": walked[-1],
+    }
     # Neighbours agree most where everything is in one cluster: no such candidate may win.
     even = {name: evenness(row, num_clusters) for name, row in found.items()}
     found = {
         name: row for name, row in found.items() if even[name] >= max(even.values()) - COLLAPSED
     }
-    values = cluster_scores(features, torch.stack(list(found.values())), num_clusters)
+    values = cluster_scores(others, torch.stack(list(found.values())), num_clusters)
     scores = dict(zip(found, values.tolist(), strict=True))
     name = max(scores, key=lambda each: scores[each])
     logger.info("clusters of %s are kept: %s", name, _listed(scores))
     if name == NETWORK:
         return Answer(name, scores, probs)
-    clusters = _numbered_like(found[name], own, num_clusters)
-    return Answer(name, scores, _propagated(features, clusters, num_clusters))
+    clusters = numbered_like(found[name], own, num_clusters)
+    return Answer(name, scores, _propagated(clusters, others, num_clusters))
 
 
-def _numbered_like(clusters: Tensor, reference: Tensor, num_clusters: int) -> Tensor:
-    """Return the same clusters under the numbers of a reference that shares most images."""
-    number = match_clusters(count_table(clusters, reference, num_clusters, num_clusters))
-    return number.to(clusters.device)[clusters]
-
-
-def _propagated(features: Tensor, clusters: Tensor, num_clusters: int) -> Tensor:
+def _propagated(clusters: Tensor, others: Tensor, num_clusters: int) -> Tensor:
     """Return probabilities (N, K) of clusters (N,)."""
     probs = F.one_hot(clusters, num_clusters).float()
-    others = nearest_others(features, NUM_NEIGHBORS)  # (N, k)
     votes = probs.clone()
     for column in others.T:
         votes += probs[column]

@@ -12,9 +12,7 @@ Shapes: N images, D features, K clusters.
 from __future__ import annotations
 
 import csv
-import fcntl
 import json
-import logging
 import os
 import shutil
 import warnings
@@ -45,10 +43,9 @@ from spice_pl.runs.checked_files import (
 from spice_pl.runs.clusters import FILE_NAME as CLUSTERS
 from spice_pl.runs.clusters import ClusterTable, fits_probs, read_table, write_table
 from spice_pl.runs.small_files import STAMP
-from spice_pl.system.files import atomic, sync_folder
+from spice_pl.system.files import allocate, atomic, sync_file, sync_folder
+from spice_pl.system.locks import hold
 from spice_pl.system.schema import read_names
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -131,7 +128,7 @@ class RunFolder(CheckedFiles):
         """Lock the folder for one run; a second run waits. Yield a handle for child processes.
 
         The system releases the lock when the last process with the handle ends, even if it is
-        killed.
+        killed (see `system.locks`).
 
         Args:
             wait: whether to wait for another run.
@@ -140,7 +137,8 @@ class RunFolder(CheckedFiles):
             UsageError: another run uses the folder, and `wait` is False.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        with self._locked(self.path, fcntl.LOCK_EX, wait=wait) as handle:
+        busy = f"{self.path} is used by another run; try again when it has ended"
+        with hold(self.path, self._waiting, busy=None if wait else busy) as handle:
             yield handle
 
     @contextmanager
@@ -158,29 +156,12 @@ class RunFolder(CheckedFiles):
                 raise
             yield  # nobody can remove anything in a folder that cannot be written to
             return
-        with self._locked(place, fcntl.LOCK_EX if alone else fcntl.LOCK_SH):
+        with hold(place, self._waiting, shared=not alone):
             yield
 
-    @contextmanager
-    def _locked(self, place: Path, kind: int, *, wait: bool = True) -> Iterator[int]:
-        handle = os.open(place, os.O_RDONLY)
-        try:
-            try:
-                fcntl.flock(handle, kind | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                if not wait:
-                    raise UsageError(
-                        f"{self.path} is used by another run; try again when it has ended"
-                    ) from error
-                logger.info("%s: another run uses this folder; waiting until it ends", self.path)
-                fcntl.flock(handle, kind)
-            except OSError as error:
-                logger.warning(
-                    "%s cannot be locked (%s); start one run at a time in it", self.path, error
-                )
-            yield handle
-        finally:
-            os.close(handle)
+    @property
+    def _waiting(self) -> str:
+        return f"{self.path}: another run uses this folder; waiting until it ends"
 
     def clear_temporary(self) -> None:
         """Remove incomplete files of a run that was killed. Call it only with the lock."""
@@ -245,11 +226,9 @@ class RunFolder(CheckedFiles):
         array = np.lib.format.open_memmap(
             self._part(name), mode="w+", dtype=np.float32, shape=shape
         )
-        size = self._part(name).stat().st_size
         del array
         # Writing to a memory map on a full disk kills the process; allocating first raises OSError.
-        with self._part(name).open("r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, size)
+        allocate(self._part(name))
 
     def write_rows(self, name: str, index: NDArray[np.int64], rows: NDArray[np.float32]) -> None:
         """Fill rows of an array that was made by `create`."""
@@ -259,8 +238,7 @@ class RunFolder(CheckedFiles):
 
     def publish(self, name: str) -> None:
         """Give an array its name after all rows are filled."""
-        with self._part(name).open("rb") as file:
-            os.fsync(file.fileno())
+        sync_file(self._part(name))
         os.replace(self._part(name), self.path / name)
         sync_folder(self.path)
 
@@ -270,7 +248,7 @@ class RunFolder(CheckedFiles):
         if name == "metrics.json":
             written[CHECKSUM] = checksum({k: v for k, v in written.items() if k != CHECKSUM})
         with atomic(self.path / name) as temporary:
-            temporary.write_text(json.dumps(written, indent=2) + "\n")
+            temporary.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
     def write_weights(self, name: str, module: nn.Module) -> None:
         """Write a module's state without pickle."""
@@ -289,9 +267,9 @@ class RunFolder(CheckedFiles):
         """
         load_strictly(module, self.read_weights(name), str(self.path / name))
 
-    def write_clusters(self, table: ClusterTable) -> None:
-        """Write clusters.csv."""
-        write_table(table, self.path / CLUSTERS)
+    def write_clusters(self, table: ClusterTable, *, spreadsheet: bool = False) -> None:
+        """Write clusters.csv, with neutral names for spreadsheets if asked to."""
+        write_table(table, self.path / CLUSTERS, spreadsheet=spreadsheet)
 
     def read_clusters(self) -> ClusterTable:
         """Read clusters.csv.

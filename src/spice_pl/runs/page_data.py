@@ -6,19 +6,29 @@ Shapes: N images, K clusters.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
 from spice_pl.data.images import ImageSet
+from spice_pl.data.thumbnails import own_shapes
 from spice_pl.errors import UsageError
+from spice_pl.functional.embeddings import nearest_others
 from spice_pl.reports.map import Map, feature_map
 from spice_pl.reports.page import ReportData
 from spice_pl.reports.tables import ResultRow, duration_text
 from spice_pl.runs.attention import read_attention
+from spice_pl.runs.choices import choose_k, compare_clusters
 from spice_pl.runs.clusters import ClusterTable
 from spice_pl.runs.folder import RunFolder
+from spice_pl.runs.oddities import find_oddities
 from spice_pl.runs.results import log_lines
 from spice_pl.system.command import command
+
+NEIGHBORS = 8  # nearest images shown beside a large picture
 
 
 def report_data(
@@ -45,6 +55,7 @@ def report_data(
     num_clusters = int(metrics["num_clusters"])
     upstream = [each for each in upstream if each.finished]
     rows = [ResultRow(**row) for row in metrics["rows"]]
+    drawn = _map(folder, map_method, int(metrics["seed"]))
     return ReportData(
         title=f"{images.name}: {len(images):,} images in {num_clusters} clusters",
         dataset=images.name,
@@ -62,15 +73,44 @@ def report_data(
         labels=images.labels,
         class_names=images.class_names,
         logs=_logs([*reversed(upstream), folder]),
-        map=_map(folder, map_method, int(metrics["seed"])),
+        map=drawn,
         attention=read_attention(folder),
         names=folder.names,
         cost=_cost(metrics, upstream),
         review=_review(folder, metrics),
         skipped=images.skipped,
+        num_skipped=images.num_skipped,
+        oddities=find_oddities(folder, images, metrics),
+        comparison=compare_clusters(folder, metrics, table, str(metrics["title"])),
+        k_choice=choose_k(folder, upstream, images, metrics, drawn),
+        shapes=_shapes(images),
+        neighbors=lambda index: _neighbors(folder, images, index),
+        originals="" if images.root is None else images.root.as_uri() + "/",
+        csv="clusters.csv",
         settings=_settings(metrics),
         versions=metrics["versions"],
     )
+
+
+def _shapes(images: ImageSet) -> Callable[[Sequence[int], int], Mapping[int, NDArray[np.uint8]]]:
+    """Return `own_shapes` of a data set, which reads the files of a page once."""
+    made: dict[tuple[tuple[int, ...], int], Mapping[int, NDArray[np.uint8]]] = {}
+
+    def shapes(index: Sequence[int], height: int) -> Mapping[int, NDArray[np.uint8]]:
+        asked = (tuple(index), height)
+        if asked not in made:
+            made[asked] = own_shapes(images, index, height)
+        return made[asked]
+
+    return shapes
+
+
+def _neighbors(folder: RunFolder, images: ImageSet, index: NDArray[np.intp]) -> NDArray[np.int64]:
+    """Return the nearest others (m, k) among the images `index` (m,), as positions in it."""
+    rows = folder.embeddings(images.train_index)[torch.from_numpy(index)]
+    if len(rows) < 2:
+        return np.zeros((len(rows), 0), np.int64)
+    return nearest_others(rows, NEIGHBORS).numpy()
 
 
 def _map(folder: RunFolder, method: str, seed: int) -> Map:
@@ -93,11 +133,6 @@ def _cost(metrics: Mapping[str, Any], upstream: Sequence[RunFolder]) -> dict[str
 
 def _settings(metrics: Mapping[str, Any]) -> dict[str, str]:
     given = {"command line": " ".join(metrics["overrides"]), "preset": metrics["preset"]}
-    if answer := metrics.get("answer"):
-        scores = ", ".join(f"{name} {score:.3f}" for name, score in answer["scores"].items())
-        given["clusters on this page"] = (
-            f"{answer['name']}, the best score without labels: {scores}"
-        )
     return given | dict(metrics.get("settings", {}))
 
 

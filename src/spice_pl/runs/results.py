@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import io
 import logging
-import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -31,9 +30,11 @@ from spice_pl.runs.checked_files import identity
 from spice_pl.runs.clusters import ClusterTable
 from spice_pl.runs.folder import RunFolder
 from spice_pl.runs.small_files import read_text
-from spice_pl.system.provenance import machine, versions
+from spice_pl.system.provenance import machine, peak_memory_mb, versions
 
 logger = logging.getLogger(__name__)
+
+UNEQUAL = 2  # largest class over smallest, from which the mean recall is shown beside ACC
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def stage_metrics(
         **_data_metrics(images),
         **asdict(cost),
         "seconds_in_all": seconds_in_all,
-        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_memory_mb": peak_memory_mb(),
         "versions": versions(),
         "machine": machine(),
         "objective": objective(logged),
@@ -137,14 +138,15 @@ def _clusterings(
 ) -> Iterator[tuple[str, NDArray[np.int64], float]]:
     """Yield name, clusters (N,) and seconds of each clustering of a stage to score.
 
-    A stage without clusters is scored by k-means, if K is known.
+    A stage without clusters is scored by k-means, if K is known. Without labels there is nothing to
+    score, and k-means on the pixels of photographs takes longer than all the rest.
     """
     if table is not None:
         if answer is not None:
             yield record.title, folder.probs.argmax(axis=1).astype(np.int64), seconds
         name = record.title if answer is None else f"{record.title}, chosen clusters"
         yield name, table.clusters, seconds
-    elif record.num_clusters:
+    elif record.num_clusters and images.labels is not None:
         yield from _kmeans_rows(record, record.title, folder, images, seconds)
 
 
@@ -183,6 +185,8 @@ def _data_metrics(images: ImageSet) -> dict[str, Any]:
         "protocol": images.protocol,
         "num_images": len(images),
         "num_skipped": images.num_skipped,
+        "num_unused": images.num_unused,
+        "num_files": images.num_files,
     }
 
 
@@ -225,6 +229,9 @@ def score_row(name: str, clusters: NDArray[np.int64], images: ImageSet, **more: 
         )
         if len(np.unique(clusters[index])) <= len(np.unique(images.labels[index])):
             del scores["purity"]  # adds nothing to ACC
+        sizes = np.unique(images.labels[index], return_counts=True)[1]
+        if sizes.max() < UNEQUAL * sizes.min():
+            del scores["recall"]  # about ACC
     return ResultRow(name, **scores, protocol=images.protocol, **more)
 
 

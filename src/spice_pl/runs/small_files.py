@@ -38,7 +38,7 @@ __all__ = [
 
 _ROW: Mapping[str, Kind] = {  # fields of `ResultRow`
     "name": TEXT,
-    **dict.fromkeys(("acc", "nmi", "ari", "purity"), optional(NUMBER)),
+    **dict.fromkeys(("acc", "nmi", "ari", "purity", "recall"), optional(NUMBER)),
     "protocol": TEXT,
     "seed": WHOLE,
     "seconds": AMOUNT,
@@ -55,7 +55,7 @@ METRICS: Mapping[str, Kind] = {
     **dict.fromkeys(("settings", "versions", "digests"), map_of(TEXT)),
     "objective": optional(NUMBER),
     "cluster_sizes": list_of(COUNT),
-    "rows": list_of(object_of(_ROW, needed=_ROW.keys() - {"purity", "oracle"})),
+    "rows": list_of(object_of(_ROW, needed=_ROW.keys() - {"purity", "recall", "oracle"})),
 }
 # Fields of dataset.json.
 STAMP: Mapping[str, Kind] = {

@@ -230,8 +230,8 @@ class ProtoHeadModule(Stage):
         if bool((self.features == self.features[0]).all()):
             raise UsageError(
                 f"{upstream.path}/features.npy holds the same feature for every image, so they "
-                f"cannot be told apart; train stage={upstream.path.parent.name} again with another "
-                "seed or a lower lr"
+                "cannot be told apart; if a stage trained them, train it again with another seed "
+                "or a lower lr; if they are of a pretrained network, give another encoder=NAME"
             )
         self.embeddings = upstream.embeddings(images.train_index)  # of the plain images, (N, d)
         num_train = len(images.train_index)

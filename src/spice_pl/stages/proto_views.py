@@ -87,8 +87,9 @@ class BankedViews(FrozenViews):
     """n weak and n strong views of each training image, embedded once by a frozen encoder.
 
     Each cycle draws one of the n by a keyed hash, so 2n views per image pass the encoder, whatever
-    the number of epochs. The banks are memory-mapped files in half precision, in the folder of the
-    run: a resumed run reuses them, and they are removed after the last epoch.
+    the number of epochs. A view that is the plain one needs no bank: its features are those that
+    stage 1 stored. The banks are memory-mapped files in half precision, in the folder of the run:
+    a resumed run reuses them, and they are removed after the last epoch.
 
     Args:
         stage: stage whose encoder is used; `default_root_dir` of its trainer is the folder.
@@ -123,6 +124,8 @@ class BankedViews(FrozenViews):
         """Fill the banks, unless an earlier part of this run has filled them."""
         super().on_fit_start()
         trainer = self.stage.trainer
+        plain = self.stage.datamodule.plain
+        self.banked = [name for name in VIEWS if self.views[name] != plain]
         self.folder = Path(trainer.default_root_dir) / "view_bank"
         stamp = self.folder / "made_from.json"
         fresh = not stamp.is_file() or json.loads(stamp.read_text()) != self.made_from
@@ -131,7 +134,7 @@ class BankedViews(FrozenViews):
             if trainer.is_global_zero:
                 stamp.unlink(missing_ok=True)
                 self.folder.mkdir(parents=True, exist_ok=True)
-                for name in VIEWS:
+                for name in self.banked:
                     shape = tuple(self.made_from["shape"])
                     np.lib.format.open_memmap(self._file(name), "w+", np.float16, shape)
             trainer.strategy.barrier("banks made")
@@ -140,7 +143,7 @@ class BankedViews(FrozenViews):
             if trainer.is_global_zero:
                 RunFolder(self.folder).write_json(stamp.name, self.made_from)
         self.banks: dict[str, NDArray[np.float16]] = {
-            name: np.load(self._file(name), mmap_mode="r") for name in VIEWS
+            name: np.load(self._file(name), mmap_mode="r") for name in self.banked
         }
 
     def embed(self, batch: Views) -> tuple[Tensor, Tensor]:
@@ -148,6 +151,8 @@ class BankedViews(FrozenViews):
         index, epoch = batch.index.cpu(), self.stage.current_epoch
         weak, strong = (
             as_tensor(self.banks[name][self._drawn(key, epoch, index), index.numpy()])
+            if name in self.banks
+            else self.features[index]
             for key, name in enumerate(VIEWS)
         )
         return weak.to(self.stage.device).float(), strong.to(self.stage.device).float()
@@ -157,7 +162,7 @@ class BankedViews(FrozenViews):
         self.banks.clear()
         self.stage.trainer.strategy.barrier("banks read")
         if self.stage.trainer.is_global_zero:
-            for name in VIEWS:
+            for name in self.banked:
                 self._file(name).unlink()
             (self.folder / "made_from.json").unlink()
             self.folder.rmdir()
@@ -170,14 +175,15 @@ class BankedViews(FrozenViews):
 
     def _fill(self) -> None:
         stage, trainer = self.stage, self.stage.trainer
-        banks = {name: np.lib.format.open_memmap(self._file(name), "r+") for name in VIEWS}
+        banks = {name: np.lib.format.open_memmap(self._file(name), "r+") for name in self.banked}
+        views = {name: self.views[name] for name in self.banked}
         mine = self.train_index[trainer.global_rank :: trainer.world_size]
         total = self.num_views * len(mine)
         enabled = trainer.is_global_zero
         with Bar("views, once", total, enabled=enabled, pause=PAUSE) as bar:
             for part, number in product(torch.split(mine, 256), range(self.num_views)):
-                batch = stage.datamodule.make(part, stage.device, self.views, number)
-                for name in VIEWS:
+                batch = stage.datamodule.make(part, stage.device, views, number)
+                for name in self.banked:
                     with _precision(stage):
                         features = self.encode(batch.views[name])  # (b, D)
                     half = features.half()

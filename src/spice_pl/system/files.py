@@ -7,6 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+# How a cell begins that a spreadsheet may run (OWASP, "CSV injection"), and our own mark.
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "'")
+CHUNK = 1 << 24  # bytes
+# EDQUOT: the quota of a user; not every system knows it.
+FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
+
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
@@ -17,8 +23,7 @@ def atomic(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
+        sync_file(temporary)
         temporary.chmod(0o644)
         os.replace(temporary, path)
         sync_folder(path.parent)
@@ -26,8 +31,16 @@ def atomic(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def sync_file(file: Path) -> None:
+    """Write a file's content to the disk."""
+    with file.open("r+b") as written:  # Windows refuses a handle that only reads
+        os.fsync(written.fileno())
+
+
 def sync_folder(folder: Path) -> None:
     """Write a folder's entries to the disk; otherwise a power cut may undo a rename in it."""
+    if os.name == "nt":  # Windows cannot open a folder
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -35,6 +48,45 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def allocate(file: Path) -> None:
+    """Give a sparse file of zeros its place on the disk.
+
+    Raises:
+        OSError: the disk is too small.
+    """
+    size = file.stat().st_size
+    with file.open("r+b") as opened:
+        if hasattr(os, "posix_fallocate"):
+            try:
+                os.posix_fallocate(opened.fileno(), 0, size)
+                return
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+                    raise
+        # macOS, Windows, and disks that cannot allocate: write what is there once more.
+        for start in range(0, size, CHUNK):
+            opened.seek(start)
+            part = opened.read(CHUNK)
+            opened.seek(start)
+            opened.write(part)
+
+
+def for_spreadsheet(text: str) -> str:
+    """Return a text with a leading ' if a spreadsheet would take it for a formula.
+
+    A text that begins with ' gets another one, so that `from_spreadsheet` is exact.
+
+    >>> for_spreadsheet("=1+1.png"), for_spreadsheet("a=1.png")
+    ("'=1+1.png", 'a=1.png')
+    """
+    return f"'{text}" if text[:1] in FORMULA else text
+
+
+def from_spreadsheet(text: str) -> str:
+    """Return the text that `for_spreadsheet` was given."""
+    return text.removeprefix("'")
+
+
 def is_disk_full(error: OSError) -> bool:
     """Whether a file could not be written because the disk, a quota or a size limit is full."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return error.errno in FULL

@@ -8,7 +8,12 @@ from types import FrameType, TracebackType
 from typing import Any
 
 # Sent by schedulers before they kill, by Ctrl-C, and by SLURM's --signal=USR1@seconds.
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# Windows has no SIGUSR1, and sends SIGBREAK for Ctrl-Break.
+SIGNALS = tuple(
+    signal.Signals[name]
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGBREAK")
+    if hasattr(signal, name)
+)
 RESUME_CODE = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong; continue with resume=true
 
 

@@ -1,11 +1,17 @@
 """Record what a result depends on besides its settings: versions, processor, commit."""
 
 import platform
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 PACKAGES = ("spice-pl", "torch", "torchvision", "pytorch-lightning", "hydra-core")
 
@@ -24,6 +30,16 @@ def machine() -> dict[str, Any]:
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "commit": _commit(Path(__file__).parents[3]),  # of src/spice_pl/system/provenance.py
     }
+
+
+def peak_memory_mb() -> float:
+    """Return the most memory that this process has held, in MB of 2^20 bytes."""
+    if resource is None:
+        import psutil
+
+        return float(psutil.Process().memory_info().peak_wset) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # macOS counts bytes
 
 
 def _processor() -> str:

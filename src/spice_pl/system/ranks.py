@@ -88,7 +88,7 @@ def launch_ranks(
                             "WORLD_SIZE": str(num_ranks),
                             PARENT: str(os.getpid()),
                         },
-                        pass_fds=list(locks),
+                        pass_fds=[each for each in locks if each >= 0],  # Windows passes none
                         start_new_session=True,  # only this process gets Ctrl-C, and passes it on
                     )
                 )

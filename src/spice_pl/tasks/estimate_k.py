@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
@@ -19,6 +20,7 @@ from sklearn.metrics import adjusted_rand_score, silhouette_score
 from sklearn.preprocessing import normalize
 
 from spice_pl.errors import UsageError
+from spice_pl.functional.embeddings import smoothed_embeddings
 from spice_pl.reports.lines import line_figure
 from spice_pl.system.files import atomic
 from spice_pl.tasks.base import Context, sample
@@ -27,8 +29,10 @@ logger = logging.getLogger(__name__)
 
 IMAGES_PER_CLUSTER = 8  # least n / K: four images per cluster in each half
 STABLE = 0.8  # least adjusted Rand; as prediction strength in Tibshirani and Walther 2005
-STRUCTURE = 0.25  # least silhouette; below it no structure (Kaufman and Rousseeuw 1990)
-RESTARTS = 3  # starts of each k-means
+ABOUT_AS_WELL = 0.95  # share of the largest silhouette from which another K is a candidate
+NUM_NEIGHBORS = 10  # of the walk that smooths the embeddings
+RESTARTS = 3  # starts of each k-means on a half
+RESTARTS_WHOLE = 10  # starts of k-means on all images; fewer miss small groups
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,8 @@ class Point:
         stability: mean adjusted Rand index of k-means on two halves, over the splits.
         spread: standard deviation of that index over the splits.
         null: stability of clouds of points without groups.
-        silhouette: mean silhouette of k-means on all sampled images.
+        silhouette: mean silhouette, by the principal components, of k-means on smoothed embeddings
+            of all sampled images.
     """
 
     num_clusters: int
@@ -48,11 +53,6 @@ class Point:
     spread: float
     null: float
     silhouette: float
-
-    @property
-    def gain(self) -> float:
-        """Stability minus that of clouds without groups."""
-        return self.stability - self.null
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class EstimateK:
     """
 
     largest: int = 20
-    num_splits: int = 5
+    num_splits: int = 3
     num_samples: int = 2000
     num_components: int = 32
 
@@ -83,9 +83,8 @@ class EstimateK:
                 f"num_components {self.num_components} 1 or more"
             )
         folder = context.upstream[0]
-        rows = principal_components(
-            sampled(folder.features, self.num_samples, context.seed), self.num_components
-        )
+        features = sampled(folder.features, self.num_samples, context.seed)
+        rows = principal_components(features, self.num_components)
         largest = min(self.largest, len(rows) // IMAGES_PER_CLUSTER)
         if largest < 2:
             raise UsageError(
@@ -93,13 +92,14 @@ class EstimateK:
                 f"and estimate_k.task.largest of 2 or more; here {len(rows)} and "
                 f"{self.largest}; give dataset.num_clusters=K instead of an estimate"
             )
+        embeddings = smoothed(features, largest)
         curve = [
-            look(rows, num_clusters, self.num_splits, context.seed)
+            look(rows, embeddings, num_clusters, self.num_splits, context.seed)
             for num_clusters in range(2, largest + 1)
         ]
-        found = choose(curve, self.num_splits)
+        found, candidates = choose(curve)
         doubts = doubts_of(found, curve)
-        text = sentence(found, doubts)
+        text = sentence(found, doubts, candidates)
         write_curve(context, curve)
         for point in curve:
             logger.info(
@@ -113,6 +113,13 @@ class EstimateK:
             "estimated_num_clusters": found.num_clusters,
             "clear": not doubts,
             "sentence": text,
+            "k_estimate": {
+                "num_clusters": found.num_clusters,
+                "clear": not doubts,
+                "candidates": [point.num_clusters for point in curve],
+                "scores": [point.silhouette for point in curve],
+            },
+            "about_as_well": candidates,
             "curve": [asdict(point) for point in curve],
         }
 
@@ -129,7 +136,8 @@ def sampled(features: NDArray[np.float32], limit: int, seed: int) -> NDArray[np.
     if not len(rows) or (rows == rows[0]).all():
         raise UsageError(
             "every image has the same feature, so no number of clusters fits better than another; "
-            "train their stage from scratch with another seed or a lower lr"
+            "if a stage trained them, train it again with another seed or a lower lr; if they are "
+            "of a pretrained network, give another encoder=NAME"
         )
     return rows
 
@@ -142,13 +150,32 @@ def principal_components(rows: NDArray[np.float64], num_components: int) -> NDAr
     return scores
 
 
-def look(rows: NDArray[np.float64], num_clusters: int, num_splits: int, seed: int) -> Point:
-    """Measure one K on rows (n, d).
+def smoothed(features: NDArray[np.float64], largest: int) -> NDArray[np.float32]:
+    """Return smoothed embeddings (n, d) of features (n, D).
 
-    Stability as in Lange et al. 2004: if there are K groups, k-means finds the same ones in two
-    halves of the images. The cloud without groups is a Gaussian with the same variances. It is
-    needed for comparison, because a small K is stable without groups too, along the axes in which
-    the cloud is long.
+    Where clusters are small, fewer neighbours are averaged: at most half of a cluster's images at
+    the largest K.
+    """
+    num_neighbors = max(1, min(NUM_NEIGHBORS, len(features) // (2 * largest)))
+    found = smoothed_embeddings(torch.from_numpy(features), num_neighbors=num_neighbors)
+    embeddings: NDArray[np.float32] = found.numpy()
+    return embeddings
+
+
+def look(
+    rows: NDArray[np.float64],
+    embeddings: NDArray[np.float32],
+    num_clusters: int,
+    num_splits: int,
+    seed: int,
+) -> Point:
+    """Measure one K on principal components (n, d) and smoothed embeddings of the same images.
+
+    The silhouette (Rousseeuw 1987) is not taken in the space that is clustered: smoothing makes
+    clumps, and their silhouette rises with K. Stability as in Lange et al. 2004: if there are K
+    groups, k-means finds the same ones in two halves of the images. The cloud without groups is a
+    Gaussian with the same variances. It is needed for comparison, because a small K is stable
+    without groups too, along the axes in which the cloud is long.
     """
     generator = np.random.default_rng([seed, num_clusters])
     found, without = [], []
@@ -156,7 +183,7 @@ def look(rows: NDArray[np.float64], num_clusters: int, num_splits: int, seed: in
         found.append(agreement_of_halves(rows, num_clusters, generator))
         cloud = generator.normal(size=rows.shape) * rows.std(axis=0)
         without.append(agreement_of_halves(cloud, num_clusters, generator))
-    whole = _kmeans(num_clusters, generator).fit_predict(rows)
+    whole = _kmeans(num_clusters, generator, RESTARTS_WHOLE).fit_predict(embeddings)
     groups = len(np.unique(whole))  # fewer than K where images are copies
     return Point(
         num_clusters,
@@ -179,15 +206,15 @@ def agreement_of_halves(
     return float(adjusted_rand_score(one, other))
 
 
-def _kmeans(num_clusters: int, generator: np.random.Generator) -> KMeans:
-    return KMeans(num_clusters, n_init=RESTARTS, random_state=int(generator.integers(2**31)))
+def _kmeans(num_clusters: int, generator: np.random.Generator, starts: int = RESTARTS) -> KMeans:
+    return KMeans(num_clusters, n_init=starts, random_state=int(generator.integers(2**31)))
 
 
-def choose(curve: Sequence[Point], num_splits: int) -> Point:
-    """Return the smallest K whose gain is within one standard error of the largest gain."""
-    best = max(curve, key=lambda point: point.gain)
-    enough = best.gain - best.spread / num_splits**0.5
-    return next(point for point in curve if point.gain >= enough)
+def choose(curve: Sequence[Point]) -> tuple[Point, list[int]]:
+    """Return the point of the largest silhouette, and every K that fits about as well."""
+    best = max(curve, key=lambda point: point.silhouette)  # of equal ones the smallest K
+    enough = min(best.silhouette, ABOUT_AS_WELL * best.silhouette)
+    return best, [point.num_clusters for point in curve if point.silhouette >= enough]
 
 
 def doubts_of(found: Point, curve: Sequence[Point]) -> list[str]:
@@ -195,24 +222,26 @@ def doubts_of(found: Point, curve: Sequence[Point]) -> list[str]:
     doubts = []
     if found.stability < STABLE:
         doubts.append(f"halves of the images agree to {found.stability:.2f}, less than {STABLE}")
-    if found.silhouette < STRUCTURE:
-        doubts.append(f"the silhouette {found.silhouette:.2f} is less than {STRUCTURE}")
+    if found.silhouette <= 0:
+        doubts.append(f"the silhouette {found.silhouette:.2f} is not positive")
     if found is curve[-1]:
         doubts.append("the curve ends there; raise estimate_k.task.largest")
     return doubts
 
 
-def sentence(found: Point, doubts: Sequence[str]) -> str:
-    """Return the result in one sentence."""
+def sentence(found: Point, doubts: Sequence[str], candidates: Sequence[int]) -> str:
+    """Return the result in one or two sentences."""
+    others = [str(each) for each in candidates if each != found.num_clusters]
+    near = f"; about as well fit {', '.join(others)}" if others else ""
     if doubts:
         return (
             f"the data shows no clear K: {' and '.join(doubts)}. The best guess is "
-            f"{found.num_clusters}; choose K by what you need the clusters for"
+            f"{found.num_clusters}{near}. Choose K by what you need the clusters for"
         )
     return (
         f"the data shows {found.num_clusters} clusters: halves of the images agree to "
         f"{found.stability:.2f}, halves of points without groups to {found.null:.2f}; silhouette "
-        f"{found.silhouette:.2f}"
+        f"{found.silhouette:.2f}{near}"
     )
 
 

@@ -25,6 +25,8 @@ from spice_pl.tasks.base import Context
 logger = logging.getLogger(__name__)
 
 MEASURED = 10_000  # images that means and deviations are computed on
+CHANNELS = ("red", "green", "blue")
+FLAT = 0.01  # deviation of a channel of which nothing can be seen; levels in [0, 1]
 SHOWN_GROUPS = 40  # groups of copies and pairs of near-copies on the page
 
 
@@ -87,6 +89,8 @@ class Inspect:
                 "protocol": images.protocol,
                 "num_images": len(images),
                 "num_skipped": images.num_skipped,
+                "num_unused": images.num_unused,
+                "num_files": images.num_files,
                 "num_copies": data.num_copies,
                 "num_near_copies": data.num_near,
                 "num_compared": data.num_compared,
@@ -102,6 +106,8 @@ class Inspect:
     ) -> list[tuple[str, str]]:
         side = images.images.shape[-1]
         facts = [("Images", f"{len(images):,}"), ("Pixels", f"{side} × {side}")]
+        if images.num_files > len(images):
+            facts.insert(0, ("Files found", f"{images.num_files:,}"))
         if images.extra is not None:
             facts.append(("Extra images, for stage 1", f"{len(images.extra):,}"))
         if images.is_test is not None:
@@ -175,14 +181,24 @@ def _scale_notes(
     plain = context.plain
     if not isinstance(plain, PlainView):
         return []
+    flat = std < FLAT
+    std = np.where(flat, plain.std, std)  # a deviation of 0 could not be divided by
+    said = []
+    if flat.any():
+        channels = [name for name, is_flat in zip(CHANNELS, flat, strict=True) if is_flat]
+        said.append(
+            f"All images have nearly one level in {', '.join(channels)}: there is nothing to tell "
+            "them apart by."
+        )
     far = max(np.abs(mean - plain.mean).max(), np.abs(std - plain.std).max())
     if far < 0.1:
-        return []
+        return said
     measured = [f"[{', '.join(f'{value:.3f}' for value in each)}]" for each in (mean, std)]
     return [
+        *said,
         "The mean and deviation of the images differ from dataset.mean and dataset.std, which the "
         f"views are normalised with. Measured here: dataset.mean={measured[0]} "
-        f"dataset.std={measured[1]}."
+        f"dataset.std={measured[1]}.",
     ]
 
 
@@ -217,7 +233,7 @@ def tables(
         made["Pixel values from 0 to 1, mean ± deviation"] = [
             (f"{channel}, {what}", f"{m:.3f} ± {s:.3f}")
             for what, means, stds in rows
-            for channel, m, s in zip(("red", "green", "blue"), means, stds, strict=True)
+            for channel, m, s in zip(CHANNELS, means, stds, strict=True)
         ]
     if images.skipped:
         reasons = Counter(reason.split(":")[0] for _, reason in images.skipped).most_common(12)

@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file
 from sklearn.cluster import KMeans
 from sklearn.metrics import silhouette_score
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from spice_pl.data.augment import View
@@ -25,8 +24,11 @@ from spice_pl.data.images import ImageSet
 from spice_pl.data.keyed import keyed_uniform
 from spice_pl.errors import UsageError
 from spice_pl.functional.assignment import clustering_scores
+from spice_pl.models.known import NOT_SURE
+from spice_pl.models.portable import FILE_NAME as MODEL
+from spice_pl.models.portable import load
 from spice_pl.nn.frozen import Frozen
-from spice_pl.nn.heads import ParallelHeads, head_of
+from spice_pl.nn.heads import ParallelHeads
 from spice_pl.nn.weights import load_strictly
 from spice_pl.reports.trust_page import Check, NullCheck, TrustData, record, write_trust
 from spice_pl.runs.folder import RunFolder
@@ -34,7 +36,6 @@ from spice_pl.tasks.base import Context, sample
 
 logger = logging.getLogger(__name__)
 
-NOT_SURE = 0.5  # an image with a lower agreement is "not sure", as in the report
 COMPONENTS = 32  # d, at most
 VIEW_BATCH = 250  # images that pass the encoder at once
 
@@ -43,26 +44,26 @@ class Trust:
     """Write trust.html and metrics.json about the upstream run.
 
     Args:
-        backbone: the run's encoder, which embeds the views; (B, 3, S, S) -> (B, D).
         weak: view of an image that should not change its cluster.
         runs: folders of runs of the same stage with other seeds; may be empty.
         num_samples: n, images that the slower checks use.
         num_nulls: number of clouds without groups in the null check.
+        allow_targets: names of your own packages that define the run's network.
     """
 
     def __init__(
         self,
-        backbone: nn.Module,
         weak: View,
         runs: Sequence[str] = (),
         num_samples: int = 2000,
         num_nulls: int = 9,
+        allow_targets: Sequence[str] = (),
     ) -> None:
         if num_nulls < 2:
             raise UsageError(
                 f"trust.task.num_nulls {num_nulls} is too few to compare with; use at least 2"
             )
-        self.backbone, self.weak, self.runs = backbone, weak, runs
+        self.weak, self.runs, self.allow_targets = weak, runs, allow_targets
         self.num_samples, self.num_nulls = num_samples, num_nulls
 
     def __call__(self, context: Context) -> Mapping[str, Any]:
@@ -79,7 +80,13 @@ class Trust:
             "separation": separation(folder.features[chosen], table.clusters[chosen]),
             "sure": float((table.agreement >= NOT_SURE).mean()),
         }
-        null = null_check(folder.features[chosen], context.num_clusters, self.num_nulls, seed)
+        null = null_check(
+            folder.features[chosen],
+            context.num_clusters,
+            self.num_nulls,
+            seed,
+            table.clusters[chosen],
+        )
         checks = [Check(name, value) for name, value in values.items()]
         data = TrustData(
             title=f"{images.name}: how far can these clusters be trusted?",
@@ -97,7 +104,12 @@ class Trust:
             "reviewed": data.run,
             "verdict": data.verdict,
             "measures": values,
-            "null": {"real": null.real, "nulls": list(null.nulls), "clear": null.clear},
+            "null": {
+                "real": null.real,
+                "nulls": list(null.nulls),
+                "clear": null.clear,
+                "own": null.own,
+            },
         }
 
     def _heads(self, upstream: Sequence[RunFolder]) -> float | None:
@@ -125,12 +137,16 @@ class Trust:
         clusters: Tensor,
         seed: int,
     ) -> float | None:
-        """Return the share of images that a weak view leaves in their cluster."""
-        head = read_head(folder)
-        if head is None:
+        """Return the share of images that a weak view leaves in their cluster.
+
+        The network is that of the run's model.spice, whatever the settings of this job name. A run
+        with a head of your own has none.
+        """
+        file = folder.checked(MODEL)
+        if not file.is_file():
             return None
-        folder.load_weights("encoder.safetensors", self.backbone)
-        encode = Frozen(self.backbone)
+        network = load(file, device="cpu", allow_targets=self.allow_targets).network
+        encode, head = Frozen(network.encoder), network.head
         same = 0
         for index in torch.split(torch.from_numpy(chosen), VIEW_BATCH):
             pixels = torch.from_numpy(images.images[index.numpy()])
@@ -138,21 +154,6 @@ class Trust:
             weak = head(encode(self.weak(pixels, uniforms)).float()).argmax(dim=1)
             same += int((weak == clusters[index]).sum())
         return same / len(chosen)
-
-
-def read_head(folder: RunFolder) -> nn.Module | None:
-    """Load a run's head, whose kind the names of its weights tell; None for another kind."""
-    file = folder.path / "head.safetensors"
-    state = load_file(file) if file.is_file() else {}
-    ours = (
-        {"hidden.weight", "hidden.bias", "output.weight", "output.bias"},
-        {"weight", "bias"},
-    )
-    if set(state) not in ours:
-        return None
-    head = head_of(state)
-    load_strictly(head, state, str(file))
-    return head
 
 
 def matched_agreement(found: Sequence[Tensor]) -> float:
@@ -190,7 +191,11 @@ def separation(features: NDArray[np.float32], clusters: NDArray[np.int64]) -> fl
 
 
 def null_check(
-    features: NDArray[np.float32], num_clusters: int, num_nulls: int, seed: int
+    features: NDArray[np.float32],
+    num_clusters: int,
+    num_nulls: int,
+    seed: int,
+    clusters: NDArray[np.int64] | None = None,
 ) -> NullCheck:
     """Compare k-means on the features with k-means on clouds of points that have no groups.
 
@@ -204,9 +209,11 @@ def null_check(
         num_clusters: K.
         num_nulls: number of clouds.
         seed: seed of the clouds and of k-means.
+        clusters: (n,) clusters of the run.
 
     Returns:
-        The mean silhouettes of k-means with K clusters, of the features and of each cloud.
+        The mean silhouettes of k-means with K clusters, of the features and of each cloud; and of
+        the run's clusters on the same features.
     """
     rows = F.normalize(torch.from_numpy(np.array(features, dtype=np.float64))).numpy()
     rows = rows - rows.mean(axis=0)
@@ -230,4 +237,7 @@ def null_check(
         )
         for cloud in range(num_nulls)
     ]
-    return NullCheck(score(scores) if kept else 0.0, tuple(nulls))
+    own = None
+    if kept and clusters is not None and 2 <= len(np.unique(clusters)) < len(clusters):
+        own = float(silhouette_score(scores, clusters))
+    return NullCheck(score(scores) if kept else 0.0, tuple(nulls), own)

@@ -308,7 +308,9 @@ def _unwanted(member: tarfile.TarInfo) -> str | None:
     if leaves(member.name):
         return "its name leads out of the archive"
     *folders, name = posixpath.normpath(member.name).split("/")
-    named = [*(unwanted(folder, is_folder=True) for folder in folders), unwanted(name)]
+    inside = zip(["", *folders], folders, strict=False)
+    named = [unwanted(folder, is_folder=True, parent=parent) for parent, folder in inside]
+    named.append(unwanted(name))
     if reason := next(filter(None, named), None):
         return reason
     if member.issym():

@@ -113,6 +113,7 @@ def subset(
         labels=labels,
         class_names=class_names,
         is_test=None if images.is_test is None else images.is_test[kept],
+        num_unused=len(images) - len(kept),
         extra=images.extra if limit is None else None,
         files=None if images.files is None else np.asarray(images.files)[kept],
     )

@@ -1,0 +1,64 @@
+"""Quote the values of the command line that Hydra's grammar would misread."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+
+from spice_pl.errors import UsageError
+from spice_pl.system.command import quoted
+
+# Settings that name a file or folder.
+PATHS = {
+    *("dataset.root", "dataset.path", "dataset.table", "runs_dir", "cache_dir", "path", "like"),
+    *("edits", "predict.model", "backbone.path", "embed.module.weights"),
+}
+PLAIN = re.compile(r"[A-Za-z_./-][A-Za-z0-9_./-]*")  # text to every grammar, but for these words
+WORDS = {"null", "true", "false", "nan", "inf"}
+
+
+def with_quotes(words: Sequence[str]) -> list[str]:
+    """Return the words of a command line, with quotes where a value would be misread.
+
+    The value of a setting in `PATHS` that names something on disk is taken as it is typed. Any
+    other value that Hydra cannot read is taken as text.
+
+    >>> with_quotes(["dataset.root=/data/Müller", "seed=1"])
+    ["dataset.root='/data/Müller'", 'seed=1']
+
+    Raises:
+        UsageError: a list or dictionary cannot be read.
+    """
+    return [_with_quotes(word) for word in words]
+
+
+def _with_quotes(word: str) -> str:
+    key, equals, value = word.partition("=")
+    if not equals or not value or word.startswith("-") or PLAIN.fullmatch(value):
+        is_word = key.lstrip("+") in PATHS and value.lower() in WORDS and os.path.exists(value)
+        return f"{key}={quoted(value)}" if is_word else word
+    if key.lstrip("+") in PATHS and os.path.exists(os.path.expanduser(value)):
+        return f"{key}={quoted(value)}"
+    if _is_read(word):
+        return word
+    if value[0] in "[{":
+        raise UsageError(
+            f"{word} cannot be read; inside a list, put text with other characters than letters of "
+            "English, digits and _-./ into quotes, and the whole into quotes of the shell: "
+            "\"dataset.exclude=['Müller','a,b']\""
+        )
+    changed = f"{key}={quoted(value)}"
+    return changed if value[0] not in "'\"" and _is_read(changed) else word
+
+
+def _is_read(word: str) -> bool:
+    """Return whether a word is in Hydra's grammar."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        OverridesParser.create().parse_override(word)
+    except HydraException:
+        return False
+    return True
