@@ -206,11 +206,15 @@ def _changed(saved: Mapping[str, Any], step: Step) -> dict[str, tuple[Any, Any]]
     free.append(f"{step.name}.checkpoint_epochs")  # a setting of before 0.2, without effect
     if not step.upstream or old.get("dataset.num_clusters") is None:  # features need no K
         free += ["dataset.num_clusters", f"{step.name}.module.num_clusters"]
-    return {
+    changed = {
         key: (old.get(key), new.get(key))
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key) and key not in free
     }
+    minutes = saved.get("minutes"), given.get("minutes")
+    if changed and minutes[0] != minutes[1]:  # which chose some of these
+        changed = {"minutes": minutes, **changed}
+    return changed
 
 
 def _take_edits(job: Job, edits: Edits, steps: Sequence[Step]) -> None:

@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytorch_lightning as pl
 import torch
@@ -18,6 +19,7 @@ from spice_pl.job.checks import stamp
 from spice_pl.job.finish import finish_stage
 from spice_pl.job.job import Job
 from spice_pl.job.memory import check_memory
+from spice_pl.job.num_clusters import k_estimate
 from spice_pl.job.plan import Step
 from spice_pl.job.settings import build
 from spice_pl.job.trainer import make_trainer
@@ -38,6 +40,7 @@ def run_stage(
 ) -> None:
     """Fit one stage, predict every image, write the results."""
     started = time.monotonic()
+    step = replace(step, record=replace(step.record, k_estimate=k_estimate(job, step)))
     pl.seed_everything(step.seed, verbose=False)
     streams = module.prepare(images, step.upstream[0] if step.upstream else None, streams)
     module.to(memory_format=torch.channels_last)  # convolutions: 1.2 to 6 times faster on a CPU
