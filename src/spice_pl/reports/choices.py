@@ -70,6 +70,7 @@ class KChoice:
         clear: whether the estimate is clear.
         curve: score by K; empty without an estimate.
         previews: other numbers, rising.
+        sentence: what the estimate says; empty without one.
     """
 
     num_clusters: int
@@ -77,13 +78,14 @@ class KChoice:
     clear: bool
     curve: Sequence[tuple[int, float]]
     previews: Sequence[Preview]
+    sentence: str = ""
 
     @property
     def chart(self) -> Chart | None:
         """The curve as a chart; None without one."""
         if len(self.curve) < 2:
             return None
-        return chart("Stability", "by number of clusters", {"score": self.curve}, unit="K =")
+        return chart("Score", "by number of clusters", {"score": self.curve}, unit="K =")
 
     @property
     def marks(self) -> Sequence[tuple[str, float]]:

@@ -28,8 +28,8 @@ from spice_pl.reports.map import Map
 from spice_pl.runs.answer import NETWORK, NUM_NEIGHBORS
 from spice_pl.runs.clusters import ClusterTable
 from spice_pl.runs.folder import RunFolder
-from spice_pl.runs.small_files import parse_object, read_text
 from spice_pl.system.command import command
+from spice_pl.system.schema import parse_object, read_text
 
 QUERIES = 1_000  # images whose neighbours are compared
 KEYS = 10_000  # images among which neighbours are searched
@@ -170,6 +170,7 @@ def choose_k(
     num_clusters, seed = int(metrics["num_clusters"]), int(metrics["seed"])
     held = metrics.get("k_estimate") or _estimate_of(folder, upstream[0])
     estimated, clear, curve = read_estimate(held)
+    said = held.get("sentence", "") if isinstance(held, Mapping) else ""
     previews: list[Preview] = []
     if drawn is not None and len(drawn.index):
         rows = folder.embeddings(images.train_index).numpy()
@@ -178,7 +179,7 @@ def choose_k(
         for number in numbers:
             groups = preview(rows, number, seed, drawn.index, largest)
             previews.append(Preview(number, groups, _command(metrics, number)))
-    return KChoice(num_clusters, estimated, clear, curve, previews)
+    return KChoice(num_clusters, estimated, clear, curve, previews, str(said))
 
 
 def beside(
@@ -243,13 +244,7 @@ def _estimate_of(folder: RunFolder, upstream: RunFolder) -> Mapping[str, Any] | 
     try:
         if parse_object(read_text(stamp))["upstream"] != upstream.metrics["digest"]:
             return None
-        curve = found["curve"]
-        return {
-            "num_clusters": found["estimated_num_clusters"],
-            "clear": found["clear"],
-            "candidates": [point["num_clusters"] for point in curve],
-            "scores": [point["stability"] - point["null"] for point in curve],
-        }
+        return {**found["k_estimate"], "sentence": found["sentence"]}
     except (KeyError, TypeError, ValueError):  # written by another release
         return None
 

@@ -28,7 +28,7 @@ from spice_pl.functional.oddities import (
 )
 from spice_pl.reports.oddities import RULES, Oddity
 from spice_pl.runs.folder import RunFolder
-from spice_pl.runs.small_files import parse_object, read_text
+from spice_pl.system.schema import parse_object, read_text
 
 FILE_NAME = "oddities.json"
 CHUNK = 256  # images that a thread looks at; bounds the memory

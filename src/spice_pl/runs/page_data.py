@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,9 @@ from spice_pl.data.images import ImageSet
 from spice_pl.data.thumbnails import own_shapes
 from spice_pl.errors import UsageError
 from spice_pl.functional.embeddings import nearest_others
+from spice_pl.reports.choices import Comparison, KChoice
 from spice_pl.reports.map import Map, feature_map
+from spice_pl.reports.oddities import Oddity
 from spice_pl.reports.page import ReportData
 from spice_pl.reports.tables import ResultRow, duration_text
 from spice_pl.runs.attention import read_attention
@@ -55,7 +58,7 @@ def report_data(
     num_clusters = int(metrics["num_clusters"])
     upstream = [each for each in upstream if each.finished]
     rows = [ResultRow(**row) for row in metrics["rows"]]
-    drawn = _map(folder, map_method, int(metrics["seed"]))
+    derived = _derived(folder, upstream, images, metrics, table, map_method)
     return ReportData(
         title=f"{images.name}: {len(images):,} images in {num_clusters} clusters",
         dataset=images.name,
@@ -73,23 +76,63 @@ def report_data(
         labels=images.labels,
         class_names=images.class_names,
         logs=_logs([*reversed(upstream), folder]),
-        map=drawn,
+        map=derived.map,
         attention=read_attention(folder),
         names=folder.names,
         cost=_cost(metrics, upstream),
         review=_review(folder, metrics),
         skipped=images.skipped,
         num_skipped=images.num_skipped,
-        oddities=find_oddities(folder, images, metrics),
-        comparison=compare_clusters(folder, metrics, table, str(metrics["title"])),
-        k_choice=choose_k(folder, upstream, images, metrics, drawn),
-        shapes=_shapes(images),
+        oddities=derived.oddities,
+        comparison=derived.comparison,
+        k_choice=derived.k_choice,
+        shapes=derived.shapes,
         neighbors=lambda index: _neighbors(folder, images, index),
         originals="" if images.root is None else images.root.as_uri() + "/",
         csv="clusters.csv",
         settings=_settings(metrics),
         versions=metrics["versions"],
     )
+
+
+@dataclass(frozen=True)
+class _Derived:
+    """What takes seconds to compute from a run's artifacts, see `ReportData`."""
+
+    map: Map
+    oddities: Sequence[Oddity]
+    comparison: Comparison
+    k_choice: KChoice | None
+    shapes: Callable[[Sequence[int], int], Mapping[int, NDArray[np.uint8]]]
+
+
+# That of the page made last: a review makes the same page at every visit.
+_last: dict[tuple[str, ...], _Derived] = {}
+
+
+def _derived(
+    folder: RunFolder,
+    upstream: Sequence[RunFolder],
+    images: ImageSet,
+    metrics: Mapping[str, Any],
+    table: ClusterTable,
+    map_method: str,
+) -> _Derived:
+    digests = metrics.get("digests", {})
+    key = (str(folder.path), images.fingerprint, map_method, *map(str, digests.items()))
+    if key not in _last or not digests:
+        drawn = _map(folder, map_method, int(metrics["seed"]))
+        title = str(metrics.get("title", folder.path.parent.name))
+        made = _Derived(
+            map=drawn,
+            oddities=find_oddities(folder, images, metrics),
+            comparison=compare_clusters(folder, metrics, table, title),
+            k_choice=choose_k(folder, upstream, images, metrics, drawn),
+            shapes=_shapes(images),
+        )
+        _last.clear()
+        _last[key] = made
+    return _last[key]
 
 
 def _shapes(images: ImageSet) -> Callable[[Sequence[int], int], Mapping[int, NDArray[np.uint8]]]:
