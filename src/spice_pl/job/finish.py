@@ -80,7 +80,8 @@ def finish_stage(
             devices=trainer.world_size,
             precision=str(trainer.precision),
         )
-        write_results(step, module, images, table, answer, cost, feature_map_of(plain, module))
+        feature_map = feature_map_of(plain, module, trainer.strategy.root_device)
+        write_results(step, module, images, table, answer, cost, feature_map)
     trainer.strategy.barrier("results written")
     for each in trainer.loggers:
         if trainer.is_global_zero:
@@ -204,12 +205,15 @@ def write_results(
     folder.write_json("metrics.json", metrics)
 
 
-def feature_map_of(plain: View, module: Stage) -> FeatureMap:
-    """Return what makes feature maps of images, with the encoder that is handed on."""
-    encoder = module.weights()["encoder"].eval()
+def feature_map_of(plain: View, module: Stage, device: torch.device) -> FeatureMap:
+    """Return what makes feature maps of images, with the encoder that is handed on.
+
+    The maps are made on the device; Lightning has moved the module off it after the prediction.
+    """
+    encoder = module.weights()["encoder"].eval().to(device)
 
     def feature_map(images: torch.Tensor) -> torch.Tensor | None:
-        prepared = plain(images.to(module.device), torch.empty(0, device=module.device))
+        prepared = plain(images.to(device), torch.empty(0, device=device))
         return fine_feature_map(encoder, prepared)
 
     return feature_map

@@ -261,10 +261,13 @@ def load(
     for part in ("encoder", "head"):
         _fill(file, part, parts[part], below_prefix(tensors, f"{part}."))
     width, num_clusters = _sizes(file, parts["encoder"], parts["head"], header.names)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     known = None
     if header.known is not None:
         below = below_prefix(tensors, "known.")
-        known = Known(header.known, *check_known(file, header.known, below, num_clusters, width))
+        embeddings, clusters = check_known(file, header.known, below, num_clusters, width)
+        known = Known(header.known, embeddings.to(device), clusters)  # once, not for every batch
     given = names_beside(file)
     model = PortableModel(
         network=ClusterNetwork(parts["plain"], parts["encoder"], parts["head"]),
@@ -276,8 +279,6 @@ def load(
         known=known,
         levels=header.levels,
     )
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     model.network.to(device).to(memory_format=torch.channels_last)  # faster on a processor
     return model
 
