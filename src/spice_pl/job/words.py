@@ -30,10 +30,11 @@ def with_quotes(words: Sequence[str]) -> list[str]:
     Raises:
         UsageError: a list or dictionary cannot be read.
     """
-    return [_with_quotes(word) for word in words]
+    sweep = bool({"-m", "--multirun"} & set(words))
+    return [_with_quotes(word, sweep=sweep) for word in words]
 
 
-def _with_quotes(word: str) -> str:
+def _with_quotes(word: str, *, sweep: bool) -> str:
     key, equals, value = word.partition("=")
     if not equals or not value or word.startswith("-") or PLAIN.fullmatch(value):
         is_word = key.lstrip("+") in PATHS and value.lower() in WORDS and os.path.exists(value)
@@ -41,7 +42,10 @@ def _with_quotes(word: str) -> str:
     if key.lstrip("+") in PATHS and os.path.exists(os.path.expanduser(value)):
         return f"{key}={quoted(value)}"
     if _is_read(word):
-        return word
+        several = (
+            key.lstrip("+") in PATHS and "," in value and value[0] not in "'\"[{" and not sweep
+        )
+        return f"{key}={quoted(value)}" if several and "${" not in value else word
     if value[0] in "[{":
         raise UsageError(
             f"{word} cannot be read; inside a list, put text with other characters than letters of "

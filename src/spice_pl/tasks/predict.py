@@ -81,7 +81,7 @@ class Predict:
         model = load(self.model, device=self.device, allow_targets=self.allow_targets)
         levels = {}
         if model.levels is not None:
-            levels = {"levels": model.levels}
+            levels = {"levels": tuple(model.levels)}
             logger.info(
                 "levels of more than 8 bits: black %g, white %g, as the model says", *model.levels
             )

@@ -5,6 +5,7 @@ Shapes: N images.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import logging
 import os
@@ -21,6 +22,7 @@ from spice_pl.errors import UsageError
 logger = logging.getLogger(__name__)
 
 
+DELIMITERS = (",", "\t", ";", "|")
 NO_LABEL = ("", "nan", "<na>")  # what pandas writes for an image without a label
 
 
@@ -28,6 +30,8 @@ def read_table(
     path: Path, root: Path, *, labelled: bool
 ) -> tuple[list[str], list[str | None] | None]:
     """Return the column `path`, and on request the column `label`, of a CSV or Parquet file.
+
+    Columns of a CSV file are separated by commas, tabs, semicolons or |, as its header is.
 
     An empty label, nan and <NA> mean that the image has none.
 
@@ -79,9 +83,14 @@ def _labels(values: Sequence[str | None]) -> list[str | None]:
 
 def _csv(path: Path, wanted: Sequence[str]) -> dict[str, list[str | None]]:
     columns: dict[str, list[str | None]] = {name: [] for name in wanted}
+    with path.open("rb") as raw:
+        wide = raw.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     # Paths may contain bytes that are not UTF-8; spreadsheets may write a byte order mark.
-    with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-        reader = csv.DictReader(file)
+    encoding, errors = ("utf-16", "strict") if wide else ("utf-8-sig", "surrogateescape")
+    with path.open(newline="", encoding=encoding, errors=errors) as file:
+        delimiter = _delimiter(file.readline(), wanted)
+        file.seek(0)
+        reader = csv.DictReader(file, delimiter=delimiter)
         header = reader.fieldnames or ()
         _check_columns(path, wanted, header)
         for row in reader:
@@ -94,6 +103,16 @@ def _csv(path: Path, wanted: Sequence[str]) -> dict[str, list[str | None]]:
             for name in wanted:
                 columns[name].append(row[name])
     return columns
+
+
+def _delimiter(header: str, wanted: Sequence[str]) -> str:
+    r"""Return what separates the columns of a table: a comma unless the header says otherwise.
+
+    >>> _delimiter("path;label", ["path"]), _delimiter("path", ["path"])
+    (';', ',')
+    """
+    split = {each: header.strip().replace('"', "").split(each) for each in DELIMITERS}
+    return next((each for each in DELIMITERS if set(wanted) <= set(split[each])), ",")
 
 
 def _parquet(path: Path, wanted: Sequence[str]) -> dict[str, list[str | None]]:
