@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from hydra.errors import CompactHydraException
 
@@ -14,8 +16,10 @@ from spice_pl.errors import UsageError
 from spice_pl.job import sweep
 from spice_pl.job.job import Job
 from spice_pl.system import ranks
-from spice_pl.system.files import is_disk_full
+from spice_pl.system.files import is_disk_full, is_unwritable
 from spice_pl.system.interrupts import Stopped
+
+PIPE_CODE = 141  # 128 + SIGPIPE, as other programs end then
 
 
 class TrialFailed(CompactHydraException):
@@ -52,7 +56,12 @@ def clear_errors(job: Job) -> Iterator[None]:
 
 @contextmanager
 def full_disk_as_usage_error(job: Job) -> Iterator[None]:
-    """Turn the system's error of a full disk into a message that names the file and the way out."""
+    """Turn the system's error of a full or closed disk or pipe into a message or an exit code.
+
+    Raises:
+        UsageError: names the file and the way out.
+        SystemExit: the output is a pipe that was closed.
+    """
     try:
         yield
     except OSError as error:
@@ -62,7 +71,22 @@ def full_disk_as_usage_error(job: Job) -> Iterator[None]:
                 f"({error.strerror}); files that are there are complete. Free some space, then "
                 "continue with resume=true"
             ) from error
+        if isinstance(error, BrokenPipeError):  # what read the output has ended, such as head
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(PIPE_CODE) from error
+        for key in ("runs_dir", "cache_dir"):
+            place, file = Path(job.cfg[key]).expanduser().absolute(), error.filename
+            if is_unwritable(error) and file and _shares(place, Path(os.fsdecode(file)).absolute()):
+                raise UsageError(
+                    f"{key}={job.cfg[key]} cannot be written to ({file}: {error.strerror}); give "
+                    f"another {key}=PATH, or change its permissions"
+                ) from error
         raise
+
+
+def _shares(place: Path, file: Path) -> bool:
+    """Whether a file is below a place, or the place below the file."""
+    return file.is_relative_to(place) or place.is_relative_to(file)
 
 
 def quiet() -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 # How a cell begins that a spreadsheet may run (OWASP, "CSV injection"), and our own mark.
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "'")
+UMASK = os.umask(0o077)  # the only way to read it is to set it
+os.umask(UMASK)
 CHUNK = 1 << 24  # bytes
 # EDQUOT: the quota of a user; not every system knows it.
 FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
@@ -24,7 +26,7 @@ def atomic(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         sync_file(temporary)
-        temporary.chmod(0o644)
+        temporary.chmod(0o666 & ~UMASK)
         os.replace(temporary, path)
         sync_folder(path.parent)
     finally:
@@ -85,6 +87,11 @@ def for_spreadsheet(text: str) -> str:
 def from_spreadsheet(text: str) -> str:
     """Return the text that `for_spreadsheet` was given."""
     return text.removeprefix("'")
+
+
+def is_unwritable(error: OSError) -> bool:
+    """Whether a file could not be written because of its folder: no permission, or no folder."""
+    return error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 
 
 def is_disk_full(error: OSError) -> bool:

@@ -1,4 +1,4 @@
-"""Stop on signals: a first SIGTERM, SIGINT or SIGUSR1 saves and stops, a second stops at once."""
+"""Stop on signals: a first SIGTERM, SIGINT, SIGHUP or SIGUSR1 saves and stops, a second at once."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-# Sent by schedulers before they kill, by Ctrl-C, and by SLURM's --signal=USR1@seconds.
+# Sent by schedulers before they kill, by Ctrl-C, by a terminal that is closed, and by SLURM's
+# --signal=USR1@seconds.
 # Windows has no SIGUSR1, and sends SIGBREAK for Ctrl-Break.
 SIGNALS = tuple(
     signal.Signals[name]
-    for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGBREAK")
+    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGBREAK")
     if hasattr(signal, name)
 )
 RESUME_CODE = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong; continue with resume=true
@@ -41,7 +42,12 @@ class Interrupts:
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():
-            self._before = {each: signal.signal(each, self._handle) for each in SIGNALS}
+            self._before = {
+                each: signal.signal(each, self._handle)
+                for each in SIGNALS
+                # nohup has a process ignore that its terminal is closed
+                if (each.name, signal.getsignal(each)) != ("SIGHUP", signal.SIG_IGN)
+            }
         return self
 
     def __exit__(
