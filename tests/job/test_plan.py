@@ -259,3 +259,9 @@ def test_another_k_takes_the_estimate_along(finished: Finished) -> None:
     run_stages(finished.job("stage=moco", "overwrite=true", "moco.epochs=1"))
     run_stages(finished.job("stage=proto", "overwrite=true"))
     assert finished.folder("proto").metrics["k_estimate"] is None
+
+
+@pytest.mark.parametrize("minutes", ["0", "-1", "soon"])
+def test_minutes_must_be_a_positive_number(tiny: Sequence[str], minutes: str) -> None:
+    with pytest.raises(UsageError, match=f"minutes={minutes} is not a positive number; give one"):
+        run_stages(make_job(*tiny, f"minutes={minutes}"))

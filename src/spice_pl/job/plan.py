@@ -94,6 +94,9 @@ def check_settings(job: Job) -> None:
         if job.cfg[key] not in words:
             allowed = ", ".join(str(word).lower() for word in words)
             raise UsageError(f"{key}={job.cfg[key]} is none of {allowed}")
+    minutes = job.cfg.minutes
+    if minutes is not None and not (isinstance(minutes, int | float) and minutes > 0):
+        raise UsageError(f"minutes={minutes} is not a positive number; give one, or null for none")
     if job.cfg.edits and ranks.in_rank() and not ranks.is_ours():
         raise UsageError(
             "edits are written as a run by one process; leave torchrun or srun out and let "
