@@ -14,6 +14,7 @@ from spice_pl.job.run import run_stages
 from spice_pl.reports.choices import Comparison
 from spice_pl.runs import page_data
 from spice_pl.runs.attention import read_attention
+from spice_pl.runs.choices import compare_clusters
 from spice_pl.runs.folder import RunFolder
 from spice_pl.runs.page_data import report_data
 
@@ -46,7 +47,7 @@ def test_a_page_is_computed_once_and_again_after_a_change(
     finished: Finished, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looks: list[str] = []
-    compare = page_data.compare_clusters
+    compare = compare_clusters
 
     def counted(folder: RunFolder, *given: Any) -> Comparison:
         looks.append(folder.path.name)
