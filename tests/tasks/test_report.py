@@ -12,9 +12,8 @@ from spice_pl.errors import UsageError
 from spice_pl.job.parts import open_images
 from spice_pl.job.run import run_stages
 from spice_pl.reports.choices import Comparison
-from spice_pl.runs import page_data
+from spice_pl.runs import choices, page_data
 from spice_pl.runs.attention import read_attention
-from spice_pl.runs.choices import compare_clusters
 from spice_pl.runs.folder import RunFolder
 from spice_pl.runs.page_data import report_data
 
@@ -47,7 +46,7 @@ def test_a_page_is_computed_once_and_again_after_a_change(
     finished: Finished, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looks: list[str] = []
-    compare = compare_clusters
+    compare = choices.compare_clusters
 
     def counted(folder: RunFolder, *given: Any) -> Comparison:
         looks.append(folder.path.name)

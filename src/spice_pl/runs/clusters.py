@@ -6,7 +6,7 @@ Shapes: N images, D features, K clusters.
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -105,24 +105,36 @@ def cluster_table(
     )
 
 
-def write_table(table: ClusterTable, file: Path, *, spreadsheet: bool = False) -> None:
+def write_table(
+    table: ClusterTable,
+    file: Path,
+    names: Mapping[int, str] | None = None,
+    *,
+    spreadsheet: bool = False,
+) -> None:
     """Write one line per image, in the order of the data set.
 
-    With spreadsheet=True a name that a spreadsheet would take for a formula begins with '. All
-    cells of such a table are in quotes, which tells it from one with the names as they are.
+    Args:
+        table: its columns.
+        file: where to write.
+        names: names of clusters, for one more column `name`; None leaves it out.
+        spreadsheet: whether a name that a spreadsheet would take for a formula begins with '. All
+            cells of such a table are in quotes, which tells it from one with the names as they are.
     """
+    more = [] if names is None else ["name"]
     with (
         atomic(file) as temporary,
         # A path may hold bytes that are not UTF-8; they are written as they are on disk.
         temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as lines,
     ):
         writer = csv.writer(lines, quoting=csv.QUOTE_ALL if spreadsheet else csv.QUOTE_MINIMAL)
-        writer.writerow(COLUMNS)
+        writer.writerow([*COLUMNS, *more])
         columns = (table.keys, table.clusters, table.confidence, table.agreement, table.reliable)
         for image, cluster, sure, agrees, kept in zip(*columns, strict=True):
             numbers = (f"{value:.{DECIMALS}f}" for value in (sure, agrees))
-            name = for_spreadsheet(image) if spreadsheet else image
-            writer.writerow([name, int(cluster), *numbers, int(kept)])
+            name = [] if names is None else [names.get(int(cluster), f"cluster {cluster}")]
+            texts = [for_spreadsheet(each) if spreadsheet else each for each in (image, *name)]
+            writer.writerow([texts[0], int(cluster), *numbers, int(kept), *texts[1:]])
 
 
 def read_table(file: Path, num_images: int | None = None) -> ClusterTable:

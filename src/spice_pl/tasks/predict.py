@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from spice_pl.data.images import ImageSet
 from spice_pl.errors import UsageError
+from spice_pl.models.pixels import fitting_batch
 from spice_pl.models.portable import PortableModel, Predictions, load
 from spice_pl.system.files import atomic, for_spreadsheet
 from spice_pl.system.progress import Bar
@@ -103,11 +104,14 @@ class Predict:
                 bar.advance(len(part))
                 bar.show()
         rate = len(images) / (time.monotonic() - started)
+        meaning = "fewer than half of the most similar known images are in the same cluster"
+        if model.known is None:
+            meaning = f"confidence at most {model.threshold:g}"
         for name, count in zip(model.names, counts, strict=True):
             logger.info("%8d  %s", count, name)
         logger.info(
-            "%d images, %.0f per second, %d not sure (confidence at most %g): %s",
-            *(len(images), rate, doubtful, model.threshold),
+            "%d images, %.0f per second, %d not sure (%s): %s",
+            *(len(images), rate, doubtful, meaning),
             context.folder.path / "predictions.csv",
         )
 
@@ -206,6 +210,7 @@ def pixel_batches(
     images: ImageSet, batch_size: int
 ) -> Iterator[tuple[Sequence[str], NDArray[np.uint8]]]:
     """Yield keys and pixels (B, 3, S, S) batch by batch, read from the memory map."""
+    batch_size = fitting_batch(batch_size, images.images.shape[-1])
     for start in range(0, len(images), batch_size):
         end = min(start + batch_size, len(images))
         yield images.keys[start:end], np.array(images.images[start:end])
