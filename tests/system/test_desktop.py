@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from spice_pl.system.desktop import DISPLAYS, REMOTE, has_desktop, open_page
+from spice_pl.system.desktop import DISPLAYS, REMOTE, SWEEP, has_desktop, open_page
 
 RANKS = ("LOCAL_RANK", "SLURM_NTASKS")
 
@@ -16,7 +16,7 @@ RANKS = ("LOCAL_RANK", "SLURM_NTASKS")
 @pytest.fixture
 def desktop(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """A terminal on a Linux desktop."""
-    for name in ("CI", *REMOTE, *DISPLAYS, *RANKS):
+    for name in ("CI", SWEEP, *REMOTE, *DISPLAYS, *RANKS):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
@@ -47,7 +47,7 @@ def test_macos_and_windows_need_no_display(desktop: pytest.MonkeyPatch, platform
     assert has_desktop()
 
 
-@pytest.mark.parametrize("name", ["CI", *REMOTE, "LOCAL_RANK"])
+@pytest.mark.parametrize("name", ["CI", *REMOTE, SWEEP, "LOCAL_RANK"])
 def test_not_in_ci_over_ssh_or_in_a_rank(
     desktop: pytest.MonkeyPatch, opened: list[str], name: str
 ) -> None:

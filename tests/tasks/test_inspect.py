@@ -16,7 +16,7 @@ from tests.conftest import NUM_IMAGES, make_job
 from spice_pl.data.augment import PlainView
 from spice_pl.data.images import ImageSet
 from spice_pl.job.run import run_stages
-from spice_pl.tasks.inspect import as_picture, measure, notes
+from spice_pl.tasks.inspect import as_picture, measure, notes, used_views
 
 
 @pytest.fixture
@@ -59,6 +59,24 @@ def test_the_page_is_one_file_and_runs_nothing(page: Path) -> None:
     addresses = re.findall(r'(?:src|href)="([^"]*)"', html)
     assert len(addresses) > 100
     assert all(address.startswith(("data:image/", "#")) for address in addresses)
+
+
+def test_only_views_of_the_stages_that_would_run_are_shown(
+    tiny: Sequence[str], photo_folder: Path
+) -> None:
+    job = make_job("stage=inspect", *tiny, "chain=[embed,proto]")
+    run_stages(job)
+    html = (job.folder("inspect").path / "inspect.html").read_text()
+    heads = re.findall(r'<th scope="col">(.*?)</th>', html)[:6]
+    assert heads[:-1] == ["Image", "plain", "weak 1", "weak 2", "strong 1"]
+    assert "moco 1" not in html
+    assert "views of embed, proto, the stages" in html
+
+
+def test_all_views_are_shown_for_a_stage_whose_streams_are_not_known() -> None:
+    views = {name: PlainView((level,) * 3, (1, 1, 1)) for name, level in (("plain", 0), ("a", 1))}
+    assert used_views(views, ["mine"], {}) == views
+    assert used_views(views, ["embed"], {"embed": {}}) == {"plain": views["plain"]}
 
 
 def test_a_second_look_replaces_the_page_by_the_same(page: Path, tiny: Sequence[str]) -> None:

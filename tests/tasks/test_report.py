@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,12 @@ from spice_pl.runs import choices, page_data
 from spice_pl.runs.attention import read_attention
 from spice_pl.runs.folder import RunFolder
 from spice_pl.runs.page_data import report_data
+from spice_pl.tasks import report
 
 
-def test_the_page_is_written_again_and_the_numbers_stay(finished: Finished) -> None:
+def test_the_page_is_written_again_and_the_numbers_stay(
+    finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = finished.folder("fixmatch")
     with np.load(folder.path / "attention.npz") as held:
         index, maps = held["index"], held["maps"]
@@ -32,7 +36,10 @@ def test_the_page_is_written_again_and_the_numbers_stay(finished: Finished) -> N
         (folder.path / "attention.npz").write_bytes(content)
         with pytest.raises(UsageError, match=r"attention\.npz is damaged .* stage=report writes"):
             read_attention(folder)
+    opened: list[Path] = []
+    monkeypatch.setattr(report, "open_page", lambda page, wanted: opened.append(page))
     run_stages(finished.job("stage=report"))
+    assert opened == [folder.path / "report.html"]
     page = (folder.path / "report.html").read_text()
     assert '<h3 id="cluster-0-title" data-name="0">owls</h3>' in page
     assert page.count("data-look=") == len(index)

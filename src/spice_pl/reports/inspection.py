@@ -40,6 +40,7 @@ class Inspection:
         wall: images of the sample.
         viewed: (v,) images whose views are shown.
         views: pictures (v, 3, S, S) uint8 of each view, by its name.
+        stages: names of the stages that use these views.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Inspection:
     wall: NDArray[np.int64]
     viewed: NDArray[np.int64]
     views: Mapping[str, NDArray[np.uint8]]
+    stages: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

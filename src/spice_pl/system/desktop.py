@@ -13,16 +13,17 @@ from spice_pl.system import ranks
 logger = logging.getLogger(__name__)
 
 REMOTE = ("SSH_CONNECTION", "SSH_CLIENT", "SSH_TTY")  # set by sshd: the desktop is elsewhere
+SWEEP = "SPICE_PL_TRIALS"  # set while a sweep runs; a page per trial would be too many
 DISPLAYS = ("DISPLAY", "WAYLAND_DISPLAY")
 
 
 def has_desktop() -> bool:
     """Whether somebody sits at a desktop of this machine, and watches this process in a terminal.
 
-    False in continuous integration (`CI`), over SSH, in a rank, where the output is not a terminal,
-    and on Linux without a display.
+    False in continuous integration (`CI`), over SSH, in a rank, in a trial of a sweep, where the
+    output is not a terminal, and on Linux without a display.
     """
-    if os.environ.get("CI") or any(map(os.environ.get, REMOTE)) or ranks.in_rank():
+    if any(map(os.environ.get, ("CI", SWEEP, *REMOTE))) or ranks.in_rank():
         return False
     if not sys.stdout.isatty():
         return False

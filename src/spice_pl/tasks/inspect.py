@@ -8,13 +8,14 @@ from __future__ import annotations
 import logging
 import zlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from spice_pl.data.augment import PlainView
+from spice_pl.data.datamodule import Stream
 from spice_pl.data.duplicates import copies, near_copies, num_copies, row_digests
 from spice_pl.data.images import ImageSet
 from spice_pl.data.keyed import keyed_uniform
@@ -31,10 +32,15 @@ SHOWN_GROUPS = 40  # groups of copies and pairs of near-copies on the page
 
 
 class Inspect:
-    """Write inspect.html: counts, sizes, skipped files, copies, a sample, and all views.
+    """Write inspect.html: counts, sizes, skipped files, copies, a sample, and the views.
+
+    Shown are the plain view and those that the stages use. All are shown if the streams of one of
+    the stages are not given.
 
     Args:
         views: views by name, in the order in which they are shown.
+        stages: names of the stages that images would pass.
+        streams: streams of stages, by stage and name.
         num_pictures: number of images in the sample.
         num_viewed: number of images whose views are shown.
         compare_at_most: largest number of images that near-copies are searched in.
@@ -48,11 +54,14 @@ class Inspect:
         num_viewed: int = 10,
         compare_at_most: int = 50_000,
         draws: int = 2,
+        stages: Sequence[str] = (),
+        streams: Mapping[str, Mapping[str, Stream]] | None = None,
     ) -> None:
         for name, value in (("num_pictures", num_pictures), ("num_viewed", num_viewed)):
             if value < 1:
                 raise UsageError(f"inspect.task.{name} {value} is not positive")
-        self.views, self.draws = views, draws
+        self.views, self.draws = used_views(views, stages, streams or {}), draws
+        self.stages = tuple(stages)
         self.num_pictures, self.num_viewed = num_pictures, num_viewed
         self.compare_at_most = compare_at_most
 
@@ -79,6 +88,7 @@ class Inspect:
             wall=_evenly(len(images), self.num_pictures),
             viewed=_evenly(len(images), self.num_viewed),
             views=self._views(images, context.seed),
+            stages=self.stages,
         )
         path = write_inspection(data, context.folder.path / "inspect.html")
         context.folder.write_json(
@@ -131,6 +141,20 @@ class Inspect:
                 title = f"{name} {draw + 1}" if view.num_uniforms else name
                 made[title] = as_picture(view(pixels.clone(), uniforms), view)
         return made
+
+
+def used_views(
+    views: Mapping[str, PlainView],
+    stages: Sequence[str],
+    streams: Mapping[str, Mapping[str, Stream]],
+) -> dict[str, PlainView]:
+    """Return the plain view and those that a stream of the stages has; arguments as above."""
+    if not set(stages) <= set(streams):
+        return dict(views)
+    used = [
+        view for stage in stages for each in streams[stage].values() for view in each.views.values()
+    ]
+    return {name: view for name, view in views.items() if name == "plain" or view in used}
 
 
 def as_picture(views: torch.Tensor, view: PlainView) -> NDArray[np.uint8]:

@@ -15,6 +15,7 @@ from spice_pl.nn.places import fine_feature_map
 from spice_pl.reports.page import write_report
 from spice_pl.runs.attention import write_attention
 from spice_pl.runs.page_data import report_data
+from spice_pl.system.desktop import open_page
 from spice_pl.tasks.base import Context
 
 logger = logging.getLogger(__name__)
@@ -26,10 +27,16 @@ class Report:
     Args:
         map_method: layout of the map, "pca" or "tsne".
         allow_targets: names of your own packages that define the model's network.
+        opened: whether the page opens in the browser; "auto" where there is a desktop.
     """
 
-    def __init__(self, map_method: str = "pca", allow_targets: Sequence[str] = ()) -> None:
-        self.map_method, self.allow_targets = map_method, allow_targets
+    def __init__(
+        self,
+        map_method: str = "pca",
+        allow_targets: Sequence[str] = (),
+        opened: bool | str = False,
+    ) -> None:
+        self.map_method, self.allow_targets, self.opened = map_method, allow_targets, opened
 
     def __call__(self, context: Context) -> None:
         """Compute where the prototypes resemble their cluster, and write the page."""
@@ -48,4 +55,6 @@ class Report:
         else:
             logger.info("no %s: the page keeps its attention maps", portable.FILE_NAME)
         data = report_data(folder, context.upstream[1:], images, metrics, table, self.map_method)
-        logger.info("%s", write_report(data, folder.path / "report.html"))
+        page = write_report(data, folder.path / "report.html")
+        logger.info("%s", page)
+        open_page(page, self.opened)
