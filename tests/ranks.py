@@ -19,6 +19,8 @@ from spice_pl.stages.moco import MoCoModule
 from spice_pl.stages.proto import ProtoHeadModule
 from spice_pl.stages.semi import SemiSupervisedModule
 from spice_pl.stages.simclr import SimCLRModule
+from spice_pl.stages.temi import TemiModule
+from spice_pl.stages.turtle import TurtleModule
 from spice_pl.system.ranks import PARENT
 
 
@@ -74,6 +76,22 @@ class DumpingSemi(SemiSupervisedModule):
     def on_train_end(self) -> None:
         super().on_train_end()
         dump(self, "clusmatch", reliable=self.reliable_index, pseudo_labels=self.pseudo_labels)
+
+
+class DumpingTemi(TemiModule):
+    """TEMI."""
+
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        dump(self, "temi")
+
+
+class DumpingTurtle(TurtleModule):
+    """TURTLE."""
+
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        dump(self, "turtle")
 
 
 class Flat(nn.Module):

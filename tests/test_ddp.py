@@ -160,6 +160,36 @@ def test_stage_2_on_two_ranks_equals_one_rank(runs: Runs) -> None:
         assert scores[0][key] == pytest.approx(value, abs=1e-3), key
 
 
+@pytest.mark.parametrize("stage", ["temi", "turtle"])
+def test_heads_on_stored_features_on_two_ranks_equal_one_rank(
+    runs: Runs, stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every rank takes the same steps, so weights are equal bit for bit."""
+    monkeypatch.setenv("RANK_DUMPS", str(tmp_path))
+    overrides = (
+        *(*runs.overrides, f"stage={stage}", f"{stage}.epochs=2"),
+        *(f"{stage}.module._target_=tests.ranks.Dumping{stage.title()}",),
+        *(f"{stage}.module.steps_per_epoch=3", f"{stage}.module.batch_size=20"),
+    )
+    for name in ("two", "one"):
+        shutil.copytree(runs.two / "moco", tmp_path / name / "photos/moco")
+    done = train(*overrides, f"runs_dir={tmp_path / 'two'}", *TWO)
+    assert done.returncode == 0, done.stderr
+    run_stages(make_job(*overrides, f"runs_dir={tmp_path / 'one'}"))
+    one, first, second = (
+        torch.load(tmp_path / f"{stage}-{ranks}-{rank}.pt", weights_only=True)
+        for ranks, rank in ((1, 0), (2, 0), (2, 1))
+    )
+    assert "kept" in one
+    for key, value in one.items():
+        assert torch.equal(first[key], value), key
+        assert torch.equal(second[key], value), key
+    two, single = (
+        RunFolder(tmp_path / each / "photos" / stage / "seed0") for each in ("two", "one")
+    )
+    assert np.array_equal(two.probs, single.probs)
+
+
 def test_clusmatch_on_two_ranks_equals_one_rank(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

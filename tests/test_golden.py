@@ -14,8 +14,11 @@ from pathlib import Path
 import pytest
 from tests.conftest import Finished
 
+from spice_pl.job.run import run_stages
+
 FOLDER = Path(__file__).parent / "golden"
 STAGES = ("moco", "proto", "fixmatch")
+STORED = ("temi", "turtle")  # heads on the stored features of moco
 TOLERANCE = 2e-3  # relative
 
 
@@ -24,8 +27,26 @@ def curve(finished: Finished, stage: str) -> list[float]:
         return [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_loss_curve_is_the_golden_one(straight: Finished, stage: str) -> None:
+@pytest.fixture(scope="module")
+def stored(straight: Finished, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """The three stages, and heads on stored features in a few steps."""
+    finished = straight.copy(tmp_path_factory.mktemp("stored"))
+    sizes = (
+        *("epochs=3", "module.steps_per_epoch=4", "module.batch_size=20"),
+        *("module.num_heads=3", "module.lr=0.02"),
+    )
+    more = tuple(f"{stage}.{size}" for stage in STORED for size in sizes)
+    finished = Finished((*finished.overrides, *more), finished.runs)
+    run_stages(finished.job(f"stages=[{','.join(STORED)}]"))
+    return finished
+
+
+@pytest.mark.parametrize("stage", [*STAGES, *STORED])
+def test_loss_curve_is_the_golden_one(
+    straight: Finished, stage: str, request: pytest.FixtureRequest
+) -> None:
+    if stage in STORED:
+        straight = request.getfixturevalue("stored")
     found, file = curve(straight, stage), FOLDER / f"{stage}.json"
     if os.environ.get("UPDATE_GOLDEN"):
         file.parent.mkdir(exist_ok=True)
@@ -35,7 +56,7 @@ def test_loss_curve_is_the_golden_one(straight: Finished, stage: str) -> None:
     assert len(found) == int(straight.job().cfg[stage].epochs)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [*STAGES, *STORED])
 def test_no_other_epoch_would_pass_for_another(stage: str) -> None:
     """The tolerance is finer than what the curve itself does."""
     golden = json.loads((FOLDER / f"{stage}.json").read_text())["train/loss"]

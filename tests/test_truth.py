@@ -153,6 +153,8 @@ LEARNS = {
     "import": ("module.stem=conv3",),
     "scan": ("epochs=2", "streams.images.batch_size=30"),
     "selflabel": ("epochs=1", "streams.images.batch_size=30", "upstream=proto"),
+    "temi": ("epochs=2", "module.steps_per_epoch=3", "module.batch_size=20"),
+    "turtle": ("epochs=2", "module.steps_per_epoch=3", "module.batch_size=20"),
     "clusmatch": (*SEMI, "module.kmeans_steps=2"),
     "freematch": SEMI,
     "flexmatch": SEMI,

@@ -1,7 +1,8 @@
-"""The command: `python train.py` in a checkout, `spice` once installed."""
+"""The command: `python train.py` in a checkout, `spice` once installed, or `python -m spice_pl`."""
 
 import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import hydra
@@ -12,7 +13,9 @@ from omegaconf import DictConfig
 
 from spice_pl.system import command
 from spice_pl.system.command import quoted
-from spice_pl.usage import conf_folder, usage
+from spice_pl.usage import VERBS, conf_folder, usage, verb_usage
+
+COMMANDS = {"spice": "spice", "__main__": "python -m spice_pl"}  # by the name of the script
 
 
 @hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")
@@ -55,32 +58,82 @@ def with_folder(arguments: list[str]) -> list[str]:
     first = arguments[0] if arguments else "-"
     if first.startswith("-") or not Path(first).is_dir():
         return arguments
-    # argparse takes settings in one piece only, and -m has no value.
-    rest = sorted(arguments[1:], key=lambda word: word in ("-m", "--multirun"))
-    return ["dataset=folder", f"dataset.root={quoted(first)}", *rest]
+    return ["dataset=folder", f"dataset.root={quoted(first)}", *_in_order(arguments[1:])]
+
+
+def with_verb(arguments: list[str]) -> list[str]:
+    """Return the command line of a verb, such as `trust RUN`, as settings.
+
+    Raises:
+        SystemExit: with code 2, a word is missing or too many.
+
+    >>> with_verb(["trust", "photos", "seed=1"])
+    ['stage=trust', "of='photos'", 'seed=1']
+    """
+    verb, *rest = arguments
+    words = [word for word in rest if not word.startswith(("-", "+", "~")) and "=" not in word]
+    others = _in_order([word for word in rest if word not in words])
+    about = VERBS[verb]
+    if len(words) != len(about.words):
+        _say_words(verb, words)
+    settings = [f"stage={about.stage}"]
+    for name, word in zip(about.words, words, strict=True):
+        if name in ("NEW", "DIR") and not Path(word).is_dir():
+            _stop(f"{name}={word} is not a folder that exists; give a folder of images")
+        settings += [text.format(quoted(word)) for text in about.settings[name]]
+    return [*settings, *others]
+
+
+def _in_order(arguments: list[str]) -> list[str]:
+    """Return arguments with -m last: argparse takes settings in one piece, and -m has no value."""
+    return sorted(arguments, key=lambda word: word in ("-m", "--multirun"))
+
+
+def _say_words(verb: str, words: list[str]) -> None:
+    line = " ".join([*command.command(), verb, *VERBS[verb].words])
+    given = f"{len(words)} given: {' '.join(words)}" if words else "none given"
+    folder = ""
+    if not words and Path(verb).is_dir():
+        folder = f". To cluster the images in the folder {verb}, write ./{verb}"
+    _stop(f"{verb} takes {' and '.join(VERBS[verb].words)}, {given}; the form is\n  {line}{folder}")
+
+
+def _stop(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 def main() -> None:
-    """Print the help text for --help; otherwise run the job of the command line."""
-    os.environ[command.NAME] = "spice" if Path(sys.argv[0]).stem == "spice" else "python train.py"
-    if {"-h", "--help"} & set(sys.argv[1:]):
+    """Run the command line: help, a verb, or the job of its settings."""
+    script = Path(sys.argv[0]).stem
+    os.environ[command.NAME] = COMMANDS.get(script, "python train.py")
+    words = sys.argv[1:]
+    first = words[0] if words else ""
+    if {"-h", "--help"} & set(words):
+        print(verb_usage(first, conf_folder()) if first in VERBS else usage(conf_folder()))
+        return
+    if "--version" in words:
+        print(f"spice-pl {version('spice-pl')}")
+        return
+    if not words and script in COMMANDS:  # python train.py runs the demonstration
         print(usage(conf_folder()))
         return
-    if any(word.startswith("--e") for word in sys.argv[1:]):  # argparse takes any beginning of it
-        print(
-            "error: --experimental-rerun reads a pickle, which can hold code; give the settings",
-            file=sys.stderr,
-        )
-        raise SystemExit(2)
+    if any(word.startswith("--e") for word in words):  # argparse takes any beginning of it
+        _stop("--experimental-rerun reads a pickle, which can hold code; give the settings")
+    if first == "compare":
+        from spice_pl.runs.compare import main as compare
+
+        compare(words[1:])
+        return
     from spice_pl.errors import UsageError
-    from spice_pl.job.guard import checked_hydra
+    from spice_pl.job.loader import checked_settings
     from spice_pl.job.words import with_quotes
 
+    settings = with_verb(words) if first in VERBS else with_folder(words)
     try:
-        sys.argv[1:] = with_quotes(with_folder(sys.argv[1:]))
+        sys.argv[1:] = with_quotes(settings)
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+        _stop(str(error))
 
-    with checked_hydra():
+    with checked_settings():
         run_job()

@@ -1,9 +1,47 @@
 """The text of --help. Hydra's own help would compose the settings first, which takes a second."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
 
 from spice_pl.system.command import command
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A short form of the command.
+
+    Attributes:
+        stage: the stage or task that runs.
+        words: what follows the verb.
+        settings: for each word, the settings that it stands for.
+        what: what it does, in one line.
+    """
+
+    stage: str
+    words: tuple[str, ...]
+    settings: Mapping[str, tuple[str, ...]]
+    what: str
+
+
+_RUN = {"RUN": ("of={}",)}
+_IMAGES = ("dataset=folder", "dataset.root={}")
+VERBS = {
+    "inspect": Verb("inspect", ("DIR",), {"DIR": _IMAGES}, "look at images before training"),
+    "trust": Verb("trust", ("RUN",), _RUN, "how far to believe its clusters, without labels"),
+    "review": Verb("review", ("RUN",), _RUN, "name, merge and split its clusters in a browser"),
+    "edit": Verb(
+        "edit", ("RUN", "FILE"), {**_RUN, "FILE": ("edit.file={}",)}, "apply saved edits to it"
+    ),
+    "report": Verb("report", ("RUN",), _RUN, "write its report page again"),
+    "predict": Verb(
+        "predict", ("RUN", "NEW"), {**_RUN, "NEW": _IMAGES}, "cluster the images in the folder NEW"
+    ),
+    "export": Verb("export", ("RUN",), _RUN, "write its model and clusters for other programs"),
+    "estimate-k": Verb("estimate_k", ("RUN",), _RUN, "how many clusters its features show"),
+    "compare": Verb("", ("RUN...",), {}, "runs in one table, with mean and spread over seeds"),
+}
 
 TEXT = """\
 Cluster images without labels: SPICE (Niu et al. 2022) in three stages.
@@ -12,14 +50,20 @@ First steps
   python train.py DIR
       cluster the images below the folder DIR, on the features of a pretrained network;
       the number of clusters is estimated, dataset.num_clusters=K sets it
-  python train.py DIR stage=inspect
-      look at your images before training: sizes, copies, what a network will see
-  python train.py
+  python train.py dataset=digits
       the paper's three stages on the 1,797 handwritten digits inside scikit-learn: minutes,
       no download
 
   Results are in runs/<dataset>/<stage>/<run>, for example runs/digits/fixmatch/seed0.
   Open report.html there in a browser; clusters.csv has one line per image.
+
+With a finished run
+{verbs}
+
+  RUN is the folder of a run, such as runs/photos/proto/seed0, or a data set below runs, such as
+  photos: then it is the newest run with clusters. Its own settings are used; results are put into
+  its folder. VERB --help shows the settings of one. A folder of photos that has the name of a
+  verb is written ./NAME.
 
 Stages
   A job runs moco (learns features), proto (finds clusters) and fixmatch (trains features and
@@ -27,11 +71,7 @@ Stages
   or the first three with recipe=scratch. stage=NAME runs one of them, or a task on finished
   runs. Give it the same dataset= and other settings as the runs that it reads.
   python train.py stage=proto              one stage; it reads the finished stage before it
-  python train.py stage=estimate_k         estimate K from the features of stage moco
-  python train.py stage=trust              check a result without labels
-  python train.py stage=review             name, merge and split clusters in a browser
-  python train.py DIR stage=predict predict.model=RUN
-      cluster new images with the trained model in the folder RUN
+  python train.py stage=trust              a task, as the verbs above, by the job's own settings
 
 Runs
   python train.py resume=true              continue an interrupted run
@@ -77,5 +117,38 @@ def usage(conf: Path) -> str:
         options = " | ".join(sorted(option.stem for option in group.glob("*.yaml")))
         line = f"  {name + '=':<12}{options}  ({MEANING.get(name, 'settings')})"
         lines.append(fill(line, width=98, subsequent_indent=14 * " "))
-    text = TEXT.format(groups="\n".join(lines))
+    verbs = [_verb_line(name) for name in VERBS]
+    text = TEXT.format(groups="\n".join(lines), verbs="\n".join(verbs))
+    return _as_typed(text)
+
+
+def verb_usage(name: str, conf: Path) -> str:
+    """Return the help text of a verb, with the settings that it has."""
+    verb = VERBS[name]
+    lines = [_verb_line(name), ""]
+    if "RUN" in verb.words:
+        lines += [
+            "  RUN is the folder of a finished run, or a data set below runs: then it is the",
+            "  newest run of it. Settings of the run are used; results are put into",
+            f"  RUN/{verb.stage}.",
+            "",
+        ]
+    file = conf / "stage" / f"{verb.stage}.yaml"
+    if file.is_file():
+        shown = file.read_text(encoding="utf-8").splitlines()
+        shown = [line for line in shown if not line.startswith(("# @package", "stages:"))]
+        lines += ["Settings, as in", f"  python train.py {name} {' '.join(verb.words)} KEY=VALUE"]
+        lines += ["", *(f"  {line}" for line in shown)]
+    else:
+        lines += ["  --to DIR    folder for compare.md, compare.csv and compare.html"]
+    return _as_typed("\n".join(lines))
+
+
+def _verb_line(name: str) -> str:
+    words = " ".join([name, *VERBS[name].words])
+    return f"  python train.py {words:<20} {VERBS[name].what}"
+
+
+def _as_typed(text: str) -> str:
+    """Return a text in which commands begin as the user began theirs."""
     return text.replace("python train.py", " ".join(command()))

@@ -39,7 +39,7 @@ def data_module(
     streams: dict[str, Stream] | None = None,
     seed: int = 0,
     stage: str = "test",
-    **settings: int,
+    **settings: Any,
 ) -> ViewsDataModule:
     module = ViewsDataModule(
         image_set() if images is None else images,
@@ -49,7 +49,10 @@ def data_module(
         stage=stage,
         **settings,
     )
-    trainer = SimpleNamespace(global_rank=rank, world_size=world_size, training=training)
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    trainer = SimpleNamespace(
+        global_rank=rank, world_size=world_size, training=training, strategy=strategy
+    )
     module.trainer = trainer  # type: ignore[assignment]
     return module
 

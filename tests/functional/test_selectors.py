@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.conftest import compose
 from torch import Tensor
 
 from spice_pl.functional.reliability import local_consistency, reliable_mask
@@ -13,6 +14,7 @@ from spice_pl.functional.selectors import (
     random_labels,
     reliable_labels,
 )
+from spice_pl.job.settings import build
 
 K = 3
 
@@ -145,3 +147,16 @@ def test_oracle_draws_evenly_from_known_labels() -> None:
     assert torch.equal(OracleLabels()(truth).label, truth)
     with pytest.raises(ValueError, match="num_labels 1 gives 0 labels for each of 2 classes"):
         OracleLabels(1)(truth)
+
+
+def test_majority_labels_what_most_neighbours_agree_on() -> None:
+    cfg = compose("dataset=digits", "reliable.num_neighbors=3")
+    majority = build(cfg, cfg.selectors.majority)
+    angles = torch.tensor([0.0, 0.1, 0.21, 0.33, 2.0, 2.1, 2.21])
+    embeddings = torch.stack([angles.cos(), angles.sin()], dim=1)
+    clusters = torch.tensor([0, 1, 0, 0, 1, 1, 1])
+    probs = torch.nn.functional.one_hot(clusters, 2) * 0.8 + 0.1
+    probs[6] = torch.tensor([0.5, 0.5])  # not above one half
+    # Image 1 has itself alone of {0, 1, 2}; 0 has two of {0, 1, 2}; 2 has two of {1, 2, 3}.
+    found = majority(embeddings, probs, 2, torch.Generator().manual_seed(0))
+    assert found.label.tolist() == [0, -1, 0, 0, 1, 1, -1]

@@ -14,12 +14,13 @@ REACHING = {
     *("socket.connect", "socket.bind", "socket.getaddrinfo", "socket.gethostbyname"),
     *("socket.sendto", "socket.sendmsg", "urllib.Request", "http.client.connect"),
     *("subprocess.Popen", "os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn"),
-    *("os.spawn", "os.startfile", "pty.spawn", "os.kill", "ctypes.dlopen"),
+    *("os.spawn", "os.startfile", "pty.spawn", "os.kill"),
 }
 CHANGING = {
     *("os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.link", "os.symlink", "os.truncate"),
     *("os.chmod", "os.chown", "os.utime", "shutil.rmtree", "shutil.move", "shutil.copyfile"),
 }
+TWO_PATHS = {"os.rename", "os.link", "os.symlink", "shutil.move", "shutil.copyfile"}
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
@@ -45,7 +46,7 @@ def _watch(event: str, arguments: tuple[Any, ...]) -> None:
         if not isinstance(path, str | bytes) or not flags & WRITING:
             return
     elif event in CHANGING:
-        path = arguments[-3] if event in ("os.rename", "os.link", "os.symlink") else arguments[0]
+        path = arguments[1] if event in TWO_PATHS else arguments[0]
     else:
         return
     name = os.path.abspath(os.fsdecode(path)) if not isinstance(path, int) else ""

@@ -28,6 +28,7 @@ EXCEPTIONS = {
     "clusmatch.module.encoder_lr": OF_CLUSMATCH,
     "freematch.module.losses": "FreeMatch's own loss; the class is that of the whole family",
     "supervised.module.unlabeled_weight": "it learns from true labels alone",
+    "selectors.majority.*": "a second choice of one function, beside selectors.reliable",
     "selectors.centroid.branch": "a second choice of one function, beside selectors.variance",
     "selectors.oracle.num_labels": "a second choice of one class, beside selectors.oracle_all",
     "augment.strong_joint.padding": "the strong view of stage 3; the default is that of stage 2",

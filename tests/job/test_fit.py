@@ -10,7 +10,9 @@ import pytest
 from tests.conftest import TINY, compose, make_job
 
 from spice_pl.data.images import ImageSet
+from spice_pl.errors import UsageError
 from spice_pl.job.fit import fitted
+from spice_pl.job.parts import build_stage
 from spice_pl.job.plan import plan
 from spice_pl.job.run import run_stages
 
@@ -45,6 +47,83 @@ def test_a_large_data_set_changes_nothing() -> None:
         own, changes = fit(stage, 60_000, 10)
         assert own == plan(make_job("dataset=cifar10", f"stage={stage}"))[0].own
         assert not changes
+
+
+def test_a_batch_stays_a_multiple_of_its_groups() -> None:
+    # 8 groups of BatchNorm: the largest multiple of 8 up to 90 is 88.
+    (step,) = plan(make_job("dataset=cifar10", "stage=moco", "moco.module.bn_groups=8"))
+    own, _ = fitted("moco", step.own, images(90), 10, ())
+    assert own["streams"]["images"]["batch_size"] == 88
+
+
+@pytest.mark.parametrize(
+    ("number", "num_clusters", "neighbors"),
+    [
+        (60_000, 10, 20),
+        (400, 20, 20),  # just enough: the mean cluster has 20 images
+        (120, 10, 6),  # half of the mean size, 12
+        (20, 10, 2),
+    ],
+)
+def test_neighbours_of_scan_are_fewer_than_a_cluster_has(
+    number: int, num_clusters: int, neighbors: int
+) -> None:
+    own, _ = fit("scan", number, num_clusters)
+    assert own["module"]["num_neighbors"] == neighbors
+
+
+def test_each_cluster_has_a_labelled_image() -> None:
+    # A tenth of 5 images per cluster is none; a fifth is one.
+    own, changes = fit("clusmatch", 20, 4)
+    assert own["module"]["selector"]["fraction"] == 0.2
+    assert "selectors.variance.fraction 0.1 -> 0.2" in changes
+    own, changes = fit("clusmatch", 21, 3)  # 7 images: 1/7 rounded up gives one, and not two
+    assert int(7 * own["module"]["selector"]["fraction"]) == 1
+
+
+@pytest.mark.parametrize("number", [20, 120, 1_000_000])
+@pytest.mark.parametrize("num_clusters", [2, 10])
+@pytest.mark.parametrize("stage", ["moco", "simclr", "proto", "scan", "selflabel", "fixmatch"])
+def test_every_size_fits_from_20_images_to_a_million(
+    stage: str, num_clusters: int, number: int
+) -> None:
+    job = make_job(
+        "dataset=digits",
+        f"dataset.num_clusters={num_clusters}",
+        f"stage={stage}",
+        "augment=photographs",
+    )
+    (step,) = plan(job)
+    _, streams = build_stage(job, step, images(number))  # raises if a size does not fit
+    for name, stream in streams.items():
+        assert name == "labelled" or stream.batch_size <= number
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("reliable.agreement=1.2", "agreement=1.2 lets no image count as reliable"),
+        ("reliable.confidence=1.0", "confidence=1.0 lets no image count as reliable"),
+        ("fixmatch.selector=oracle", "has no true labels, which fixmatch.selector=oracle asks for"),
+    ],
+)
+def test_stage_3_without_a_chance_is_refused_before_stage_1(
+    tiny: Any, tmp_path: Any, setting: str, words: str
+) -> None:
+    more = ("dataset.labels=none", setting)
+    with pytest.raises(UsageError, match=words):
+        run_stages(make_job(*tiny, *more))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_fraction_that_labels_no_image_is_refused_before_stage_1(
+    tiny: Any, tmp_path: Any
+) -> None:
+    # 90 images in 3 clusters: a hundredth of 30 is none.
+    chain = ("chain=[moco,proto,clusmatch]", "selectors.variance.fraction=0.01")
+    with pytest.raises(UsageError, match=r"of 30 images per cluster labels 0 of them.*0\.034 to 1"):
+        run_stages(make_job(*tiny, *chain))
+    assert not (tmp_path / "runs").exists()
 
 
 def test_what_the_command_line_names_stays() -> None:

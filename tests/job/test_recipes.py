@@ -56,6 +56,12 @@ def test_k_is_estimated_once_and_then_that_of_the_run(tiny: Sequence[str]) -> No
     assert estimate["read"] == "moco/seed0"
     found = job.folder("proto").metrics
     assert found["num_clusters"] == estimate["estimated_num_clusters"]
+    shown = found["k_estimate"]
+    assert shown["num_clusters"] == estimate["estimated_num_clusters"]
+    assert (shown["clear"], shown["sentence"]) == (estimate["clear"], estimate["sentence"])
+    assert shown["candidates"] == [2, 3, 4]
+    gains = [point["stability"] - point["null"] for point in estimate["curve"]]
+    assert shown["scores"] == gains
     assert job.folder("moco").metrics["num_clusters"] == 0  # its features are the same for any K
     begun = job.folder("estimate_k").path.joinpath("metrics.json").stat().st_mtime_ns
     run_stages(make_job(*tiny, *more, "resume=true"))
@@ -70,6 +76,7 @@ def test_k_is_estimated_once_and_then_that_of_the_run(tiny: Sequence[str]) -> No
     again = job.folder("proto").metrics
     names = [row["name"] for row in again["rows"]]
     assert again["num_clusters"] == 2
+    assert again["k_estimate"] == shown  # the features are the same
     assert names == ["k-means on pixels", "k-means on MoCo features", "SPICE stage 2"]
     assert all(row["acc"] <= 2 / 3 for row in again["rows"])  # three classes in two clusters
     assert job.folder("moco").metrics["rows"] == []

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 
 from spice_pl.models.known import Known, choose_known
+
+
+def test_agreement_is_the_share_of_the_nearest_in_the_same_cluster() -> None:
+    angles = torch.arange(8) * 0.1
+    known = Known(
+        keys=[str(i) for i in range(8)],
+        embeddings=torch.stack([angles.cos(), angles.sin()], dim=1).half(),
+        clusters=torch.tensor([0, 0, 1, 0, 1, 1, 1, 1]),
+    )
+    # 8 known images in 2 clusters: the 2 nearest count.
+    new = torch.tensor([[1.0, 0.0], [math.cos(0.21), math.sin(0.21)]])
+    found = known.agreement(new, torch.tensor([0, 1]), num_clusters=2)
+    assert found.tolist() == [1.0, 0.5]
 
 
 def test_the_nearest_known_images_come_first() -> None:

@@ -6,6 +6,7 @@ import json
 import pickle
 import socket
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,13 +117,26 @@ def test_images_of_any_size_and_mode_are_predicted(straight: Finished, mode: str
     assert 1 / NUM_CLASSES <= found.confidence[0] <= 1
 
 
-def test_images_at_or_below_the_threshold_are_not_sure(straight: Finished) -> None:
+def test_without_known_images_those_at_or_below_the_threshold_are_not_sure(
+    straight: Finished,
+) -> None:
     model = spice_pl.load(model_file(straight))
+    model.known = None
     sure = model.predict(photographs()).confidence
     model.threshold = float(np.median(sure))
     found = model.predict(photographs())
     assert found.not_sure.tolist() == (sure <= np.median(sure)).tolist()
     assert 0 < found.not_sure.sum() < NUM_IMAGES
+
+
+def test_not_sure_means_few_known_neighbours_in_the_cluster(straight: Finished) -> None:
+    model = spice_pl.load(model_file(straight))
+    assert model.known is not None
+    model.threshold = 1.0  # no confidence is above it
+    assert not model.predict(photographs()).not_sure.all()
+    clusters = model.known.clusters
+    model.known = replace(model.known, clusters=(clusters + 1) % model.num_clusters)
+    assert model.predict(photographs()).not_sure.all()
 
 
 def test_undecodable_files_are_skipped_and_named(straight: Finished, tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 from tests.reports.test_page import noise, report
 from tests.reports.test_shading import looked
 
+from spice_pl.reports.choices import KChoice, Preview
 from spice_pl.reports.map import Map
 from spice_pl.reports.page import ReportData, write_report
 
@@ -80,12 +83,13 @@ def test_hostile_names_do_nothing_and_search_and_filter_work(
     opened = Opened(browser, hostile(250, num_clusters), tmp_path)
     page = opened.page
     assert page.locator("img").count() == 0
-    assert len(opened.shown()) == num_clusters
+    filled = max(num_clusters - 1, 1)  # the last cluster is empty
+    assert len(opened.shown()) == min(filled, 12)  # of many, 12 are shown at first
     page.fill("#find", "/17.png")
     page.wait_for_selector("#found li")
     assert page.locator("#found li").count() == 1
     assert EVIL + "/17.png" in page.inner_text("#found")
-    assert opened.shown() == [f"cluster-{17 % max(num_clusters - 1, 1)}"]
+    assert opened.shown() == [f"cluster-{17 % filled}"]
     page.fill("#find", "no such file")
     page.locator("#status", has_text="0 clusters, 0 files").wait_for()
     assert opened.shown() == []
@@ -139,8 +143,9 @@ def test_where_it_looks_is_switched_by_keyboard(browser: Any, tmp_path: Path) ->
     assert tile.evaluate(drawn).startswith('url("data:image/png')
     tile.press("Enter")
     assert "the upper right" in page.inner_text("dialog[open] dl")
-    big = page.locator("dialog .big").evaluate("box => getComputedStyle(box).backgroundImage")
-    assert big.count("url(") == 2
+    big = page.locator("dialog .big .tile")
+    assert big.evaluate(drawn).startswith('url("data:image/png')
+    assert big.evaluate("tile => getComputedStyle(tile).backgroundImage").startswith('url("data:')
     page.keyboard.press("Escape")
     page.uncheck("#look")
     assert tile.evaluate(drawn) == "none"
@@ -166,9 +171,75 @@ def test_page_fits_a_phone(browser: Any, tmp_path: Path, scheme: str) -> None:
 
 def test_page_reads_without_a_script(browser: Any, tmp_path: Path) -> None:
     opened = Opened(browser, hostile(), tmp_path, java_script_enabled=False)
-    assert len(opened.shown()) == 4
+    assert len(opened.shown()) == 3
     assert not opened.page.locator("#find").is_visible()
     assert opened.page.locator(".tile").count() > 30
+
+
+def test_many_clusters_are_shown_in_parts_and_the_index_leads_to_all(
+    browser: Any, tmp_path: Path
+) -> None:
+    opened = Opened(browser, hostile(1_000, 101), tmp_path)
+    page = opened.page
+    assert page.locator(".glance li").count() == 100
+    page.click("#more")
+    assert len(opened.shown()) == 24
+    assert "76 left" in page.inner_text("#more")
+    page.click('.glance a[href="#cluster-90"]')
+    assert "cluster-90" in opened.shown()
+    assert page.locator("#cluster-90").evaluate("part => part.getBoundingClientRect().top") < 200
+    page.locator(".order").first.select_option("id")
+    first = page.locator(".glance li").first
+    assert first.get_attribute("data-id") == opened.shown()[0].removeprefix("cluster-") == "0"
+    assert opened.said == []
+
+
+def test_large_picture_leads_to_its_nearest_images_and_to_the_file(
+    browser: Any, tmp_path: Path
+) -> None:
+    data = replace(
+        hostile(),
+        keys=[f"a b/{i} \udcff#%?.png" for i in range(60)],
+        neighbors=lambda index: np.stack([np.roll(np.arange(len(index)), -1)], axis=1),
+        originals="file:///my%20photos/",
+    )
+    opened = Opened(browser, data, tmp_path)
+    page = opened.page
+    page.locator("#cluster-0 .tile").first.click()
+    image = int(str(page.locator("#cluster-0 .tile").first.get_attribute("data-i")))
+    address = page.locator("#one-title a").get_attribute("href")
+    assert address == f"file:///my%20photos/a%20b/{image}%20%FF%23%25%3F.png"
+    page.locator("#one .near button").first.click()
+    assert f"a b/{image + 1} \\udcff#%?.png" in page.inner_text("#one-title")
+    assert opened.said == []
+
+
+def test_another_number_is_shown_at_once_with_its_command(browser: Any, tmp_path: Path) -> None:
+    previews = [Preview(2, [(40, [0, 1]), (20, [2])], f"train {EVIL}")]
+    choice = KChoice(4, 3, False, [(2, 0.1), (3, 0.9)], previews)
+    opened = Opened(browser, replace(hostile(), k_choice=choice), tmp_path)
+    page = opened.page
+    page.click(".preview")
+    assert page.locator("#preview li").count() == 2
+    assert "40 images" in page.inner_text("#preview")
+    assert page.locator("#preview .piece").count() == 3
+    assert page.inner_text("#preview code") == f"train {EVIL}"
+    page.click(".preview")
+    assert not page.locator("#preview").is_visible()
+    assert opened.said == []
+
+
+def test_the_table_is_downloaded_with_names_and_runs_nothing(browser: Any, tmp_path: Path) -> None:
+    data = replace(hostile(), keys=["=1+1.png", 'a,"b".png', *(f"{i}.png" for i in range(58))])
+    page = Opened(browser, data, tmp_path).page
+    with page.expect_download() as download:
+        page.click("#csv")
+    download.value.save_as(tmp_path / "table.csv")
+    with (tmp_path / "table.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["image"] for row in rows[:3]] == ["'=1+1.png", 'a,"b".png', "0.png"]
+    assert [int(row["cluster"]) for row in rows] == data.clusters.tolist()
+    assert {row["name"] for row in rows if row["cluster"] == "0"} == {EVIL}
 
 
 def test_edits_are_saved_as_json_and_read_again(browser: Any, tmp_path: Path) -> None:

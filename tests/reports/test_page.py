@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 
 from spice_pl.reports import pictures, script_data, sections
 from spice_pl.reports.charts import charts
+from spice_pl.reports.choices import Compared, Comparison, KChoice, Preview
 from spice_pl.reports.html import content_hash
 from spice_pl.reports.map import Map
+from spice_pl.reports.oddities import Oddity, num_odd
 from spice_pl.reports.page import ReportData, render_report, write_report
 from spice_pl.reports.tables import NO_LABELS, ResultRow
 
@@ -246,15 +248,13 @@ def test_names_that_cannot_be_printed_are_spelled_out() -> None:
     assert "\\u202egnp.exe" in text
 
 
-def test_every_cluster_has_a_section_and_an_empty_one_says_so() -> None:
+def test_every_filled_cluster_has_a_section_and_empty_ones_are_counted() -> None:
     text = render_report(report(num_clusters=4))
     parsed = Page(text)
     articles = [attributes["id"] for attributes in parsed.attributes("article")]
-    assert articles == [f"cluster-{i}" for i in range(4)]
-    sections = text.split("<article")
-    assert "This cluster holds no image." not in "".join(sections[:4])
-    assert "This cluster holds no image." in sections[4]
-    assert "Clusters without an image: 1 of 4 (3)." in text
+    assert articles == [f"cluster-{i}" for i in range(3)]
+    assert 'data-name="3"' not in text
+    assert "Clusters without an image, which are not shown: 1 of 4 (3)." in text
 
 
 def test_a_run_that_used_labels_does_not_claim_the_opposite() -> None:
@@ -288,7 +288,8 @@ def test_labels_are_shown_as_truth() -> None:
 
 
 def test_without_labels_there_is_no_column_of_truth() -> None:
-    text = render_report(unlabelled())
+    row = Compared("network", True, 0.9, 0.8, 1.0)
+    text = render_report(unlabelled(comparison=Comparison([row], 60, {"network": 2.0}, "network")))
     text = text.rpartition("<script>")[0]
     assert NO_LABELS in text
     for absent in ("ACC", "NMI", "ARI", "Truth", 'class="truth"', 'id="confusion"'):
@@ -299,7 +300,8 @@ def test_no_result_and_no_image_is_a_page_too() -> None:
     text = render_report(
         report(0, 2, rows=[], keys=[], reliable=np.zeros(0, bool), clusters=np.zeros(0, int))
     )
-    assert text.count("This cluster holds no image.") == 2
+    assert "<article" not in text
+    assert Page(text).open == []
 
 
 def test_curves_leave_out_what_is_not_finite_and_keep_their_ends() -> None:
@@ -389,6 +391,112 @@ def test_a_failed_write_leaves_the_old_page(
         write_report(report(title="Another"), path)
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_clusters_are_in_order_of_size_everywhere() -> None:
+    clusters = np.repeat([0, 1, 2], [10, 30, 20])
+    parsed = Page(render_report(report(60, 3, clusters=clusters)))
+    assert [a["id"] for a in parsed.attributes("article")] == [
+        "cluster-1",
+        "cluster-2",
+        "cluster-0",
+    ]
+    lines = [a["data-id"] for a in parsed.attributes("li") if "data-id" in a]
+    assert lines == ["1", "2", "0"] * 2  # at a glance, and the bars of sizes
+
+
+def test_from_thirty_clusters_on_there_is_an_index_with_one_picture_each() -> None:
+    few, many = (render_report(report(600, 1 + count)) for count in (29, 30))
+    assert "Index of 30 clusters" in many
+    assert "At a glance" in few
+    assert [text.count(' square"') for text in (few, many)] == [4 * 29, 30]
+    assert "Files of the pictures above" not in many  # 2,400 rows of tables
+
+
+def test_odd_images_are_shown_with_their_number_and_rule() -> None:
+    odd = [
+        Oddity("exact copies", np.array([3, 9, 4, 5]), 2),
+        Oddity("outliers", np.arange(20), 20),
+        Oddity("tiny", np.array([7]), 1),
+        Oddity("blurred", np.empty(0, np.int64), 0),
+    ]
+    text = render_report(report(oddities=odd))
+    section = text.split('id="odd"')[1].split("</section>")[0]
+    for said in ("2 exact copies", "20 outliers", "1 tiny image", "not found: blurred.",
+                 "The first 12 are shown"):  # fmt: skip
+        assert said in section
+    assert re.findall(r'data-i="(\d+)"', section) == [*"3945", *map(str, range(12)), "7"]
+    assert num_odd(odd) == 20  # some are odd in two ways
+    assert "<dt>Odd</dt><dd>20</dd>" in text
+
+
+def test_the_choice_is_explained_without_labels() -> None:
+    rows = [Compared("walk", True, 0.912, 0.987, 1.0), Compared("k-means", False, 0.9, 0.5, 0.75)]
+    compared = Comparison(rows, 60, {"network": 2.0, "walk": 2.5}, "walk")
+    text = " ".join(render_report(unlabelled(comparison=compared)).split())
+    assert "Why these clusters" in text
+    assert "network 2.000, walk 2.500." in text
+    row = text.split('<th scope="row">k-means</th>')[1].split("</tr>")[0]
+    assert re.findall(r">([^<]+)</td>", row) == ["90.0 %", "0.500", "75.0 %"]
+
+
+def chosen(clear: bool) -> KChoice:
+    previews = [Preview(2, [(40, [0, 1]), (20, [2])], "train K=2 'a folder'")]
+    return KChoice(4, 3, clear, [(2, 0.1), (3, 0.9), (4, 0.5)], previews)
+
+
+def test_an_unclear_number_is_said_first_and_others_are_offered() -> None:
+    drawn = Map(np.arange(60), np.zeros((60, 2)), "a plane")
+    text = render_report(report(k_choice=chosen(clear=False), map=drawn))
+    assert "The number of clusters is unclear" in text.split("<main>")[0]
+    assert "best guess is 3" in text
+    assert "2 clusters</button>" in text
+    assert "train K=2 &#39;a folder&#39;" in text  # without JavaScript
+    (preview,) = payload(text)["previews"]
+    assert preview == {"num_clusters": 2, "groups": [[40, [0, 1]], [20, [2]]],
+                       "command": "train K=2 'a folder'"}  # fmt: skip
+    marks = dict(chosen(clear=True).marks)
+    assert marks == {"K = 4, shown": 100.0, "K = 3, estimated": 50.0}
+    clear = render_report(report(k_choice=chosen(clear=True), map=drawn))
+    assert "is unclear" not in clear
+    assert "divide most clearly into 3 groups" in clear
+
+
+def test_pictures_keep_their_shape_and_fit_together() -> None:
+    wide = np.full((3, 40, 80), 200, np.uint8)
+    shapes = {0: wide, 1: wide[:, :, :20]}
+    text = render_report(
+        report(
+            images=lambda index: noise(index, 40),
+            shapes=lambda index, height: {i: shapes[i][:, :, :] for i in index if i in shapes},
+            confidence=np.linspace(1, 0, 60),
+            agreement=np.ones(60),
+        )
+    )
+    width = {
+        int(image): float(w) for w, image in re.findall(r'--w:([\d.]+)[^"]*" data-i="(\d+)"', text)
+    }
+    assert (width[0], width[1], width[2]) == (2.0, 0.5, 1.0)
+    wall = text.split('aria-label="Prototypes of cluster 0"')[1].split("</ul>")[0]
+    tiles = [tuple(map(float, pair)) for pair in re.findall(r"--x:([\d.]+);--w:([\d.]+)", wall)]
+    ends = np.cumsum([0.0, *(wide for _, wide in tiles)])
+    assert [left for left, _ in tiles] == pytest.approx(ends[:-1])
+
+
+def test_nearest_images_and_addresses_are_handed_to_the_script() -> None:
+    data = report(
+        neighbors=lambda index: np.stack([np.roll(np.arange(len(index)), -1)], axis=1),
+        originals="file:///my%20photos/",
+        csv="clusters.csv",
+    )
+    text = render_report(data)
+    read = payload(text)
+    pictured = np.frombuffer(base64.b64decode(read["pictured"]), "<u4")
+    near = np.frombuffer(base64.b64decode(read["near"]), "<u2")
+    assert sorted({int(i) for i in re.findall(r'data-i="(\d+)"', text)}) == pictured.tolist()
+    np.testing.assert_array_equal(pictured[near], np.roll(pictured, -1))
+    assert (read["numNear"], read["originals"]) == (1, "file:///my%20photos/")
+    assert '<a href="clusters.csv" download>' in text
 
 
 def test_lengths_are_checked_once() -> None:

@@ -90,7 +90,7 @@ def test_photographs_become_jpeg_of_the_wanted_side() -> None:
 
 def test_atlas_puts_picture_i_into_row_i_over_width() -> None:
     images = np.random.default_rng(0).integers(0, 256, (7, 3, 8, 8), dtype=np.uint8)
-    uri, per_row = atlas(images, 8)
+    uri, per_row = atlas(lambda index: images[index], np.arange(7), 8)
     assert per_row == 3
     sheet = np.asarray(decoded(uri))
     assert sheet.shape == (24, 24, 3)

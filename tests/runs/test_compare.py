@@ -47,6 +47,13 @@ def test_seeds_share_a_row_and_settings_do_not() -> None:
     )
 
 
+def test_a_seed_counts_once() -> None:
+    lines = compare([run(0, 0.9), run(0, 0.7), run(1, 0.8)])
+    assert lines[0].seeds == (0, 1)
+    assert lines[0].acc == (0.9, 0.8)
+    assert "1 results with a seed that their line has already are left out" in markdown(lines)
+
+
 def test_rows_do_not_depend_on_scores() -> None:
     one = compare([run(0, 0.1, lr="0.1"), run(0, 0.9, lr="0.2")])
     other = compare([run(0, 0.9, lr="0.1"), run(0, 0.1, lr="0.2")])

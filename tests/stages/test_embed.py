@@ -80,8 +80,8 @@ def test_photographs_are_clustered_on_pretrained_features_alone(
     )
     run_stages(job)
     names = (
-        "k-means on ImageNet-supervised features",
-        "SPICE stage 2 on ImageNet-supervised features",
+        "k-means on efficientnet_lite0 (ImageNet labels) features",
+        "SPICE stage 2 on efficientnet_lite0 (ImageNet labels)",
     )
     rows = {row["name"]: row["acc"] for row in job.folder("proto").metrics["rows"]}
     assert rows[names[0]] > 0.9  # coloured halves: any features tell them apart

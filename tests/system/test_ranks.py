@@ -153,15 +153,16 @@ def test_all_ranks_of_a_trial_read_its_settings(
     [
         ({}, False),
         ({"LOCAL_RANK": "0"}, True),  # torchrun
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, True),  # srun, one task of several
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, False),  # srun with a single task
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4"}, True),  # srun, one task of several
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, False),  # srun with a single task
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, False),  # salloc or sbatch without srun
         ({"SLURM_PROCID": "0"}, False),
     ],
 )
 def test_who_is_a_rank(
     environment: dict[str, str], is_rank: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS"):
+    for name in ("LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from tests.conftest import Finished
 
 from spice_pl.errors import UsageError
+from spice_pl.job.parts import open_images
 from spice_pl.job.run import run_stages
+from spice_pl.reports.choices import Comparison
+from spice_pl.runs import choices, page_data
 from spice_pl.runs.attention import read_attention
+from spice_pl.runs.folder import RunFolder
+from spice_pl.runs.page_data import report_data
 
 
 def test_the_page_is_written_again_and_the_numbers_stay(finished: Finished) -> None:
@@ -33,3 +40,28 @@ def test_the_page_is_written_again_and_the_numbers_stay(finished: Finished) -> N
         np.testing.assert_array_equal(held["index"], index)
         assert np.abs(held["maps"].astype(int) - maps).max() <= 1
     assert before == {name: (folder.path / name).read_bytes() for name in before}
+
+
+def test_a_page_is_computed_once_and_again_after_a_change(
+    finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[str] = []
+    compare = choices.compare_clusters
+
+    def counted(folder: RunFolder, *given: Any) -> Comparison:
+        looks.append(folder.path.name)
+        return compare(folder, *given)
+
+    monkeypatch.setattr(page_data, "compare_clusters", counted)
+    monkeypatch.setattr(page_data, "_last", {})
+    folder = finished.folder("fixmatch")
+    metrics, table = folder.metrics, folder.read_clusters()
+    images = open_images(finished.job().cfg)
+    for names in ({"0": "owls"}, {"0": "cats"}):
+        folder.write_json("names.json", names)
+        data = report_data(folder, [], images, metrics, table)
+        assert data.names == {0: names["0"]}
+    assert looks == ["seed0"]
+    digests = {**metrics["digests"], "clusters.csv": "other"}
+    report_data(folder, [], images, metrics | {"digests": digests}, table)
+    assert looks == ["seed0"] * 2

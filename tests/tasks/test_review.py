@@ -20,7 +20,7 @@ from tests.stages.small import image_set
 
 from spice_pl.data.images import ImageSet
 from spice_pl.errors import UsageError
-from spice_pl.runs.edits import FORMAT
+from spice_pl.runs.edits import FORMAT, Edits
 from spice_pl.runs.folder import RunFolder
 from spice_pl.tasks.review import Answers, is_loopback, make_server
 
@@ -182,7 +182,7 @@ def test_edits_are_checked_then_kept(served: Served) -> None:
     assert served.ask("/elsewhere", body(served))[0] == 404
     assert not (served.folder.path / "edits.json").exists()
     code, where, _ = served.ask("/edits", body(served))
-    assert (code, where.decode()) == (200, str(served.folder.path / "edits.json"))
+    assert (code, where.decode().split("\n")[0]) == (200, str(served.folder.path / "edits.json"))
     assert served.folder.names == {1: "<b>cats</b>"}
     page = Answers(served.folder, [], served.images).page()[1]
     assert b"&lt;b&gt;cats&lt;/b&gt;" in page
@@ -277,3 +277,37 @@ def test_a_damaged_run_is_a_message_on_the_page(served: Served) -> None:
     file.write_bytes(whole)
     assert code == 500
     assert b"clusters.csv has changed since it was written" in said
+
+
+def test_second_window_does_not_overwrite_what_the_first_saved(served: Served) -> None:
+    versions = [Answers(served.folder, [], served.images).version() for _ in range(2)]
+    first = body(served, names={"0": "dogs"})
+    code, said, _ = served.ask("/edits", first, X_Edits_Version=versions[0])
+    assert code == 200
+    code, refused, _ = served.ask("/edits", body(served), X_Edits_Version=versions[1])
+    assert code == 400
+    assert b"saved edits of this run since" in refused
+    assert served.folder.names == {0: "dogs"}
+    # The first window goes on with the version that it got.
+    after = said.decode().split("\n")[2]
+    assert served.ask("/edits", body(served), X_Edits_Version=after)[0] == 200
+
+
+def test_saved_edits_are_applied_before_they_count_as_saved(served: Served) -> None:
+    asked = []
+
+    def apply(edits: Edits) -> RunFolder:
+        asked.append(edits)
+        if edits.split:
+            raise UsageError("edits split cluster 0 into 9, and it has 3 images")
+        return RunFolder(served.folder.path.parent / "edited")
+
+    answers = Answers(served.folder, [], served.images, apply)
+    before = answers.version()
+    with pytest.raises(UsageError, match="into 9"):
+        answers.save(body(served, split={"0": 9}))
+    assert answers.version() == before
+    _, report, version = answers.save(body(served, names={"0": "x"})).split("\n")
+    assert report == str(served.folder.path.parent / "edited" / "report.html")
+    assert version == answers.version() != before
+    assert len(asked) == 2

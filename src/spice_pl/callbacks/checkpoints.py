@@ -1,4 +1,9 @@
-"""One checkpoint per stage, written between two batches; a resumed run is equal bit for bit."""
+"""One checkpoint per stage, written between two batches; a resumed run is equal bit for bit.
+
+Saving takes at most 2 % of the time: the end of an epoch is skipped if the last checkpoint is
+younger than 50 times what saving took. Several processes agree about once per second, and not
+through the GPU: the processor would wait for all its work.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +16,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from spice_pl.callbacks.nan import NanGuard
@@ -39,9 +45,15 @@ STATE: Mapping[str, Kind] = {
     "ViewsDataModule": map_of(COUNT),
 }
 
+SAVE_SHARE = 0.02  # of the time that saving may take
+AGREE_SECONDS = 1.0  # between two agreements of several processes, about
+MOST_BATCHES = 100  # between two agreements
+
 
 class Checkpoints(pl.callbacks.Checkpoint):
-    """Save after every epoch, every `every_minutes`, when asked to stop, and at the end.
+    """Save after an epoch, every `every_minutes`, when asked to stop, and at the end.
+
+    Epochs that are short beside the time of saving share a checkpoint (`SAVE_SHARE`).
 
     The state between two batches is weights, optimizers, schedules, counters and the sums of the
     epoch. Views and order are keyed, and torch's generator is seeded before each batch. A new file
@@ -71,6 +83,12 @@ class Checkpoints(pl.callbacks.Checkpoint):
         """Start the clocks; inside an epoch, call the hooks of its start, which Lightning skips."""
         self.interrupts.deferred = True
         self._saved_at, self._saved_epoch = time.monotonic(), trainer.current_epoch
+        self._save_seconds, self._wished = 0.0, (False, False)
+        self._agreed_at, self._batches, self._every = time.monotonic(), 0, 1
+        # NCCL would need a tensor of the GPU, and the processor would wait for it.
+        self._group: Any = None
+        if trainer.world_size > 1 and dist.get_backend() != "gloo":
+            self._group = dist.new_group(backend="gloo")
         stage = as_stage(pl_module)
         epoch: Any = trainer.fit_loop.epoch_progress.current
         if epoch.started > epoch.processed:
@@ -86,8 +104,14 @@ class Checkpoints(pl.callbacks.Checkpoint):
         """Seed the batch; save if it is time, and stop if asked to."""
         epoch, rank = trainer.current_epoch, trainer.global_rank
         torch.manual_seed(keyed_seed(self.seed, epoch, batch_idx, rank))
-        stop, save = self._agreed(trainer, epoch)
+        # A wish waits until the stage is resumable.
+        stop, save = (
+            before or now
+            for before, now in zip(self._wished, self._agreed(trainer, epoch), strict=True)
+        )
+        self._wished = (stop, save)
         if (stop or save) and as_stage(pl_module).resumable:
+            self._wished = (False, False)
             self._save(trainer, pl_module)
             if stop:
                 raise Stopped
@@ -96,6 +120,7 @@ class Checkpoints(pl.callbacks.Checkpoint):
         """Save the end of training; stop if asked to."""
         self._save(trainer, pl_module)
         self.interrupts.deferred = False
+        self._every = 1
         if self._agreed(trainer, trainer.current_epoch)[0]:
             raise Stopped
 
@@ -113,23 +138,31 @@ class Checkpoints(pl.callbacks.Checkpoint):
 
     def _agreed(self, trainer: pl.Trainer, epoch: int) -> tuple[bool, bool]:
         """Return whether to stop and whether to save, the same on all ranks."""
-        stop = self.interrupts.asked is not None
-        save = (
-            epoch > self._saved_epoch
-            or time.monotonic() - self._saved_at >= 60 * self.every_minutes
-        )
-        if trainer.world_size > 1:
-            wish = torch.tensor(2 * stop + save, device=trainer.strategy.root_device)
-            wishes = int(trainer.strategy.reduce(wish, reduce_op="max"))
-            stop, save = wishes >= 2, wishes >= 1
+        now, stop = time.monotonic(), self.interrupts.asked is not None
+        age = now - self._saved_at
+        ended = epoch > self._saved_epoch and SAVE_SHARE * age >= self._save_seconds
+        save = ended or age >= 60 * self.every_minutes
+        if trainer.world_size == 1:
+            return stop, save
+        self._batches += 1
+        if self._batches < self._every:
+            return False, False
+        seconds = (now - self._agreed_at) / self._batches  # of a batch
+        every = min(MOST_BATCHES, max(1, int(AGREE_SECONDS / max(seconds, 1e-6))))
+        wishes = torch.tensor([stop, save, -every])  # the slowest rank says how often
+        dist.all_reduce(wishes, dist.ReduceOp.MAX, group=self._group)
+        stop, save = bool(wishes[0]), bool(wishes[1])
+        self._agreed_at, self._batches, self._every = now, 0, -int(wishes[2])
         return stop, save
 
     def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        started = time.monotonic()
         self.guard.check(trainer, pl_module)
         for logger in trainer.loggers:  # first, so that curves are never behind the checkpoint
             logger.save()
         trainer.save_checkpoint(self.path)
         self._saved_at, self._saved_epoch = time.monotonic(), trainer.current_epoch
+        self._save_seconds = self._saved_at - started
 
 
 class CheckpointFile(TorchCheckpointIO):

@@ -55,15 +55,17 @@ class NanGuard(pl.Callback):
         worst = first if first is not None else torch.tensor(-1, device=pl_module.device)
         if trainer.world_size > 1:
             worst = trainer.strategy.reduce(worst, reduce_op="max")
-        if int(worst) >= 0:
+        # A gradient can be infinite where the loss is finite, so weights are checked too.
+        largest = torch.stack(torch._foreach_norm(list(pl_module.parameters()), torch.inf))
+        batch, finite = torch.stack((worst, largest.isfinite().all())).tolist()  # the only wait
+        if batch >= 0:
             raise UsageError(
                 f"{self.stage}: the loss is not a number at epoch {trainer.current_epoch}, batch "
-                f"{int(worst)} ({_batch_images(trainer, int(worst))}); the last checkpoint is from "
+                f"{batch} ({_batch_images(trainer, batch)}); the last checkpoint is from "
                 f"before it. Lower {self.stage}.module.lr or use trainer.precision=32-true, then "
                 "resume=true"
             )
-        # A gradient can be infinite where the loss is finite, so weights are checked too.
-        if not all(bool(weight.isfinite().all()) for weight in pl_module.parameters()):
+        if not finite:
             raise UsageError(
                 f"{self.stage}: a weight is not a number in epoch {trainer.current_epoch}; the "
                 f"last checkpoint is from before it. Lower {self.stage}.module.lr or use "

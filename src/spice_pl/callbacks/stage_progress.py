@@ -6,14 +6,20 @@ import time
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.callbacks import ProgressBar
 
 from spice_pl.stages.base import as_stage
 from spice_pl.system.progress import PAUSE, Bar
 
+EVERY = 8  # steps between two that are timed on a GPU
+
 
 class StageProgress(ProgressBar):
     """Show a bar over training, and one over the prediction of all images.
+
+    On a GPU the processor runs ahead, so its clock says nothing about waiting. There, events on the
+    GPU's own time line do, in every `EVERY`-th step; they are read once per epoch.
 
     Checkpoints hold the time that training has taken so far, so that the cost of a resumed run
     includes all its parts.
@@ -28,7 +34,8 @@ class StageProgress(ProgressBar):
         self.seconds_before = 0.0
         self.started = time.monotonic()
         self._waited = self._stepped = 0.0
-        self._mark: float | None = None  # time of the last start or end of a step
+        self._mark: Any = None  # time, or event of a GPU, of the last start or end of a step
+        self._timed: list[tuple[Any, Any, Any]] = []  # end of a step, start and end of the next
         self._bar: Bar | None = None
 
     @property
@@ -63,6 +70,10 @@ class StageProgress(ProgressBar):
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         """Count the wait for the batch, whose views are made by now."""
+        if trainer.strategy.root_device.type == "cuda":
+            if self._mark is not None:
+                self._mark = (self._mark, _event())
+            return
         now = time.monotonic()
         if self._mark is not None:
             self._waited += now - self._mark
@@ -70,15 +81,26 @@ class StageProgress(ProgressBar):
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         """Count the step and advance the bar."""
-        now = time.monotonic()
-        if self._mark is not None:
-            self._stepped += now - self._mark
-        self._mark = now
+        if trainer.strategy.root_device.type == "cuda":
+            if self._mark is not None:
+                self._timed.append((*self._mark, _event()))
+            next_step = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+            self._mark = _event() if next_step % EVERY == 0 else None
+        else:
+            now = time.monotonic()
+            if self._mark is not None:
+                self._stepped += now - self._mark
+            self._mark = now
         if self._bar is not None:
             self._bar.advance()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show the loss and other means of the epoch."""
+        for before, start, end in self._timed:
+            end.synchronize()
+            self._waited += before.elapsed_time(start) / 1000
+            self._stepped += start.elapsed_time(end) / 1000
+        self._timed.clear()
         if self._bar is not None:
             self._bar.show(_values(trainer, pl_module))
 
@@ -111,6 +133,12 @@ class StageProgress(ProgressBar):
         if self._bar is not None:
             self._bar.__exit__()
             self._bar = None
+
+
+def _event() -> Any:
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return event
 
 
 def _values(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:

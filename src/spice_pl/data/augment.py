@@ -16,7 +16,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from spice_pl.data import device_views as on_device
 from spice_pl.data import operations as ops
+from spice_pl.functional.device import to_device
 
 RANDAUGMENT = ops.RANDAUGMENT
 ALL_14 = tuple(RANDAUGMENT)
@@ -77,7 +79,8 @@ class PlainView:
 
         Args:
             images: (B, 3, S, S) uint8; not modified.
-            uniforms: (B, num_uniforms) in [0, 1); ignored if num_uniforms is 0.
+            uniforms: (B, num_uniforms) in [0, 1), on the processor or on the device of the images;
+                ignored if num_uniforms is 0.
 
         Returns:
             (B, 3, S, S) float32, normalised.
@@ -94,7 +97,29 @@ class PlainView:
                 f"uniforms {tuple(uniforms.shape)} do not fit {len(images)} images; "
                 f"{type(self).__name__} takes ({len(images)}, {self.num_uniforms})"
             )
-        return self._view(images, uniforms) if images.shape[0] else images.to(torch.float32)
+        if not images.shape[0]:
+            return images.to(torch.float32)
+        if images.device.type == "cpu" or not self._has_own_way:
+            return self._view(images, uniforms.to(images.device))
+        parameters = self._parameters(uniforms, images.shape[-1])
+        return self._on_device(images, to_device(parameters, images.device))
+
+    @property
+    def _has_own_way(self) -> bool:
+        """Whether `_on_device` is that of this view: a subclass may have changed `_view` alone."""
+        names = ("_view", "_on_device")
+        first = next(
+            each for each in type(self).__mro__ if any(name in vars(each) for name in names)
+        )
+        return "_on_device" in vars(first)
+
+    def _parameters(self, uniforms: Tensor, size: int) -> Tensor:
+        """Return what `_on_device` needs for each image, (B, P) or (1, P)."""
+        return on_device.normalisation(self.mean, self.std)[None]
+
+    def _on_device(self, images: Tensor, parameters: Tensor) -> Tensor:
+        """Make the views on a GPU; equal to `_view` up to rounding."""
+        return on_device.normalise(images, parameters)
 
     def _view(self, images: Tensor, uniforms: Tensor) -> Tensor:
         return self._normalise(images.to(torch.float32))
@@ -134,6 +159,19 @@ class WeakView(PlainView):
 
     def _view(self, images: Tensor, uniforms: Tensor) -> Tensor:
         return self._normalise(self._shift_flip(images, uniforms).to(torch.float32))
+
+    def _parameters(self, uniforms: Tensor, size: int) -> Tensor:
+        normal = super()._parameters(uniforms, size).expand(len(uniforms), -1)
+        return torch.cat((self._shift_parameters(uniforms, size), normal), dim=1)
+
+    def _on_device(self, images: Tensor, parameters: Tensor) -> Tensor:
+        shift, normal = parameters.split_with_sizes((3, 6), dim=1)
+        return on_device.normalise(on_device.shifted(images, shift, self.padding), normal)
+
+    def _shift_parameters(self, uniforms: Tensor, size: int) -> Tensor:
+        top, left = _integers(uniforms[:, 1:3], 2 * self.padding + 1).unbind(1)
+        flip = uniforms[:, 0] < self.flip
+        return on_device.shift_parameters(flip, top, left, size, self.padding)
 
     def _shift_flip(self, images: Tensor, uniforms: Tensor) -> Tensor:
         """Flip and crop by uniforms (B, 3) for flip, top and left. Returns uint8."""
@@ -194,6 +232,33 @@ class StrongView(WeakView):
         images = self._shift_flip(images, weak).to(torch.float32)
         images = self._randaugment(images, _integers(chosen, len(self.operations)), magnitude)
         return self._cutout(self._normalise(images), square)
+
+    def _parameters(self, uniforms: Tensor, size: int) -> Tensor:
+        weak, square, chosen, magnitude = uniforms.split_with_sizes(
+            (3, 3, self.num_ops, self.num_ops), dim=1
+        )
+        side = 1 + _integers(square[:, 0], self.max_cutout) if self.max_cutout else square[:, 0] * 0
+        row, column = _integers(square[:, 1:], size).unbind(1)
+        slots = on_device.slot_parameters(
+            self.operations, _integers(chosen, len(self.operations)), magnitude, size
+        )  # (B, R, SLOT)
+        parts = (
+            super()._parameters(weak, size),
+            on_device.cutout_parameters(side.long(), row, column),
+            slots.flatten(1),
+        )
+        return torch.cat(parts, dim=1)
+
+    def _on_device(self, images: Tensor, parameters: Tensor) -> Tensor:
+        shift, normal, square, slots = parameters.split_with_sizes(
+            (3, 6, 4, self.num_ops * on_device.SLOT), dim=1
+        )
+        images = on_device.shifted(images, shift, self.padding).to(torch.float32)
+        if self.num_ops:
+            slots = slots.view(-1, self.num_ops, on_device.SLOT)
+            images = on_device.randaugment(images, slots)
+        images = on_device.normalise(images, normal)
+        return on_device.cutout(images, square) if self.max_cutout else images
 
     def _randaugment(self, images: Tensor, chosen: Tensor, magnitude: Tensor) -> Tensor:
         """Apply operations number `chosen` at `magnitude` in [0, 1), both (B, num_ops)."""
@@ -308,6 +373,32 @@ class MoCoView(PlainView):
         views.index_copy_(0, rows, blurred)
         return images.index_copy_(0, order, self._normalise(views))
 
+    def _parameters(self, uniforms: Tensor, size: int) -> Tensor:
+        steps, switch, warp, boxes = uniforms.split_with_sizes(
+            (7, 4, 2, 2 * ops.CROP_ATTEMPTS + 2), dim=1
+        )
+        when, gate, *_ = steps.unbind(1)
+        flip, gray, blur, sharpness = switch.unbind(1)
+        factors, shift, kinds = self._jitter(steps[:, 2:])
+        low, high = self.blur_sigma
+        return on_device.moco_parameters(
+            place=torch.where(gate < self.jitter_prob, _integers(when, 4), 4),
+            factor=factors.gather(1, kinds),
+            kind=kinds,
+            shift=shift,
+            box=ops.random_boxes(boxes, size, self.min_scale, self.ratio),
+            flip=flip < self.flip,
+            gray=gray < self.gray_prob,
+            sigma=torch.where(blur < self.blur_prob, low + (high - low) * sharpness, 0.0),
+            normal=on_device.normalisation(self.mean, self.std),
+            warp=self._warp_matrix(warp),
+            size=size,
+            radius=on_device.blur_radius(high, size),
+        )
+
+    def _on_device(self, images: Tensor, parameters: Tensor) -> Tensor:
+        return on_device.moco(images, parameters, warped=self.rotate_degrees > 0 or self.shear > 0)
+
     def _warp_matrix(self, uniforms: Tensor) -> Tensor | None:
         if self.rotate_degrees == 0 and self.shear == 0:
             return None
@@ -319,12 +410,7 @@ class MoCoView(PlainView):
 
         Uniforms (B, 5): brightness, contrast, saturation, hue, order of the first three.
         """
-        strength = uniforms.new_tensor(tuple(self.jitter))
-        low = torch.clamp(1 - strength[:3], min=0)
-        factors = low + (1 + strength[:3] - low) * uniforms[:, :3]  # (B, 3)
-        shift = strength[3] * (2 * uniforms[:, 3] - 1)
-        orders = torch.tensor(_ORDERS, device=images.device)
-        kinds = orders[_integers(uniforms[:, 4], len(_ORDERS))]  # (B, 3)
+        factors, shift, kinds = self._jitter(uniforms)
         jittered = slice(0, ends[3])
         start = 0
         for step, end in enumerate(ends[:4]):
@@ -334,3 +420,13 @@ class MoCoView(PlainView):
                 kind = kinds[jittered, step]
                 factor = factors[jittered].gather(1, kind[:, None]).squeeze(1)
                 ops.adjust_light_(images[jittered], factor, kind)
+
+    def _jitter(self, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return factors (B, 3), shift (B,) of the hue, and the order (B, 3) of the factors."""
+        strength = uniforms.new_tensor(tuple(self.jitter))
+        low = torch.clamp(1 - strength[:3], min=0)
+        factors = low + (1 + strength[:3] - low) * uniforms[:, :3]  # (B, 3)
+        shift = strength[3] * (2 * uniforms[:, 3] - 1)
+        orders = torch.tensor(_ORDERS, device=uniforms.device)
+        kinds = orders[_integers(uniforms[:, 4], len(_ORDERS))]  # (B, 3)
+        return factors, shift, kinds

@@ -1,7 +1,8 @@
 """One DataModule for all stages; the settings decide which views of which images it yields.
 
 Batches of uint8 images are moved to the training device and become views there, so no loader
-processes are needed. A training batch is `Views(index, views)`, without labels.
+processes are needed. On a GPU all images are kept there, or each batch is copied while the step
+before it runs (`data/transfer.py`). A training batch is `Views(index, views)`, without labels.
 
 Shapes: B images in this rank's part of a batch, S side in pixels.
 """
@@ -20,10 +21,12 @@ from pytorch_lightning.utilities import CombinedLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from spice_pl.data.augment import View
+from spice_pl.data.augment import PlainView, View
 from spice_pl.data.images import ImageSet
 from spice_pl.data.keyed import keyed_uniform
 from spice_pl.data.sampler import KeyedBatches, PartneredBatches
+from spice_pl.data.transfer import Ahead, check_mode, resident_store
+from spice_pl.functional.device import to_device
 
 
 @dataclass
@@ -41,11 +44,18 @@ class Views:
 
 @dataclass
 class Pixels:
-    """A batch before its views are made: index (B,), round (B,), images (B, 3, S, S) uint8."""
+    """A batch before its views are made: index (B,), round (B,), images (B, 3, S, S) uint8.
+
+    Index and round stay on the processor, which draws the random numbers of the views.
+    """
 
     index: Tensor
     round: Tensor
     images: Tensor
+
+    def to(self, device: torch.device) -> Pixels:
+        """Return the batch with its images on a device; the processor does not wait for them."""
+        return Pixels(self.index, self.round, to_device(self.images, device))
 
 
 @dataclass(frozen=True)
@@ -87,6 +97,11 @@ class ViewsDataModule(pl.LightningDataModule):
         num_watched: largest number of evenly spaced images that scores during training use.
         stage: name of the stage, a part of the random key: stages draw different views of the
             same image.
+        mode: where images are kept while a GPU trains: "resident", "stream", or "auto", which
+            decides by the free memory. Batches are the same.
+
+    Raises:
+        UsageError: `mode` is another word.
     """
 
     def __init__(
@@ -99,8 +114,11 @@ class ViewsDataModule(pl.LightningDataModule):
         predict_batch_size: int = 256,
         num_watched: int = 2000,
         stage: str = "",
+        mode: str = "auto",
     ) -> None:
         super().__init__()
+        check_mode(mode)
+        self.mode = mode
         self.images, self.streams, self.plain = images, streams, plain
         self.seed, self.stage = seed, stage
         self.predict_batch_size, self.num_watched = predict_batch_size, num_watched
@@ -119,9 +137,19 @@ class ViewsDataModule(pl.LightningDataModule):
         """Skip the batches that were finished when the state was saved."""
         self._batches_done = state_dict["batches_done"]
 
-    def train_dataloader(self) -> DataLoader[Pixels] | CombinedLoader:
+    def setup(self, stage: str) -> None:
+        """Copy all images to the GPU, where they are to be kept there; free them after training."""
+        keeps = stage == "fit" and self.trainer is not None
+        extra = any(stream.extra for stream in self.streams.values())
+        self._pixels.store = (
+            resident_store(self.images, self._device, self.mode, extra=extra) if keeps else None
+        )
+
+    def train_dataloader(self) -> Any:
         """Return the loader of the only stream, or a combined loader of all streams."""
-        loaders = {name: self._loader(self._batches(name)) for name in self.streams}
+        loaders: dict[str, Any] = {name: self._loader(self._batches(name)) for name in self.streams}
+        if self._device.type != "cpu" and self._pixels.store is None:
+            loaders = {name: Ahead(loader, self._device) for name, loader in loaders.items()}
         return (
             next(iter(loaders.values()))
             if len(loaders) == 1
@@ -140,9 +168,7 @@ class ViewsDataModule(pl.LightningDataModule):
     def plain_batches(self, index: Tensor, device: torch.device) -> Iterator[Views]:
         """Yield plain views of this rank's share of an index: positions rank, rank + R, ..."""
         for pixels in self._plain_loader(index):
-            where = pixels.index.to(device)
-            no_uniforms = torch.empty(len(where), 0, device=device)
-            yield Views(where, {"plain": self.plain(pixels.images.to(device), no_uniforms)})
+            yield self._plain_views(pixels.to(device))
 
     def on_after_batch_transfer(
         self, batch: Pixels | dict[str, Pixels], dataloader_idx: int
@@ -151,8 +177,7 @@ class ViewsDataModule(pl.LightningDataModule):
         if isinstance(batch, dict):
             return {name: self._views(name, pixels) for name, pixels in batch.items()}
         if self.trainer is not None and not self.trainer.training:
-            no_uniforms = torch.empty(len(batch.index), 0, device=batch.index.device)
-            return Views(batch.index, {"plain": self.plain(batch.images, no_uniforms)})
+            return self._plain_views(batch)
         return self._views(next(iter(self.streams)), batch)
 
     def _batches(self, name: str) -> KeyedBatches | PartneredBatches:
@@ -190,20 +215,28 @@ class ViewsDataModule(pl.LightningDataModule):
                 same random numbers as in training.
             number: number of the round, a part of the random key.
         """
-        images = torch.from_numpy(self.images.images[index.numpy()]).to(device)
-        pixels = Pixels(index.to(device), torch.full_like(index, number, device=device), images)
+        images = torch.from_numpy(self.images.images[index.numpy()])
+        pixels = Pixels(index, torch.full_like(index, number), images).to(device)
         return self._views(next(iter(self.streams)), pixels, views)
 
     def _views(self, stream: str, pixels: Pixels, made: Mapping[str, View] | None = None) -> Views:
-        views = {}
+        views, device = {}, pixels.images.device
         for name, view in (self.streams[stream].views if made is None else made).items():
             key = _key(self.stage, stream, name)
             # Keyed by round, not by epoch: an epoch may draw an image more than once.
             uniforms = keyed_uniform(
                 self.seed, pixels.round, pixels.index, key, view.num_uniforms
             )  # (B, U)
+            if not isinstance(view, PlainView):  # a view of your own finds both on one device
+                uniforms = to_device(uniforms, device)
             views[name] = view(pixels.images, uniforms)
-        return Views(pixels.index, views)
+        return Views(to_device(pixels.index, device), views)
+
+    def _plain_views(self, pixels: Pixels) -> Views:
+        device = pixels.images.device
+        no_uniforms = torch.empty(len(pixels.index), 0, device=device)
+        plain = self.plain(pixels.images, no_uniforms)
+        return Views(to_device(pixels.index, device), {"plain": plain})
 
     def _plain_loader(self, index: Tensor) -> DataLoader[Pixels]:
         rank, world_size = self._rank
@@ -216,16 +249,25 @@ class ViewsDataModule(pl.LightningDataModule):
         return DataLoader(self._pixels, sampler=batches, batch_size=None, collate_fn=_whole)
 
     @property
+    def _device(self) -> torch.device:
+        trainer = self.trainer
+        return torch.device("cpu") if trainer is None else trainer.strategy.root_device
+
+    @property
     def _rank(self) -> tuple[int, int]:
         trainer = self.trainer
         return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
 
 
 class PixelDataset(Dataset[Pixels]):
-    """Data set whose items are whole batches of uint8 pixels, copied from the memory map."""
+    """Data set whose items are whole batches of uint8 pixels.
+
+    They are copied from the memory map, or from `store`, all images on a GPU, where there is one.
+    """
 
     def __init__(self, images: ImageSet) -> None:
         self.images = images
+        self.store: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -233,6 +275,9 @@ class PixelDataset(Dataset[Pixels]):
     def __getitem__(self, batch: tuple[Tensor, Tensor]) -> Pixels:
         """Return the pixels of a drawn batch."""
         index, rounds = batch
+        if self.store is not None:
+            chosen = to_device(index, self.store.device)
+            return Pixels(index, rounds, self.store.index_select(0, chosen))
         return Pixels(index, rounds, torch.from_numpy(self.images.pixels(index.numpy())))
 
 

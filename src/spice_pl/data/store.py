@@ -65,9 +65,7 @@ def open_store(
     """
     if on_bad_image not in BAD_IMAGE:
         raise UsageError(f"on_bad_image {on_bad_image!r} is none of {BAD_IMAGE}")
-    text = json.dumps([STORE_VERSION, image_size, identity])
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
-    place = Path(cache_dir).expanduser() / digest
+    place = store_folder(identity, image_size, cache_dir)
     job = StoreJob(place, image_size, on_bad_image, [*decoders(), *limits])
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -86,6 +84,13 @@ def open_store(
     except OSError as error:
         raise UsageError(_disk(error, place.parent)) from error
     return _read(job)
+
+
+def store_folder(identity: object, image_size: int, cache_dir: str) -> Path:
+    """Return the folder of the store of some images; arguments as for `open_store`."""
+    text = json.dumps([STORE_VERSION, image_size, identity])
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
+    return Path(cache_dir).expanduser() / digest
 
 
 def _opened(source: Callable[[], Source]) -> Source:

@@ -80,8 +80,9 @@ def uniformity(embeddings: Tensor) -> Tensor:
         tensor(-8.)
     """
     # torch.pdist has no bfloat16 kernel. On the sphere |a - b|^2 = 2 - 2ab.
-    pairs = torch.ones(len(embeddings), len(embeddings), device=embeddings.device).triu(1).bool()
-    distance = 2 - 2 * (embeddings @ embeddings.T)[pairs]  # (B (B - 1) / 2,)
+    size = len(embeddings)
+    row, column = torch.triu_indices(size, size, 1, device=embeddings.device)  # not a mask: that
+    distance = 2 - 2 * (embeddings @ embeddings.T)[row, column]  # (B (B - 1) / 2,)  # would wait
     return (-2 * distance).exp().mean().log()
 
 

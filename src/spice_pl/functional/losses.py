@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spice_pl.functional.device import cluster_sizes
+
 
 def double_softmax_cross_entropy(probs: Tensor, label: Tensor, *, balanced: bool = False) -> Tensor:
     """Compute the cross-entropy of a second softmax over probabilities.
@@ -38,7 +40,7 @@ def double_softmax_cross_entropy(probs: Tensor, label: Tensor, *, balanced: bool
     if not balanced:
         return losses.mean()
     label = label.expand(losses.shape)
-    sizes = torch.bincount(label.flatten(), minlength=probs.shape[-1])  # (K,)
+    sizes = cluster_sizes(label, probs.shape[-1])  # (K,)
     return (losses / sizes[label]).sum() / (sizes > 0).sum()
 
 

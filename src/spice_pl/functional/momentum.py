@@ -4,7 +4,6 @@ import torch
 from torch import Tensor, nn
 
 
-@torch.no_grad()
 def ema_update_(target: nn.Module, source: nn.Module, momentum: float) -> None:
     """Move the target's parameters towards the source's, in place.
 
@@ -26,16 +25,50 @@ def ema_update_(target: nn.Module, source: nn.Module, momentum: float) -> None:
         >>> follower.weight.item()
         0.25
     """
-    if not 0 <= momentum <= 1:
-        raise ValueError(f"momentum {momentum} is not between 0 and 1; MoCo uses 0.999")
-    _check_same(dict(target.named_parameters()), dict(source.named_parameters()))
-    _check_same(dict(target.named_buffers()), dict(source.named_buffers()))
-    targets: list[Tensor] = list(target.parameters())
-    sources: list[Tensor] = list(source.parameters())
-    if targets:  # foreach refuses empty lists
-        torch._foreach_lerp_(targets, sources, 1 - momentum)
-    for copy, buffer in zip(target.buffers(), source.buffers(), strict=True):
-        copy.copy_(buffer)
+    EmaPairs((target, source)).update_(momentum)
+
+
+class EmaPairs:
+    """Tensors of networks and of their moving averages, paired and checked once.
+
+    `update_` does the same as `ema_update_`, without a walk through the networks. Make the pairs
+    after the networks are on their device: they hold the tensors, not the networks.
+
+    Args:
+        pairs: (target, source) of each network.
+
+    Raises:
+        ValueError: the architectures differ.
+    """
+
+    def __init__(self, *pairs: tuple[nn.Module, nn.Module]) -> None:
+        # By type: foreach is one kernel only for tensors of one type.
+        self._averaged: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+        self._copied: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+        for target, source in pairs:
+            for groups, tensors in (
+                (self._averaged, [dict(each.named_parameters()) for each in (target, source)]),
+                (self._copied, [dict(each.named_buffers()) for each in (target, source)]),
+            ):
+                _check_same(*tensors)
+                for name, tensor in tensors[0].items():
+                    targets, sources = groups.setdefault(tensor.dtype, ([], []))
+                    targets.append(tensor)
+                    sources.append(tensors[1][name])
+
+    @torch.no_grad()
+    def update_(self, momentum: float) -> None:
+        """Move the targets as `ema_update_` does.
+
+        Raises:
+            ValueError: momentum is out of range.
+        """
+        if not 0 <= momentum <= 1:
+            raise ValueError(f"momentum {momentum} is not between 0 and 1; MoCo uses 0.999")
+        for targets, sources in self._averaged.values():
+            torch._foreach_lerp_(targets, sources, 1 - momentum)
+        for targets, sources in self._copied.values():
+            torch._foreach_copy_(targets, sources)
 
 
 def _check_same(target: dict[str, Tensor], source: dict[str, Tensor]) -> None:

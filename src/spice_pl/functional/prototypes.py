@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spice_pl.functional.budgets import cluster_budgets
+from spice_pl.functional.device import cluster_sizes, to_device
 from spice_pl.functional.neighbors import SIMILARITIES_PER_CHUNK, similarities, unit_rows
 
 
@@ -129,7 +130,8 @@ def prototype_pseudo_labels(
     counts = labels if shares is not None else labels.view(-1, num_clusters)[0]  # (H, K) or (K,)
     names = torch.arange(num_clusters).expand_as(counts)
     label = names.flatten().repeat_interleave(counts.flatten())
-    return index, label.view(*counts.shape[:-1], -1).to(probs.device)  # (H, S); (H, S) or (S,)
+    label = to_device(label.view(*counts.shape[:-1], -1), probs.device)
+    return index, label  # (H, S); (H, S) or (S,)
 
 
 def prototype_shares(
@@ -161,7 +163,7 @@ def prototype_shares(
     prototypes = unit_rows(_prototypes(embeddings, probs, confident, overlap))  # (H, K, D)
     num_images, num_clusters = probs.shape[-2:]
     counts = [
-        torch.bincount(similarities(embeddings, each).argmax(dim=1), minlength=num_clusters)
+        cluster_sizes(similarities(embeddings, each).argmax(dim=1), num_clusters)
         for each in prototypes.view(-1, *prototypes.shape[-2:])  # a head at a time: (M, K)
     ]
     return (torch.stack(counts) / num_images).view(prototypes.shape[:-1])
@@ -183,7 +185,7 @@ def _chunks(rows: Tensor, num_images: int) -> Iterator[Tensor]:
 def _means(embeddings: Tensor, index: Tensor, counts: Tensor) -> Tensor:
     """Means (..., K, D) of the rows that `_pick` chose, `counts` (..., K) of them per cluster."""
     # An embedding bag averages rows without first copying those of all heads and clusters.
-    starts = _starts(counts).flatten().to(index.device)
+    starts = to_device(_starts(counts).flatten(), index.device)
     means = F.embedding_bag(index, embeddings, starts, mode="mean")
     return means.view(*counts.shape, -1)
 
@@ -200,6 +202,10 @@ def _pick(scores: Iterable[Tensor], counts: Tensor, overlap: bool) -> Tensor:
         Flat index of all picks: those of one cluster are together, then the clusters of a head,
         then the heads.
     """
+    most = int(counts.max())
+    if overlap and bool((counts == most).all()):  # as without shares: no slot to leave out
+        parts = [part.topk(most, dim=-1).indices for part in scores]  # (..., k, most) each
+        return torch.cat(parts, dim=-2).flatten()
     starts, first = _starts(counts), 0
     picks = taken = torch.empty(0)
     rows = (row for part in scores for row in torch.split(part, 1, dim=-2))  # (..., 1, M) each
@@ -208,17 +214,20 @@ def _pick(scores: Iterable[Tensor], counts: Tensor, overlap: bool) -> Tensor:
             picks = torch.empty(int(counts.sum()), dtype=torch.long, device=part.device)
         here = slice(first, first := first + part.shape[-2])
         rank = torch.arange(int(counts[..., here].max()))
-        wanted = (rank < counts[..., here, None]).to(part.device)  # (..., k, most)
-        place = (starts[..., here, None] + rank).to(part.device)
+        wanted = rank < counts[..., here, None]  # (..., k, most)
+        place = starts[..., here, None] + rank
         if overlap:
             index = part.topk(len(rank), dim=-1).indices  # (..., k, most)
         else:
             if here.start == 0:
                 taken = torch.zeros_like(part, dtype=torch.bool)  # (..., 1, M)
             left, index = part.masked_fill(taken, -torch.inf).topk(len(rank), dim=-1)
-            taken.scatter_(-1, index, wanted | taken.gather(-1, index))
+            new = to_device(wanted, part.device)
+            taken.scatter_(-1, index, new | taken.gather(-1, index))
             index = index.where(left > -torch.inf, -1)
-        picks[place[wanted]] = index[wanted]
+        # Positions, not a mask of the device, whose number of True the processor would wait for.
+        chosen = to_device(wanted.flatten().nonzero().squeeze(1), part.device)
+        picks[to_device(place[wanted], part.device)] = index.flatten()[chosen]
     return picks
 
 

@@ -56,7 +56,7 @@ def check_folders(job: Job, steps: Sequence[Step]) -> None:
         file = step.folder.path / ".hydra" / "config.yaml"
         if not file.is_file():
             continue
-        changed = _changed(_saved(file), step)
+        changed = _changed(saved_settings(file), step)
         if step.continues and _has_more_epochs(step, changed):
             del changed[f"{step.name}.epochs"]
             longer += [step] if step.folder.finished else []
@@ -173,7 +173,7 @@ def _check_folder(step: Step, changed: Mapping[str, tuple[Any, Any]], *, alone: 
         )
 
 
-def _saved(file: Path) -> dict[str, Any]:
+def saved_settings(file: Path) -> dict[str, Any]:
     """Read the settings that a run was made with."""
     try:
         text = file.read_text(encoding="utf-8")
@@ -206,11 +206,15 @@ def _changed(saved: Mapping[str, Any], step: Step) -> dict[str, tuple[Any, Any]]
     free.append(f"{step.name}.checkpoint_epochs")  # a setting of before 0.2, without effect
     if not step.upstream or old.get("dataset.num_clusters") is None:  # features need no K
         free += ["dataset.num_clusters", f"{step.name}.module.num_clusters"]
-    return {
+    changed = {
         key: (old.get(key), new.get(key))
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key) and key not in free
     }
+    minutes = saved.get("minutes"), given.get("minutes")
+    if changed and minutes[0] != minutes[1]:  # which chose some of these
+        changed = {"minutes": minutes, **changed}
+    return changed
 
 
 def _take_edits(job: Job, edits: Edits, steps: Sequence[Step]) -> None:

@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from hydra.errors import CompactHydraException
+
 from spice_pl.errors import UsageError
 from spice_pl.job import sweep
 from spice_pl.job.job import Job
@@ -16,13 +18,17 @@ from spice_pl.system.files import is_disk_full
 from spice_pl.system.interrupts import Stopped
 
 
+class TrialFailed(CompactHydraException):
+    """A mistake in a trial of a sweep, which Hydra reports without a traceback."""
+
+
 @contextmanager
 def clear_errors(job: Job) -> Iterator[None]:
     """Print one message for a mistake that the user can correct, and exit with code 2.
 
     Raises:
         SystemExit: code 2 for a mistake; `Stopped`, code 75, after a signal.
-        Exception: any error of a trial of a sweep, whose other trials continue.
+        TrialFailed: a mistake in a trial of a sweep, whose other trials continue.
     """
     try:
         with full_disk_as_usage_error(job):
@@ -37,6 +43,8 @@ def clear_errors(job: Job) -> Iterator[None]:
             print(f"\nerror: {error}", file=sys.stderr)
         if job.sweep:
             sweep.note_failure(job.overrides, error)
+            if isinstance(error, UsageError):
+                raise TrialFailed("at least one trial failed") from error
         elif isinstance(error, UsageError):
             raise SystemExit(2) from error
         raise

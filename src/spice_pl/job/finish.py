@@ -26,6 +26,7 @@ from spice_pl.reports.tables import ResultRow, results_markdown, results_rich
 from spice_pl.runs.answer import NETWORK, Answer, choose_answer
 from spice_pl.runs.attention import FeatureMap, write_attention
 from spice_pl.runs.clusters import ClusterTable, cluster_table
+from spice_pl.runs.earlier import better_of
 from spice_pl.runs.edited import inherited_names, order_like, renumber_
 from spice_pl.runs.folder import RunFolder
 from spice_pl.runs.page_data import report_data
@@ -57,6 +58,8 @@ def finish_stage(
         if module.has_clusters:
             keep_numbers(step, module, images)
             answer = write_answer(step, images)
+            if answer is not None:
+                answer = keep_better(step, module, answer)
             folder = step.folder
             table = cluster_table(
                 images.keys,
@@ -65,7 +68,8 @@ def finish_stage(
                 step.reliable,
                 step.seed,
             )
-            folder.write_clusters(table)
+            spreadsheet = bool(step.settings["spreadsheet"])
+            folder.write_clusters(table, spreadsheet=spreadsheet)
         for part, weights in module.weights().items():
             step.folder.write_weights(f"{part}.safetensors", weights)
         if table is not None:
@@ -76,7 +80,8 @@ def finish_stage(
             devices=trainer.world_size,
             precision=str(trainer.precision),
         )
-        write_results(step, module, images, table, answer, cost, feature_map_of(plain, module))
+        feature_map = feature_map_of(plain, module, trainer.strategy.root_device)
+        write_results(step, module, images, table, answer, cost, feature_map)
     trainer.strategy.barrier("results written")
     for each in trainer.loggers:
         if trainer.is_global_zero:
@@ -103,6 +108,20 @@ def write_answer(step: Step, images: ImageSet) -> Answer | None:
     if answer.name != NETWORK:
         folder.write_answer(answer.probs.numpy())
     return answer
+
+
+def keep_better(step: Step, module: Stage, answer: Answer) -> Answer:
+    """Keep the clusters of the upstream where a stage that learned from them made them worse."""
+    learned = module.labelled() is not None and not module.oracle
+    if not learned or not step.upstream or not (step.upstream[0].path / "probs.npy").is_file():
+        return answer
+    upstream, probs = step.upstream[0], torch.from_numpy(np.array(step.folder.probs))
+    if upstream.answer.shape[1] != step.num_clusters:  # labels from a file, with another K
+        return answer
+    better = better_of(answer, probs, step.name, upstream)
+    if better is not answer:
+        step.folder.write_answer(better.probs.numpy())
+    return better
 
 
 def keep_numbers(step: Step, module: Stage, images: ImageSet) -> None:
@@ -186,12 +205,15 @@ def write_results(
     folder.write_json("metrics.json", metrics)
 
 
-def feature_map_of(plain: View, module: Stage) -> FeatureMap:
-    """Return what makes feature maps of images, with the encoder that is handed on."""
-    encoder = module.weights()["encoder"].eval()
+def feature_map_of(plain: View, module: Stage, device: torch.device) -> FeatureMap:
+    """Return what makes feature maps of images, with the encoder that is handed on.
+
+    The maps are made on the device; Lightning has moved the module off it after the prediction.
+    """
+    encoder = module.weights()["encoder"].eval().to(device)
 
     def feature_map(images: torch.Tensor) -> torch.Tensor | None:
-        prepared = plain(images.to(module.device), torch.empty(0, device=module.device))
+        prepared = plain(images.to(device), torch.empty(0, device=device))
         return fine_feature_map(encoder, prepared)
 
     return feature_map
@@ -211,6 +233,7 @@ def show(folder: RunFolder, opened: bool | str = False) -> None:
         Console().print(results_rich([ResultRow(**row) for row in metrics["rows"]]))
     for file, what in (
         (REPORT, "look at the clusters"),
+        ("trust.html", "how far to believe them"),
         ("clusters.csv", "one line per image"),
         ("metrics.json", "scores, settings, cost"),
     ):

@@ -19,6 +19,7 @@ from spice_pl.job.settings import masked_override
 from spice_pl.nn.encoders import pretrained
 from spice_pl.runs.edited import reviewed_run
 from spice_pl.runs.edits import Edits, read_edits
+from spice_pl.runs.find import earlier_runs
 from spice_pl.runs.folder import RunFolder
 from spice_pl.system.command import command
 
@@ -28,12 +29,13 @@ OmegaConf.register_new_resolver(
 OmegaConf.register_new_resolver(  # a property of the encoder that a name stands for
     "pretrained", lambda name, what: getattr(pretrained(name), what), replace=True
 )
+OmegaConf.register_new_resolver("last", lambda names: names[-1], replace=True)
 
 # Settings that change where or how a job runs, but not what it computes.
 NOT_IN_NAMES = {
     *("stage", "stages", "dataset", "run", "seed", "preset", "experiment", "resume", "overwrite"),
     *("hydra", "runs_dir", "cache_dir", "trainer", "logger", "on_bad_image", "allow_targets"),
-    *("map", "like", "checkpoint_minutes", "open"),
+    *("map", "like", "of", "checkpoint_minutes", "open", "spreadsheet"),
 }
 
 SWEPT_OF_DATASET = tuple(
@@ -80,7 +82,8 @@ class Job:
 
     def upstream(self, stage: str) -> list[str]:
         """Return the stages that a stage builds on, the nearest first."""
-        if stage not in self.cfg:  # one of your own, composed only when it runs
+        # A stage of your own is composed only when it runs; `edits` is a setting too.
+        if not isinstance(self.cfg.get(stage), DictConfig):
             return []
         name = self.cfg[stage].upstream
         return [] if name is None else [str(name), *self.upstream(str(name))]
@@ -88,8 +91,12 @@ class Job:
     def upstream_folders(self, stage: str) -> list[RunFolder]:
         """Return the folders of these stages, the nearest first.
 
-        With edits, these are the edited run, the reviewed run, and the runs before that one.
+        With edits, these are the edited run, the reviewed run, and the runs before that one. For a
+        task on the run `of`, they are that run and those that it was made from.
         """
+        if self.cfg.of and self.is_task(stage) and self.upstream(stage):
+            paths = [Path(self.cfg.of), *earlier_runs(Path(self.cfg.of))]
+            return [RunFolder(path, str(self.cfg.embeddings)) for path in paths]
         if self.edits is None or self.is_task(stage) or not self.upstream(stage):
             return [self.folder(each) for each in self.upstream(stage)]
         runs = Path(self.cfg.runs_dir, str(self.cfg.dataset.name))
@@ -102,7 +109,8 @@ class Job:
         """Return the folder of a stage's artifacts: runs/<dataset>/<stage>/<run>.
 
         In a sweep, the settings that affect this stage are part of the run's name. Trials thus have
-        folders of their own and share the stages before the one that they vary.
+        folders of their own and share the stages before the one that they vary. A task on the run
+        `of` has a folder in that run; predictions have one per data set.
 
         Raises:
             UsageError: the run or the data set has a name that is not a valid folder name.
@@ -119,9 +127,10 @@ class Job:
                     f"{key}={part!r} is not a valid folder name; leave out / and \\, line ends and "
                     "a dot at its start (runs_dir=PATH chooses where the folders are)"
                 )
-        return RunFolder(
-            Path(cfg.runs_dir, str(cfg.dataset.name), stage, name), str(cfg.embeddings)
-        )
+        place = Path(cfg.runs_dir, str(cfg.dataset.name), stage, name)
+        if cfg.of and stage in cfg and self.is_task(stage):
+            place = Path(cfg.of, stage, *([str(cfg.dataset.name)] if stage == "predict" else []))
+        return RunFolder(place, str(cfg.embeddings))
 
     def _reaching(self, stage: str) -> list[str]:
         """Return the settings of the command line that affect a stage."""
@@ -159,7 +168,7 @@ class Job:
     def dump(self) -> str:
         """Return the job as YAML, so that ranks need not compose it again."""
         settings = {
-            "cfg": _literal(OmegaConf.to_container(self.cfg, resolve=True)),
+            "cfg": literal(OmegaConf.to_container(self.cfg, resolve=True)),
             "overrides": list(self.overrides),
             "preset": self.preset,
             "sweep": self.sweep,
@@ -173,10 +182,10 @@ class Job:
         return cls(job.cfg, tuple(job.overrides), str(job.preset), bool(job.sweep))
 
 
-def _literal(value: Any) -> Any:
+def literal(value: Any) -> Any:
     """Return resolved settings in which OmegaConf finds nothing to resolve again."""
     if isinstance(value, dict):
-        return {key: _literal(item) for key, item in value.items()}
+        return {key: literal(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_literal(item) for item in value]
+        return [literal(item) for item in value]
     return value.replace("${", "\\${") if isinstance(value, str) else value

@@ -4,10 +4,31 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
+from spice_pl.errors import UsageError
 from spice_pl.job.job import Job
+from spice_pl.job.plan import Step
+from spice_pl.runs.folder import RunFolder
 
 logger = logging.getLogger(__name__)
+
+
+def known_num_clusters(job: Job) -> int | None:
+    """Return K as settings or a finished run give it, 0 if no step needs it.
+
+    None where it has to be estimated.
+    """
+    given = job.cfg.dataset.num_clusters
+    if given != "auto":
+        return int(given or 0)
+    first = next((name for name in job.stages if job.upstream(name)), None)
+    if first is None:
+        return 0
+    known = None if job.cfg.overwrite else _of_finished_run(job, first)
+    if known is None and job.is_task(first):  # a task on features: it needs no K
+        return 0
+    return known
 
 
 def settled(job: Job, run: Callable[[Job], object]) -> Job:
@@ -20,16 +41,10 @@ def settled(job: Job, run: Callable[[Job], object]) -> Job:
         job: its `dataset.num_clusters` is "auto".
         run: runs a job.
     """
-    clustering = [name for name in job.stages if job.upstream(name)]
-    if not clustering:
-        return job.with_settings({"dataset.num_clusters": None})
-    first = clustering[0]
-    known = None if job.cfg.overwrite else _of_finished_run(job, first)
-    if known is None and job.is_task(first):  # a task on features: it needs no K
-        return job.with_settings({"dataset.num_clusters": None})
+    known = known_num_clusters(job)
     if known is None:
-        known = _estimated(job, first, run)
-    return job.with_settings({"dataset.num_clusters": known})
+        known = _estimated(job, next(name for name in job.stages if job.upstream(name)), run)
+    return job.with_settings({"dataset.num_clusters": known or None})
 
 
 def _of_finished_run(job: Job, stage: str) -> int | None:
@@ -44,6 +59,8 @@ def _of_finished_run(job: Job, stage: str) -> int | None:
 def _estimated(job: Job, stage: str, run: Callable[[Job], object]) -> int:
     """Run the stages before `stage`, then estimate K from the features of the nearest one."""
     before = job.stages[: job.stages.index(stage)]
+    if not job.cfg.overwrite and all(job.folder(name).finished for name in before):
+        before = []  # by a job that was stopped after them
     if before:
         run(job.with_settings({"stages": before, "dataset.num_clusters": None, "edits": None}))
     estimate = {
@@ -59,3 +76,36 @@ def _estimated(job: Job, stage: str, run: Callable[[Job], object]) -> int:
     known = int(folder.metrics["estimated_num_clusters"])
     logger.info("dataset.num_clusters=auto: %d clusters; give a number to choose yourself", known)
     return known
+
+
+def k_estimate(job: Job, step: Step) -> dict[str, Any] | None:
+    """Return what an estimate of K says about the features that a stage makes clusters of.
+
+    Keys: `num_clusters` (the estimate), `clear`, `sentence`, and, along the curve, `candidates`
+    (each K) and `scores` (stability minus that of points without groups; high is good). None where
+    nothing was estimated, or from features that have been made again since.
+    """
+    folder = job.folder("estimate_k")
+    if not folder.finished:
+        return None
+    found = folder.metrics
+    read = [each for each in step.upstream if _name(each) == found.get("read")]
+    if not read or not read[0].finished:
+        return None
+    try:
+        folder.check_upstream(read[0])
+    except UsageError:  # of earlier features
+        return None
+    curve = found.get("curve", [])
+    return {
+        "num_clusters": int(found["estimated_num_clusters"]),
+        "clear": bool(found["clear"]),
+        "sentence": str(found["sentence"]),
+        "candidates": [int(point["num_clusters"]) for point in curve],
+        "scores": [float(point["stability"]) - float(point["null"]) for point in curve],
+    }
+
+
+def _name(folder: RunFolder) -> str:
+    """Return stage and run of a folder, as a task notes what it has read."""
+    return f"{folder.path.parent.name}/{folder.path.name}"

@@ -17,6 +17,7 @@ from spice_pl.job.fit import fitted
 from spice_pl.job.job import Job
 from spice_pl.job.plan import Step
 from spice_pl.job.settings import build
+from spice_pl.nn.pretrained import is_not_fetched, without_network
 from spice_pl.stages.base import Stage
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,16 @@ def build_stage(job: Job, step: Step, images: ImageSet) -> tuple[Stage, dict[str
         logger.info("fitted to %d images: %s", len(images.train_index), ", ".join(changes))
     pl.seed_everything(step.seed, verbose=False)
     streams = {key: build(job.cfg, value) for key, value in own["streams"].items()}
-    module: Stage = build(job.cfg, own["module"])
+    try:
+        module: Stage = build(job.cfg, own["module"])
+    except Exception as error:  # each library of networks has errors of its own
+        if isinstance(error, UsageError) or not is_not_fetched(error):
+            raise
+        backbone = own["module"].get("backbone", step.settings["backbone"])
+        raise UsageError(
+            f"the pretrained weights cannot be fetched ({str(error).splitlines()[0]}): "
+            f"{without_network(backbone)}"
+        ) from error
     module.name = step.name
     module.check(images, streams)
     return module, streams

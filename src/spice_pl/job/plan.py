@@ -13,7 +13,9 @@ from omegaconf import OmegaConf
 
 from spice_pl.errors import UsageError
 from spice_pl.job.job import Job
+from spice_pl.job.origin import titled
 from spice_pl.job.settings import flat, masked, masked_override, missing
+from spice_pl.job.values import check_values
 from spice_pl.runs.clusters import ReliableRule
 from spice_pl.runs.folder import RunFolder
 from spice_pl.runs.results import Record
@@ -87,6 +89,7 @@ def check_settings(job: Job) -> None:
     OmegaConf.set_struct(job.cfg, True)
     if absent := missing(job.cfg):
         raise UsageError(f"no value for {', '.join(absent)}; give it on the command line")
+    check_values(job.cfg)
     for key, words in WORDS.items():
         if job.cfg[key] not in words:
             allowed = ", ".join(str(word).lower() for word in words)
@@ -120,7 +123,7 @@ def _step(job: Job, name: str, settings: Mapping[str, Any]) -> Step:
     shown = masked("", {key: settings[key] for key in ("dataset", "backbone", name)})
     record = Record(
         stage=name,
-        title=str(own["title"]),
+        title=titled(name, settings),
         num_clusters=num_clusters,
         seed=int(settings["seed"]),
         preset=job.preset,

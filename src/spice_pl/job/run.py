@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import functools
 import logging
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
+from omegaconf import OmegaConf
+
+from spice_pl.data.images import ImageSet
 from spice_pl.errors import UsageError
+from spice_pl.job.budget import FILE_NAME, Budget
 from spice_pl.job.checks import check, check_chain, check_folders, check_upstream
 from spice_pl.job.errors import quiet
 from spice_pl.job.finish import show
 from spice_pl.job.job import Job
 from spice_pl.job.locks import holds_locks, remove_replaced, used_folders
 from spice_pl.job.num_clusters import settled
+from spice_pl.job.outlook import planned
 from spice_pl.job.parts import build_stage, open_images
 from spice_pl.job.plan import Step, check_settings, plan
 from spice_pl.job.stage import run_stage
@@ -39,8 +45,17 @@ def run_stages(job: Job) -> float | None:
     """
     quiet()
     check_settings(job)
+    budget = Budget(job.cfg.minutes)
+    if not ranks.in_rank() and (job.cfg.minutes is not None or not job.sweep):
+        with Interrupts():
+            job = planned(job, budget)
+    return run_planned(job, budget)
+
+
+def run_planned(job: Job, budget: Budget) -> float | None:
+    """Run a job within its time; K is settled first where it has to be estimated."""
     if job.cfg.dataset.num_clusters == "auto":
-        job = settled(job, run_stages)
+        job = settled(job, functools.partial(run_planned, budget=budget))
     steps = plan(job)
     num_processes = num_ranks(job.cfg)
     with Interrupts() as interrupts:
@@ -49,7 +64,7 @@ def run_stages(job: Job) -> float | None:
         if num_processes > 1 and todo and not ranks.in_rank():
             start_ranks(job, todo, num_processes)
         else:
-            run_steps(job, steps, interrupts)
+            run_steps(job, steps, interrupts, budget)
     objective = _metrics(steps[-1]).get("objective")
     return None if objective is None else float(objective)
 
@@ -80,7 +95,7 @@ def start_ranks(job: Job, steps: Sequence[Step], num_processes: int) -> None:
         ranks.launch_ranks(num_processes, job.dump(), locks)
 
 
-def run_steps(job: Job, steps: Sequence[Step], interrupts: Interrupts) -> None:
+def run_steps(job: Job, steps: Sequence[Step], interrupts: Interrupts, budget: Budget) -> None:
     """Build and check all stages, then run the steps one after another in this process."""
     load_images = functools.cache(functools.partial(open_images, job.cfg))
     todo = [step for step in steps if step.trains and not step.reused]
@@ -105,11 +120,37 @@ def run_steps(job: Job, steps: Sequence[Step], interrupts: Interrupts) -> None:
                     images = load_images()
                     if step.name not in stages:  # another run removed what was reused
                         stages[step.name] = build_stage(job, step, images)
+                    begun = time.monotonic()
+                    job, step = budget_settled(job, step, stages, images, budget)
                     run_stage(job, step, *stages.pop(step.name), images, interrupts)
+                    budget.note(step, time.monotonic() - begun)
                 else:
                     run_task(job, step, load_images)
     if ranks.is_first_rank():
         show(steps[-1].folder, False if job.sweep else job.cfg.open)
+
+
+def budget_settled(
+    job: Job, step: Step, stages: dict[str, Any], images: ImageSet, budget: Budget
+) -> tuple[Job, Step]:
+    """Return job and step with the settings that fit the time left; write them to minutes.json.
+
+    `stages` gets the stage as these settings build it.
+    """
+    names = job.stages[job.stages.index(step.name) :] if step.name in job.stages else [step.name]
+    values = budget.lowered(job, names, max(step.num_clusters, 2))
+    own = {key: value for key, value in values.items() if key.startswith(f"{step.name}.")}
+    if not own:
+        return job, step
+    before = {key: OmegaConf.select(job.cfg, key) for key in own}
+    job = job.with_settings(values)
+    settled_step = next(each for each in plan(job) if each.name == step.name)
+    if before != own:
+        stages[step.name] = build_stage(job, settled_step, images)
+        logger.info("minutes=%g: %s", budget.minutes, ", ".join(f"{k}={v}" for k, v in own.items()))
+    content = {"minutes": budget.minutes, "settings": own}
+    settled_step.folder.write_json(FILE_NAME, content)
+    return job, settled_step
 
 
 def _metrics(step: Step) -> dict[str, Any]:

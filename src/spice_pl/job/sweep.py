@@ -31,7 +31,8 @@ def note_failure(overrides: Sequence[str], error: Exception) -> None:
     if trials := os.environ.get(TRIALS):
         given = " ".join(masked_override(text) for text in overrides)
         with _failures(Path(trials)).open("a", encoding="utf-8") as file:
-            file.write(json.dumps([given, f"{type(error).__name__}: {error}"]) + "\n")
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            file.write(json.dumps([given, reason]) + "\n")
 
 
 def _failures(trials: Path) -> Path:
@@ -54,26 +55,32 @@ class CompareTrials(Callback):
         """Compare what the trials have named; report those that failed."""
         if TRIALS not in os.environ:  # done
             return
-        from spice_pl.errors import UsageError
-        from spice_pl.runs.compare import compare, finished_runs, show
-
         file = Path(os.environ.pop(TRIALS))
         folders = sorted(set(file.read_text(encoding="utf-8").splitlines()))
         file.unlink()
-        try:
-            lines = compare(finished_runs(folders))
-        except UsageError as error:
-            print(f"no table of this sweep: {error}", file=sys.stderr)
-        else:
-            show(lines, Path(str(config.hydra.sweep.dir)))
+        if folders:
+            _show_table(folders, Path(str(config.hydra.sweep.dir)))
         failed = _failures(file)
         if failed.is_file():
             found = [json.loads(line) for line in failed.read_text(encoding="utf-8").splitlines()]
             failed.unlink()
+            others = "the others are finished" if folders else "none is finished"
             print(
-                f"\n{len(found)} of the trials failed, the others are finished; once it is "
-                "mended, the same command with resume=true makes what is missing:",
+                f"\n{len(found)} of the trials failed, {others}; once it is mended, the same "
+                "command with resume=true makes what is missing:",
                 file=sys.stderr,
             )
             for overrides, reason in found:
-                print(f"  {overrides}\n    {reason}", file=sys.stderr)
+                print(f"  {overrides}: {reason}", file=sys.stderr)
+
+
+def _show_table(folders: Sequence[str], target: Path) -> None:
+    from spice_pl.errors import UsageError
+    from spice_pl.runs.compare import compare, finished_runs, show
+
+    try:
+        lines = compare(finished_runs(folders))
+    except UsageError as error:
+        print(f"no table of this sweep: {error}", file=sys.stderr)
+    else:
+        show(lines, target)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
 import pytorch_lightning as pl
 import torch
-from omegaconf import DictConfig
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment
+from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import LearningRateMonitor
 from pytorch_lightning.loggers import Logger
+from pytorch_lightning.strategies import DDPStrategy
 
 from spice_pl.callbacks.checkpoints import CheckpointFile, Checkpoints
+from spice_pl.callbacks.compiling import Compiling
 from spice_pl.callbacks.dashboards import run_id
 from spice_pl.callbacks.metrics_csv import CurveLogger
 from spice_pl.callbacks.nan import NanGuard
@@ -17,8 +24,15 @@ from spice_pl.errors import UsageError
 from spice_pl.job.job import Job
 from spice_pl.job.plan import Step
 from spice_pl.job.settings import build, flat, masked
+from spice_pl.system import ranks
 from spice_pl.system.interrupts import Interrupts
-from spice_pl.system.ranks import is_first_rank
+
+OURS = ("data", "compile")  # settings of trainer.* that are not arguments of Lightning's trainer
+STRATEGIES = (
+    *("auto", "ddp"),
+    *("ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true"),
+)
+PATIENCE = timedelta(days=1)  # of a collective: rank 0 writes results while the others wait
 
 
 def make_trainer(
@@ -36,18 +50,21 @@ def make_trainer(
         seed=step.seed,
     )
     callbacks = [*callbacks, StageProgress(step.name), guard, checkpoints]
+    compile_mode = str(step.settings["trainer"].get("compile", False)).lower()
+    callbacks.append(Compiling(compile_mode))
     if dashboards:
         callbacks.append(LearningRateMonitor("epoch"))
-    settings = dict(step.settings["trainer"])
-    if settings["precision"] == "auto":
-        settings["precision"] = auto_precision(str(settings["accelerator"]))
+    settings = trainer_settings(step.settings["trainer"])
+    plugins: list[Any] = [CheckpointFile()]
+    if not ranks.in_rank():  # else Lightning takes the variables of salloc for those of srun
+        plugins.append(LightningEnvironment())
     trainer: pl.Trainer = build(
         job.cfg,
         settings,
         max_epochs=step.epochs,
         check_val_every_n_epoch=step.watch_epochs,
         callbacks=callbacks,
-        plugins=[CheckpointFile()],
+        plugins=plugins,
         logger=loggers,
         default_root_dir=str(path),
         use_distributed_sampler=False,
@@ -57,6 +74,8 @@ def make_trainer(
     )
     # Lightning's own handlers stop before anything is saved, and broadcast inside a handler.
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    # With them it has no signal to broadcast, which it would do in every batch and wait for.
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
     return trainer
 
 
@@ -84,7 +103,7 @@ def _loggers(job: Job, step: Step) -> list[Logger]:
 
 def _same_run(step: Step, target: str) -> dict[str, str]:
     """Return what makes a resumed stage continue its W&B run."""
-    if not target.endswith(".WandbLogger") or not is_first_rank():
+    if not target.endswith(".WandbLogger") or not ranks.is_first_rank():
         return {}
     return {"id": run_id(step.folder.path, keep=step.continues), "resume": "allow"}
 
@@ -94,23 +113,128 @@ def progress(trainer: pl.Trainer) -> StageProgress:
     return next(each for each in trainer.callbacks if isinstance(each, StageProgress))  # type: ignore[attr-defined]
 
 
+def trainer_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of the trainer, with precision, devices and strategy settled.
+
+    On a GPU float32 products use TF32, and cuDNN tries its algorithms once per shape of a batch.
+
+    Raises:
+        UsageError: the machine does not have what is asked for.
+    """
+    settings = dict(given)
+    for ours in OURS:
+        settings.pop(ours, None)
+    count, gpu = num_devices(settings), on_gpu(settings)
+    if settings.get("precision") == "auto":
+        settings["precision"] = auto_precision(str(settings["accelerator"]))
+    if settings.get("sync_batchnorm") and not gpu:
+        raise UsageError(
+            "trainer.sync_batchnorm=true needs GPUs; on the processor each process has its own "
+            "BatchNorm statistics"
+        )
+    settings["devices"] = _device_choice(settings) if gpu else count
+    if isinstance(settings.get("strategy"), str):
+        several = count > 1 or int(settings.get("num_nodes") or 1) > 1 or ranks.in_rank()
+        if several or settings["strategy"] != "auto":
+            settings["strategy"] = _ddp(str(settings["strategy"]))
+    if gpu:
+        torch.set_float32_matmul_precision("high")
+        settings.setdefault("benchmark", not settings.get("deterministic"))
+    return settings
+
+
+def _ddp(strategy: str) -> DDPStrategy:
+    """Return DDP with local BatchNorm statistics and time for what rank 0 does alone."""
+    return DDPStrategy(
+        broadcast_buffers=False,  # else the queue and all statistics travel in every step
+        find_unused_parameters=strategy.endswith("unused_parameters_true"),
+        timeout=PATIENCE,
+    )
+
+
 def auto_precision(accelerator: str) -> str:
-    """bfloat16 where the hardware multiplies in it, else float32; emulation is far slower."""
+    """bfloat16 where the hardware multiplies in it, float16 on other GPUs with tensor cores.
+
+    Else float32; emulation is far slower.
+    """
     if accelerator != "cpu" and torch.cuda.is_available():
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16-mixed"
+        return "16-mixed" if torch.cuda.get_device_capability()[0] >= 7 else "32-true"
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return "bf16-mixed" if native else "32-true"
 
 
-def num_ranks(cfg: DictConfig) -> int:
-    """Processes to start on this machine; only strategies of the ddp family have several."""
-    if str(cfg.trainer.accelerator) in ("gpu", "cuda") and not torch.cuda.is_available():
+def on_gpu(settings: Mapping[str, Any]) -> bool:
+    """Whether these settings of the trainer use CUDA on this machine."""
+    return str(settings["accelerator"]) in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+
+
+def num_devices(settings: Mapping[str, Any]) -> int:
+    """Return the number of devices, and so of processes, that the settings ask for.
+
+    Raises:
+        UsageError: there is no GPU, or fewer than asked for, or `devices` is not understood.
+    """
+    accelerator = str(settings["accelerator"])
+    if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
         raise UsageError(
-            f"trainer.accelerator={cfg.trainer.accelerator} finds no GPU; use trainer=auto, or "
+            f"trainer.accelerator={accelerator} finds no GPU; use trainer=auto, or "
             "trainer=ddp_cpu for several processes on the processor"
         )
-    if not str(cfg.trainer.strategy).startswith("ddp"):
-        return 1
-    devices = cfg.trainer.devices
-    return torch.cuda.device_count() if devices in (-1, "auto") else int(devices)
+    choice, gpu = _device_choice(settings), on_gpu(settings)
+    present = torch.cuda.device_count() if gpu else 1
+    if choice == -1:
+        return present
+    chosen = choice if isinstance(choice, list) else range(choice)
+    if gpu and len(chosen) and max(chosen) >= present:
+        raise UsageError(
+            f"trainer.devices={settings['devices']} asks for GPU {max(chosen)} and this machine "
+            f"has {present}, numbered from 0; give at most trainer.devices={present}"
+        )
+    if not gpu and accelerator == "auto" and len(chosen) > 1:
+        raise UsageError(
+            f"trainer.devices={settings['devices']} finds no GPU; use trainer=ddp_cpu for several "
+            "processes on the processor"
+        )
+    return len(chosen)
+
+
+def _device_choice(settings: Mapping[str, Any]) -> int | list[int]:
+    """Return a number of devices, -1 for all, or a list of GPUs."""
+    given = settings.get("devices", 1)
+    if given in ("auto", -1, "-1"):
+        return -1
+    if isinstance(given, str) and "," in given:
+        given = [each for each in given.split(",") if each.strip()]
+    try:
+        if isinstance(given, int | str):
+            number = int(given)
+            if number > 0:
+                return number
+        else:
+            listed = [int(each) for each in given]
+            if listed and len(set(listed)) == len(listed) and min(listed) >= 0:
+                return listed
+    except (TypeError, ValueError):
+        pass  # said below
+    raise UsageError(
+        f"trainer.devices={settings.get('devices')} is neither a number of devices, nor -1 or auto "
+        "for all, nor a list of GPUs such as [0,1]"
+    )
+
+
+def num_ranks(cfg: DictConfig) -> int:
+    """Return the number of processes to start on this machine, one for each device.
+
+    Raises:
+        UsageError: the strategy is not one of one process per device that spice-pl starts.
+    """
+    settings: Any = OmegaConf.to_container(cfg.trainer, resolve=True)
+    strategy = settings["strategy"]
+    if isinstance(strategy, str) and strategy not in STRATEGIES:
+        raise UsageError(
+            f"trainer.strategy={strategy} is none of {', '.join(STRATEGIES)}; spice-pl starts one "
+            "process per device itself, and each holds the whole network"
+        )
+    return num_devices(settings)

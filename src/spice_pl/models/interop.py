@@ -5,7 +5,8 @@
 | SPICE stage 1, MoCo v2 | `module.encoder_q.*` | projection `fc.0`, `fc.2` |
 | SPICE stage 2 | `module.feature_module.*` | head `module.head.head_0.classifier.lin{1,2}` |
 | SPICE stage 3, FixMatch | `eval_model` (the average): `block{g}.layer.{i}.*` or a ResNet | `fc` |
-| solo-learn, lightly | `backbone.*` | left out |
+| SCAN | `backbone.*` | `cluster_head.*`, the selected one |
+| MoCo v3, SimSiam, SupCon, BYOL, SwAV, DINO, solo-learn, lightly | by their names | left out |
 | torchvision | no prefix | `fc` |
 
 Widths, depth and K follow from the tensors, and so does the stem where names and shapes tell it. No
@@ -30,6 +31,12 @@ from spice_pl.nn.heads import ClusterHead, LinearHead
 from spice_pl.nn.resnet import ResNet, Stem
 from spice_pl.nn.weights import below_prefix
 from spice_pl.nn.wide_resnet import WideResNet
+
+# What may stand before the names of a network; of several copies the first is taken.
+PREFIXES = (
+    *("", "base_encoder.", "encoder_q.", "online_encoder.net.", "teacher.backbone.", "teacher."),
+    *("feature_module.", "backbone.", "encoder.", "model.", "student.backbone.", "student."),
+)
 
 
 class ReferenceModel(nn.Module):
@@ -113,7 +120,7 @@ def read_reference(
     """
     content = read_file(path)
     state, wrapper = find_state_dict(content, str(path))
-    parts = split(state, wrapper, str(path))
+    parts = split(_selected_head(state, content.get("head")), wrapper, str(path))
     if any(key.endswith(".shortcut.weight") for key in parts.encoder):
         settings = _wide_resnet(parts.encoder)
     else:
@@ -144,12 +151,22 @@ def read_reference(
     return ReferenceModel(encoder, head, output, clusters, "\n  ".join(lines)).eval()
 
 
+def _selected_head(state: State, number: object) -> State:
+    """Return the tensors with the cluster head that SCAN selected as its first one."""
+    chosen = f"cluster_head.{number}."
+    if not any(key.startswith(chosen) for key in state):
+        return state
+    others = {key: value for key, value in state.items() if not key.startswith("cluster_head.")}
+    head = below_prefix(state, chosen)
+    return others | {f"cluster_head.0.{key}": value for key, value in head.items()}
+
+
 def load_backbone_weights(backbone: nn.Module, path: str | Path, *, partial: bool = False) -> str:
     """Load the weights of any backbone from a local file.
 
-    Of the prefixes `encoder_q.`, `feature_module.`, `backbone.`, `encoder.`, `model.` and none, the
-    one is removed that makes most names match; `module.` is always removed. Tensors whose top-level
-    name the backbone does not have (a classifier, a projection) are left out and listed.
+    Of all prefixes in the names, the one is removed that makes most names match; of several, the
+    first in `PREFIXES`. Tensors whose top-level name the backbone does not have (a classifier, a
+    projection) are left out and listed.
 
     Args:
         backbone: network that receives the weights.
@@ -165,9 +182,12 @@ def load_backbone_weights(backbone: nn.Module, path: str | Path, *, partial: boo
     """
     state, _ = find_state_dict(read_file(path), str(path))
     own = backbone.state_dict()
+    found = {"", *(f"{key.rpartition('.')[0]}." for key in state)}
+    found |= {f"{'.'.join(key.split('.')[:depth])}." for key in state for depth in (1, 2)}
+    order = sorted(found, key=lambda each: (_place(each), len(each), each))
     candidates = [
         {rename(key): value for key, value in below_prefix(state, prefix).items()}
-        for prefix in ("", "encoder_q.", "feature_module.", "backbone.", "encoder.", "model.")
+        for prefix in order
         for rename in (str, our_name)
     ]
     given = max(candidates, key=lambda each: sum(key in own for key in each))
@@ -181,6 +201,11 @@ def load_backbone_weights(backbone: nn.Module, path: str | Path, *, partial: boo
     if left:
         lines += [f"not needed: {_families(left)}"]
     return "\n  ".join(lines)
+
+
+def _place(prefix: str) -> int:
+    """Return the place of a prefix in `PREFIXES`; others come last."""
+    return PREFIXES.index(prefix) if prefix in PREFIXES else len(PREFIXES)
 
 
 def _stem(parts: Parts, pixels: int, arch: str) -> Stem:
@@ -270,10 +295,14 @@ def _fit(
     ]
     if differences and not partial:
         shown = differences[:20] + [f"and {len(differences) - 20} more"] * (len(differences) > 20)
+        way = "give the network and the size of the images it was made with"
+        if fitting:
+            way += (
+                ", or load what fits: import.module.partial=true, backbone.partial=true or "
+                "embed.module.partial=true, by what reads it (partial=True in Python)"
+            )
         raise UsageError(
-            f"{path} does not fit {type(module).__name__} whole; give the network and the size of "
-            "the images it was made with, or partial=True (partial=true on the command line) to "
-            "load what fits:\n  " + "\n  ".join(shown)
+            f"{path} does not fit {type(module).__name__} whole; {way}:\n  " + "\n  ".join(shown)
         )
     if not fitting:
         raise UsageError(

@@ -16,6 +16,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spice_pl.functional.neighbors import similarities
+from spice_pl.functional.reliability import neighbors_for
+
+NUM_NEIGHBORS = 20  # known images that a new one is compared with, at most
+NOT_SURE = 0.5  # an image with a lower agreement is "not sure", in predictions and on all pages
 
 
 @dataclass(frozen=True)
@@ -42,9 +46,30 @@ class Known:
         Returns:
             Keys (B, k) and cosines (B, k), nearest first.
         """
-        alike = similarities(embeddings, self.embeddings.to(embeddings))  # (B, n)
-        similarity, index = alike.topk(min(most, len(self.keys)), dim=1)  # (B, k)
+        similarity, index = self._alike(embeddings, most)  # (B, k)
         return [[self.keys[i] for i in row] for row in index.tolist()], similarity.cpu().numpy()
+
+    def agreement(self, embeddings: Tensor, clusters: Tensor, num_clusters: int) -> Tensor:
+        """Return the share of the nearest known images that are in the cluster of a new one.
+
+        Niu et al. 2022 (SPICE), Eq. 6, with known images as neighbours of a new image.
+
+        Args:
+            embeddings: (B, D), of length one.
+            clusters: (B,) predicted cluster of each.
+            num_clusters: K.
+
+        Returns:
+            (B,) in [0, 1].
+        """
+        most = neighbors_for(NUM_NEIGHBORS, len(self.keys), num_clusters)
+        _, index = self._alike(embeddings, most)  # (B, k)
+        theirs = self.clusters.to(clusters.device)[index]
+        return (theirs == clusters[:, None]).float().mean(dim=1)
+
+    def _alike(self, embeddings: Tensor, most: int) -> tuple[Tensor, Tensor]:
+        alike = similarities(embeddings, self.embeddings.to(embeddings))  # (B, n)
+        return alike.topk(min(most, len(self.keys)), dim=1)
 
 
 def choose_known(

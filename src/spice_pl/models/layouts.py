@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ class Layout:
     Attributes:
         layout: name of the code base, and of the stage where it has several.
         prefix: beginning of the names of the encoder's tensors.
+        mark: regular expression that a name must match where the prefix alone does not tell.
         head: regular expression for the names of the top layers that are kept.
         unused: regular expression for the names that are known and left out.
         top: description of the top layers that are kept.
@@ -32,6 +34,7 @@ class Layout:
 
     layout: str
     prefix: str
+    mark: str = ""
     head: str = r"$^"
     unused: str = r"$^"
     top: str = ""
@@ -56,11 +59,23 @@ LAYOUTS = (
         output="probs",
         clusters=True,
     ),
+    Layout("MoCo v3", "base_encoder.", unused=r"base_encoder\.fc\.|momentum_encoder\.|predictor\."),
+    Layout("BYOL", "online_encoder.net.", unused=r"online_(?!encoder\.net)|target_|net\."),
+    Layout(
+        "SCAN",
+        "backbone.",
+        mark=r"cluster_head\.|contrastive_head\.",
+        head=r"cluster_head\.0\.",  # read_reference puts the selected head there
+        unused=r"cluster_head\.[1-9]|contrastive_head\.",
+        top="cluster head",
+        clusters=True,
+    ),
+    Layout("DINO", "backbone.", mark=r"head\.(mlp|last_layer)", unused=r"head\."),
     Layout(
         "lightly",
         "backbone.",
         unused=r"projection_head|prediction_head|backbone_momentum|criterion|memory_bank|"
-        r"online_classifier|head|student|teacher",
+        r"online_classifier|head|student|teacher|neck|data_preprocessor",
     ),
     Layout(
         "solo-learn",
@@ -68,9 +83,18 @@ LAYOUTS = (
         unused=r"momentum_|projector|predictor|classifier|prototypes|queue",
     ),
     Layout(
+        "SimSiam or SupCon",
+        "encoder.",
+        mark=r"encoder\.fc\.|head\.",
+        unused=r"encoder\.fc\.|predictor\.|head\.",
+    ),
+    Layout(
         "solo-learn before 1.0.5",
         "encoder.",
         unused=r"momentum_|projector|predictor|classifier|prototypes|queue",
+    ),
+    Layout(
+        "SwAV", "", mark=r"projection_head\.|prototypes\.", unused=r"projection_head|prototypes"
     ),
     Layout("state dict of a classifier", "", head=r"fc\.", top="classifier"),
 )
@@ -115,14 +139,19 @@ def split(state: State, wrapper: str, path: str) -> Parts:
     Raises:
         UsageError: no layout fits.
     """
-    layout = next(each for each in LAYOUTS if any(key.startswith(each.prefix) for key in state))
+    layout = next(each for each in LAYOUTS if _fits(each, state))
     if layout.layout == "lightly" and any(
         re.match(r"projector|classifier|momentum_", key) for key in state
     ):
         layout = next(each for each in LAYOUTS if each.layout == "solo-learn")
+    elsewhere = _prefix_of_resnet(state)
+    if elsewhere is not None and f"{layout.prefix}conv1.weight" not in state:
+        layout = _not_listed(elsewhere)
     on_top = {key: value for key, value in state.items() if re.match(layout.head, key)}
-    below = below_prefix({k: v for k, v in state.items() if k not in on_top}, layout.prefix)
-    outside = [k for k in state if k not in on_top and not k.startswith(layout.prefix)]
+    unused = {key for key in state if key not in on_top and re.match(layout.unused, key)}
+    rest = {key: value for key, value in state.items() if key not in (*on_top, *unused)}
+    below = below_prefix(rest, layout.prefix)
+    unknown = [key for key in rest if not key.startswith(layout.prefix)]
     joined = "\n".join(below)
     marks = {"shortcut": r"\.shortcut\.\d", "numbered": r"^\d+\."}
     naming = {name for name, text in marks.items() if re.search(text, joined, re.MULTILINE)}
@@ -132,23 +161,68 @@ def split(state: State, wrapper: str, path: str) -> Parts:
     if not {"conv1.weight", "layer1.0.conv1.weight"} <= encoder.keys():
         raise UsageError(
             f"{path} has none of these layouts: {', '.join(each.layout for each in LAYOUTS)}; "
-            f"it begins with {', '.join(list(state)[:4])}. For any other network use "
-            "stage=embed with backbone=timm or backbone=torchvision and embed.module.weights=FILE"
+            f"it begins with {', '.join(list(state)[:4])}. Another network is read by\n  "
+            f"{command_for(state, path)}"
         )
     clusters = layout.clusters or wrapper in ("eval_model", "ema_model", "train_model")
     head = {_head_name(key): value for key, value in on_top.items()}
+    if head and not any(key.startswith("output.") for key in head):  # one layer, numbered 0
+        head = {key.removeprefix("hidden."): value for key, value in head.items()}
     if layout.prefix == "" and clusters:
         layout = Layout(f"stage 3 of SPICE (FixMatch), {wrapper}", "", top="classifier")
     return Parts(
         layout.layout,
         encoder,
         head,
-        unused=[key for key in outside if re.match(layout.unused, key)],
-        unknown=[key for key in outside if not re.match(layout.unused, key)],
+        unused=[key for key in state if key in unused],
+        unknown=unknown,
         naming=frozenset(naming),
         top=layout.top,
         output=layout.output,
         clusters=clusters,
+    )
+
+
+def _fits(layout: Layout, state: State) -> bool:
+    if not any(key.startswith(layout.prefix) for key in state):
+        return False
+    if layout.mark and not layout.prefix and "conv1.weight" not in state:
+        return False
+    return not layout.mark or any(re.match(layout.mark, key) for key in state)
+
+
+def _prefix_of_resnet(state: State) -> str | None:
+    """Return what stands before the names of a ResNet, in a file of any code; None without one."""
+    ends = [key.removesuffix("conv1.weight") for key in state if key.endswith("conv1.weight")]
+    return next((each for each in ends if f"{each}layer1.0.conv1.weight" in state), None)
+
+
+def _not_listed(prefix: str) -> Layout:
+    """Return the layout of a code that is not listed: all but the ResNet is left out."""
+    own = re.escape(prefix)
+    return Layout("a ResNet in other code", prefix, unused=rf"(?!{own})|{own}(fc|head|projector)\.")
+
+
+def command_for(state: State, path: str) -> str:
+    """Return the settings with which stage=embed reads the weights of a network by its names."""
+    patches = next((k for k in state if k.endswith("patch_embed.proj.weight")), None)
+    name, more = "NAME", ""
+    if patches is not None:
+        prefix, (width, _, patch, _) = (
+            patches.removesuffix("patch_embed.proj.weight"),
+            state[patches].shape,
+        )
+        size = {192: "tiny", 384: "small", 768: "base", 1024: "large"}.get(width, "SIZE")
+        scaled = f"{prefix}blocks.0.ls1.gamma" in state
+        name = f"vit_{size}_patch{patch}_{'dinov2' if scaled else '224'}"
+        places = state.get(f"{prefix}pos_embed")
+        if places is not None:
+            more = f" dataset.image_size={math.isqrt(places.shape[1]) * patch}"
+        if prefix == "base_encoder." and size == "small":
+            more += " +backbone.num_heads=12"  # of MoCo v3
+    return (
+        f"recipe=scratch stage=embed backbone=timm backbone.model_name={name} "
+        f"embed.module.weights={path}{more}"
     )
 
 

@@ -111,6 +111,12 @@ ARGUMENTS: dict[str, dict[str, dict[str, Argument]]] = {
             "in_features": _whole(1, _LARGE),
             "out_features": _whole(1, _LARGE),
         },
+        "spice_pl.nn.edited_head.EditedHead": {
+            "feature_dim": _whole(1, _LARGE),
+            "hidden_dim": _whole(0, _LARGE),
+            "num_clusters": _whole(1, _LARGE),
+            "rounds": _several(_several(_whole(0, _LARGE), 2), 1000),
+        },
     },
     "plain": {
         "spice_pl.data.augment.PlainView": {

@@ -21,6 +21,8 @@ from spice_pl.data.decode import decode, square
 from spice_pl.data.listing import image_files
 from spice_pl.errors import UsageError
 
+MAX_BATCH = 2**28  # bytes of pixels of a batch
+
 
 def pixel_batches(
     images: Any,
@@ -48,6 +50,7 @@ def pixel_batches(
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         waiting: list[tuple[str, Future[NDArray[np.uint8] | str]]] = []
         each = named_images(images)
+        batch_size = fitting_batch(batch_size, image_size)
         chunks = iter(lambda: list(islice(each, batch_size)), [])
         for chunk in chain(chunks, [[]]):
             ahead = [
@@ -59,6 +62,15 @@ def pixel_batches(
             good = [(key, pixels) for key, pixels in made if not isinstance(pixels, str)]
             if good:
                 yield [key for key, _ in good], np.stack([pixels for _, pixels in good])
+
+
+def fitting_batch(batch_size: int, image_size: int) -> int:
+    """Return the largest batch, at most `batch_size`, whose pixels take at most MAX_BATCH bytes.
+
+    >>> fitting_batch(256, 224), fitting_batch(256, 4096)
+    (256, 5)
+    """
+    return min(batch_size, max(1, MAX_BATCH // (3 * image_size**2)))
 
 
 def named_images(images: Any) -> Iterator[tuple[str, Any]]:

@@ -39,10 +39,11 @@ from spice_pl.models.header import (
     read,
     unreadable,
 )
-from spice_pl.models.known import Known, choose_known
+from spice_pl.models.known import NOT_SURE, Known, choose_known
 from spice_pl.models.networks import WITHOUT_MEMORY, rule_for
 from spice_pl.models.pixels import pixel_batches
 from spice_pl.models.predictions import Predictions, join
+from spice_pl.nn.edited_head import EditedHead
 from spice_pl.nn.frozen import in_parts
 from spice_pl.nn.heads import ClusterHead, LinearHead
 from spice_pl.nn.weights import below_prefix, load_strictly
@@ -85,8 +86,9 @@ class ClusterNetwork(nn.Module):
 class PortableModel:
     """A trained clustering that needs neither its run folder nor its data set.
 
-    An image is marked "not sure" if its confidence is not above the threshold: the confidence that
-    reliable images had to exceed in the run that wrote the model (`reliable.confidence`).
+    An image is marked "not sure" if fewer than half of its nearest known images are in its cluster,
+    as on the report page with the neighbours in the data set. Without known images it is "not sure"
+    if its confidence is not above the threshold.
 
     Attributes:
         network: plain view, encoder and head, in eval mode.
@@ -94,7 +96,8 @@ class PortableModel:
             arguments.
         image_size: S; images are scaled and cut to it.
         names: (K,) name of each cluster.
-        threshold: confidence above which a prediction is sure.
+        threshold: confidence that reliable images had to exceed in the run that wrote the model
+            (`reliable.confidence`).
         about: data set, fingerprint, stage, seed and versions, as information for the user.
         known: training images to show beside a new one, or None.
         levels: black and white of images of more than 8 bits; None chooses them for each image.
@@ -199,6 +202,10 @@ class PortableModel:
             similarity = np.empty((len(keys), 0), np.float32)
             if self.known is not None and num_nearest:
                 nearest, similarity = self.known.nearest(embeddings, num_nearest)
+            not_sure = confidence <= self.threshold
+            if self.known is not None and len(self.known.keys):
+                agreement = self.known.agreement(embeddings, clusters, self.num_clusters)
+                not_sure = agreement < NOT_SURE
             ids = clusters.cpu().numpy()
             sure = confidence.cpu().numpy()
             if not np.isfinite(sure).all():
@@ -212,7 +219,7 @@ class PortableModel:
                 clusters=ids,
                 names=[self.names[cluster] for cluster in ids],
                 confidence=sure,
-                not_sure=sure <= self.threshold,
+                not_sure=not_sure.cpu().numpy(),
                 nearest=nearest,
                 similarity=similarity,
             )
@@ -254,10 +261,13 @@ def load(
     for part in ("encoder", "head"):
         _fill(file, part, parts[part], below_prefix(tensors, f"{part}."))
     width, num_clusters = _sizes(file, parts["encoder"], parts["head"], header.names)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     known = None
     if header.known is not None:
         below = below_prefix(tensors, "known.")
-        known = Known(header.known, *check_known(file, header.known, below, num_clusters, width))
+        embeddings, clusters = check_known(file, header.known, below, num_clusters, width)
+        known = Known(header.known, embeddings.to(device), clusters)  # once, not for every batch
     given = names_beside(file)
     model = PortableModel(
         network=ClusterNetwork(parts["plain"], parts["encoder"], parts["head"]),
@@ -269,8 +279,6 @@ def load(
         known=known,
         levels=header.levels,
     )
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     model.network.to(device).to(memory_format=torch.channels_last)  # faster on a processor
     return model
 
@@ -284,8 +292,8 @@ def portable_settings(encoder: Any, head: nn.Module, plain: Any) -> dict[str, An
         plain: settings of the plain view, with a `_target_`.
 
     Returns:
-        Settings by name, as in `PortableModel.settings`; None if the head is neither a
-        `ClusterHead` nor a `LinearHead`.
+        Settings by name, as in `PortableModel.settings`; None if the head is none of
+        `ClusterHead`, `LinearHead` and `EditedHead`.
     """
     described: dict[str, Any]
     if isinstance(head, ClusterHead):
@@ -293,6 +301,13 @@ def portable_settings(encoder: Any, head: nn.Module, plain: Any) -> dict[str, An
             "feature_dim": head.hidden.in_features,
             "hidden_dim": head.hidden.out_features,
             "num_clusters": head.output.out_features,
+        }
+    elif isinstance(head, EditedHead):
+        described = {
+            "feature_dim": head.feature_dim,
+            "hidden_dim": head.hidden_dim,
+            "num_clusters": head.num_clusters,
+            "rounds": head.rounds,
         }
     elif isinstance(head, LinearHead):
         described = {"in_features": head.in_features, "out_features": head.out_features}
@@ -339,6 +354,12 @@ def _sizes(
         width, num_clusters = head.hidden.in_features, head.output.out_features
     elif isinstance(head, LinearHead):
         width, num_clusters = head.in_features, head.out_features
+    elif isinstance(head, EditedHead):
+        width, num_clusters = head.feature_dim, head.num_clusters_after
+        try:
+            head.check()
+        except ValueError as error:
+            raise unreadable(file, f"head: {error}") from error
     else:
         return None, len(names)
     if len(names) != num_clusters:

@@ -21,7 +21,7 @@ class Predictions:
         clusters: (N,) cluster ids, int64.
         names: (N,) name of each image's cluster.
         confidence: (N,) largest probability.
-        not_sure: (N,) whether the confidence is at or below the model's threshold.
+        not_sure: (N,) whether fewer than half of its nearest known images are in its cluster.
         nearest: (N, k) keys of the most similar known images, nearest first.
         similarity: (N, k) cosines with these images.
         skipped: file and reason for each image that could not be decoded; not among the N.

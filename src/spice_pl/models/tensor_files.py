@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,21 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from spice_pl.errors import UsageError
+
+# Keys that a state dict may be stored under. FixMatch, DINO and others keep the trained model and
+# its average; the average is what is evaluated, and comes first.
+WRAPPERS = (
+    *(
+        "eval_model",
+        "ema_model",
+        "model_ema",
+        "ema_state_dict",
+        "teacher",
+        "train_model",
+        "student",
+    ),
+    *("state_dict", "model_state_dict", "model", "network", "net", "encoder", "backbone"),
+)
 
 
 def read_file(path: str | Path) -> dict[str, Any]:
@@ -62,14 +78,14 @@ def find_state_dict(content: Mapping[str, Any], path: str) -> tuple[dict[str, Te
         path: path of the file, for the error message.
 
     Returns:
-        Tensors by name, without the prefix `module.`; and the key that they were stored under, ""
-        if they were at the top.
+        Tensors by name, without the prefixes of wrappers (`module.` of data parallel training,
+        `_orig_mod.` of torch.compile); and the key that they were stored under, "" if they were at
+        the top.
 
     Raises:
         UsageError: there are no tensors with names.
     """
-    # FixMatch code keeps the trained model and its average; the average is what is evaluated.
-    for wrapper in ("eval_model", "ema_model", "train_model", "state_dict", "model"):
+    for wrapper in WRAPPERS:
         inner = content.get(wrapper)
         if isinstance(inner, Mapping) and any(
             isinstance(value, Tensor) for value in inner.values()
@@ -78,7 +94,7 @@ def find_state_dict(content: Mapping[str, Any], path: str) -> tuple[dict[str, Te
     else:
         wrapper, inner = "", content
     state = {
-        str(key).removeprefix("module."): value
+        re.sub(r"^((module|_orig_mod)\.)+|(?<=\.)_orig_mod\.", "", str(key)): value
         for key, value in inner.items()
         if isinstance(value, Tensor)
     }

@@ -108,12 +108,12 @@ def _described(name: str, reason: str) -> PretrainedEncoder:
         pixels = VIT_PIXELS
         backbone["img_size"] = VIT_PIXELS
     return PretrainedEncoder(
-        name, backbone, pixels, list(config.mean), list(config.std), _trained_by(name), reason
+        name, backbone, pixels, list(config.mean), list(config.std), trained_by(name), reason
     )
 
 
-def _trained_by(name: str) -> str:
-    """Say what trained a timm network, from the tag of its name."""
+def trained_by(name: str) -> str:
+    """Return what trained a network of timm, from the tag of its name."""
     tag = name.partition(".")[2]
     if any(word in name for word in ("dinov2", "dinov3", "dino", "mae", "lvd")):
         return "images alone"

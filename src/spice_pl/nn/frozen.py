@@ -38,8 +38,10 @@ class Frozen:
     """
 
     def __init__(self, network: nn.Module) -> None:
-        network = copy.deepcopy(network).to(memory_format=torch.channels_last)
-        self.network = _folded(network.eval().requires_grad_(False))
+        # The first call may be in a prediction; the weights are ordinary tensors there too.
+        with torch.inference_mode(False):
+            network = copy.deepcopy(network).to(memory_format=torch.channels_last)
+            self.network = _folded(network.eval().requires_grad_(False))
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:

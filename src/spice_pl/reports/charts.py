@@ -49,7 +49,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """Curves that share an axis; `key` explains the highlighted one, if there is one."""
+    """Curves that share an axis; `key` explains the highlighted one, `unit` names the steps."""
 
     stage: str
     title: str
@@ -61,6 +61,7 @@ class Chart:
     truth: bool
     num_not_finite: int
     key: str = ""
+    unit: str = "epoch"
 
     @property
     def words(self) -> str:
@@ -70,7 +71,7 @@ class Chart:
             said = [line for line in said if line.kept]
         ends = "; ".join(f"{line.name} {line.last} at the end" for line in said)
         return (
-            f"{self.title} of {self.stage}, epochs {self.first_step} to {self.last_step}, "
+            f"{self.title} of {self.stage}, {self.unit} {self.first_step} to {self.last_step}, "
             f"between {self.lowest} and {self.highest}: {ends}"
         )
 
@@ -124,6 +125,7 @@ def chart(
     truth: bool = False,
     kept: str = "",
     key: str = "",
+    unit: str = "epoch",
 ) -> Chart:
     """Draw curves on one axis; values that are not finite are left out and counted."""
     finite = {
@@ -160,6 +162,7 @@ def chart(
         truth=truth,
         num_not_finite=len(steps) - sum(map(len, finite.values())),
         key=key,
+        unit=unit,
     )
 
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 from markupsafe import Markup
 
 from spice_pl.reports import sections
@@ -17,20 +18,27 @@ from spice_pl.reports.wall import PIXEL_ART
 __all__ = ["ReportData", "render_report", "shown_wall", "write_report"]
 
 SCRIPTS = ("report.js", "map.js", "edits.js")  # one scope: later ones use names of earlier ones
+MANY = 30  # clusters from which on the page shows an index and folds its sections
+ODD_SHOWN = 12  # pictures of each kind of odd images
 MAX_SKIPPED = 200  # skipped files listed on the page; the rest is counted
 
 
 def render_report(data: ReportData) -> str:
     """Return the page as HTML; nothing is loaded from outside and no other script can run."""
     wall = shown_wall(data.confidence, data.agreement, data.clusters, data.num_clusters)
-    groups = [chosen.shown for chosen in wall.clusters]
-    sheets, side = sheets_of(data.images, groups, data.attention)
-    pictures = [pictures_of(data, index, sheet) for sheet, index in enumerate(groups)]
+    odd = [each.index[:ODD_SHOWN].astype(np.intp) for each in data.oddities]
+    groups = [*(chosen.shown for chosen in wall.clusters), *odd]
+    sheets, side = sheets_of(data.images, groups, data.attention, data.shapes, len(wall.clusters))
+    pictures = [
+        pictures_of(data, index, sheet) for index, sheet in zip(groups, sheets, strict=True)
+    ]
+    clusters = sections.cluster_sections(data, wall, pictures[: len(wall.clusters)])
     headline = next((row for row in data.rows if not row.oracle), None)
     has_scores = any(row.has_scores for row in data.rows)
     environment = template_environment()
     parts = [environment.loader.get_source(environment, name)[0] for name in SCRIPTS]  # type: ignore[union-attr]
     script = f'"use strict";\n(() => {{\n{"".join(parts)}}})();\n'
+    shown = np.concatenate([np.empty(0, np.intp), *groups])
     return environment.get_template("report.html.j2").render(
         data=data,
         oracle=bool(data.rows) and data.rows[0].oracle,
@@ -41,7 +49,9 @@ def render_report(data: ReportData) -> str:
         tile_pixels=84 // side * side if side < PIXEL_ART else 80,
         pixel_art=side < PIXEL_ART,
         explained=sections.WALLS,
-        clusters=sections.cluster_sections(data, wall, pictures),
+        clusters=clusters,
+        many=len(clusters) >= MANY,
+        odd=list(zip(data.oddities, pictures[len(wall.clusters) :], strict=True)),
         equal=sections.equal_share(data),
         num_not_sure=wall.num_not_sure,
         threshold=f"{wall.agreement_threshold:.0%}",
@@ -53,10 +63,11 @@ def render_report(data: ReportData) -> str:
         heads=head_choice(data.logs),
         subsets=sections.subsets(data),
         skipped=data.skipped[:MAX_SKIPPED],
+        num_skipped=max(data.num_skipped, len(data.skipped)),
         served="save" in data.review,
         script=Markup(script),  # noqa: S704 - our own file
         script_hash=content_hash(script),
-        payload=Markup(script_data(data, wall)),  # noqa: S704 - JSON without <, > and &
+        payload=Markup(script_data(data, shown, wall.agreement_threshold)),  # noqa: S704 - JSON without <, > and &
     )
 
 

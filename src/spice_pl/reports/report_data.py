@@ -11,12 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spice_pl.reports.charts import Logs
+from spice_pl.reports.choices import Comparison, KChoice
 from spice_pl.reports.map import Map
+from spice_pl.reports.oddities import Oddity
 from spice_pl.reports.shading import Attention
 from spice_pl.reports.tables import ResultRow
 
 IntArray = NDArray[np.integer[Any]]
 FloatArray = NDArray[np.floating[Any]]
+Shapes = Callable[[Sequence[int], int], Mapping[int, NDArray[np.uint8]]]
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,15 @@ class ReportData:
         review: what saving edits needs: the command that trains on from them and, on a served page,
             the addresses to save edits at and to load whole images from.
         skipped: files that were left out, as (file, reason).
+        num_skipped: number of these files; more than are listed if there are very many.
+        oddities: odd images, by kind.
+        comparison: these clusters beside others of the same features, or None.
+        k_choice: the choice of K, with other numbers of clusters; or None.
+        shapes: function from positions and a height to pictures (3, height, w) in their own shape,
+            of images that are not square and can be read.
+        neighbors: function from positions (m,) to the nearest others among them (m, k).
+        originals: address of the folder that keys are relative to, or "" where they are not files.
+        csv: address of the table of all images, or "".
         settings: settings of the run.
         versions: versions of the packages that made the run.
         notes: sentences shown near the top.
@@ -79,6 +91,14 @@ class ReportData:
     cost: Mapping[str, str] = field(default_factory=dict)
     review: Mapping[str, Any] = field(default_factory=dict)
     skipped: Sequence[tuple[str, str]] = ()
+    num_skipped: int = 0
+    oddities: Sequence[Oddity] = ()
+    comparison: Comparison | None = None
+    k_choice: KChoice | None = None
+    shapes: Shapes | None = None
+    neighbors: Callable[[NDArray[np.intp]], NDArray[np.int64]] | None = None
+    originals: str = ""
+    csv: str = ""
     settings: Mapping[str, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     notes: Sequence[str] = ()

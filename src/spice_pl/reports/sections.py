@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
+from spice_pl.reports.oddities import num_odd
 from spice_pl.reports.pictures import Picture
 from spice_pl.reports.report_data import IntArray, ReportData
 from spice_pl.reports.tables import ResultRow, duration_text, score_text
@@ -42,7 +43,7 @@ SCORE_TERMS = {
 
 @dataclass(frozen=True)
 class ClusterSection:
-    """One cluster as the page shows it; None where an empty or unlabelled cluster has no value."""
+    """One cluster as the page shows it; None where no image of it has a label."""
 
     id: int
     name: str
@@ -52,8 +53,8 @@ class ClusterSection:
     bins: Sequence[int]  # heights in percent of the fullest bin, by confidence from 0 to 1
     size_percent: float  # of the largest cluster
     reliable_percent: float  # of the largest cluster
-    confidence: str | None
-    reliable: str | None
+    confidence: str
+    reliable: str
     truth: str | None
     truth_share: str | None
     walls: Mapping[str, Sequence[Picture]]
@@ -88,13 +89,20 @@ def facts(
     if headline is not None and headline.has_scores:
         scores = {"ACC": headline.acc, "NMI": headline.nmi, "ARI": headline.ari}
         found += [(name, score_text(score), True) for name, score in scores.items()]
-    if data.num_images:
+    sizes = _sizes(data)
+    filled = sizes[sizes > 0]
+    if len(filled):
+        least, most = int(filled.min()), int(filled.max())
+        span = f"{least:,}" if least == most else f"{least:,} – {most:,}"
+        found.append(("Clusters", f"{len(filled):,}", False))
+        found.append(("Images in a cluster", span, False))
         found.append(("Reliable", f"{np.mean(data.reliable):.0%}", False))
-        found.append(("Mean confidence", f"{np.mean(data.confidence):.2f}", False))
         found.append(("Not sure", f"{num_not_sure / data.num_images:.1%}", False))
+    if data.oddities:
+        found.append(("Odd", f"{num_odd(data.oddities):,}", False))
     if headline is not None:
         found.append(("Time", duration_text(headline.seconds), False))
-    return [*found, ("Seed", str(data.seed), False)]
+    return found
 
 
 def warnings(data: ReportData) -> list[str]:
@@ -105,8 +113,15 @@ def warnings(data: ReportData) -> list[str]:
     if len(empty):
         named = ", ".join(map(str, empty[:20])) + (", …" if len(empty) > 20 else "")
         found.append(
-            f"Clusters without an image: {len(empty)} of {data.num_clusters} ({named}). "
-            "Fewer clusters may be enough."
+            f"Clusters without an image, which are not shown: {len(empty)} of {data.num_clusters} "
+            f"({named}). Fewer clusters may be enough."
+        )
+    choice = data.k_choice
+    if choice is not None and choice.estimated is not None and not choice.clear:
+        found.append(
+            "The number of clusters is unclear: the images do not divide into one number of groups "
+            f"better than into others. The best guess is {choice.estimated}. “How many clusters” "
+            "below shows others at once."
         )
     if data.num_clusters > 2 and 2 * sizes.max() > data.num_images > 0:
         found.append(
@@ -125,7 +140,13 @@ def equal_share(data: ReportData) -> tuple[str, float]:
 def cluster_sections(
     data: ReportData, wall: Wall, pictures: Sequence[list[Picture]]
 ) -> list[ClusterSection]:
-    """Return one section per cluster; `pictures` are those of each cluster in `wall`."""
+    """Return one section per cluster that has images, the largest first.
+
+    Args:
+        data: what the page shows.
+        wall: chosen pictures of each cluster, by number.
+        pictures: these pictures, described.
+    """
     sizes = _sizes(data)
     reliable = np.bincount(data.clusters[data.reliable], minlength=data.num_clusters)
     largest = max(sizes.max(), 1)
@@ -136,6 +157,8 @@ def cluster_sections(
         truth = truth[truth >= 0]
         majority = int(np.bincount(truth).argmax()) if len(truth) else None
         size = int(sizes[cluster])
+        if not size:
+            continue
         bins = np.histogram(data.confidence[members], BINS, (0, 1))[0]
         sections.append(
             ClusterSection(
@@ -147,14 +170,14 @@ def cluster_sections(
                 bins=(100 * bins / max(bins.max(), 1)).round().astype(int).tolist(),
                 size_percent=round(100 * size / largest, 2),
                 reliable_percent=round(100 * int(reliable[cluster]) / largest, 2),
-                confidence=f"{data.confidence[members].mean():.2f}" if size else None,
-                reliable=f"{reliable[cluster] / size:.0%}" if size else None,
+                confidence=f"{data.confidence[members].mean():.2f}",
+                reliable=f"{reliable[cluster] / size:.0%}",
                 truth=None if majority is None else data.class_name(majority),
                 truth_share=None if majority is None else f"{(truth == majority).mean():.0%}",
                 walls=_by_wall(chosen, shown),
             )
         )
-    return sections
+    return sorted(sections, key=lambda section: -section.size)
 
 
 def confusion(data: ReportData) -> Confusion | None:

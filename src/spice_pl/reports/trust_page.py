@@ -52,10 +52,14 @@ class Check:
 
 @dataclass(frozen=True)
 class NullCheck:
-    """Mean silhouettes of k-means on the features, and on clouds of points without groups."""
+    """Mean silhouettes of k-means on the features, and on clouds of points without groups.
+
+    `own` is that of the run's clusters on the same features; None if it could not be taken.
+    """
 
     real: float
     nulls: tuple[float, ...]
+    own: float | None = None
 
     @property
     def clear(self) -> bool:
@@ -89,15 +93,25 @@ class TrustData:
 
     @property
     def verdict(self) -> str:
-        """Result of the null check in one sentence."""
+        """Result of the null check: about the features, then about the clusters of this run."""
         if self.null.clear:
-            return (
+            said = (
                 "There are groups in these features: k-means separates them better than any cloud "
                 "of points without groups."
             )
+        else:
+            said = (
+                "No real clusters here: k-means separates points without any groups as well as "
+                "these features, so other borders between clusters would be as good."
+            )
+        if self.null.own is None:
+            return said
+        most = max(self.null.nulls)
+        better = "better" if self.null.own > most + NULL_MARGIN else "not better"
         return (
-            "No real clusters here: k-means separates points without any groups as well as these "
-            "features, so other borders between clusters would be as good."
+            f"{said} The clusters of this run are separated {better} than those of such clouds "
+            f"(silhouette {self.null.own:.2f}; clouds reach {most:.2f}, k-means on these features "
+            f"{self.null.real:.2f})."
         )
 
 

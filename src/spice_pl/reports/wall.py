@@ -5,7 +5,7 @@ Shapes: N images, K clusters, n pictures of one sheet, S pixels a side.
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from PIL import Image
 
 Index = NDArray[np.intp]
 
+READ = 256  # pictures that are read at a time; bounds the memory
 PIXEL_ART = 32  # pixels a side; smaller pictures are kept and magnified by the browser
 
 
@@ -155,33 +156,69 @@ def sprite(images: NDArray[np.uint8], pixels: int | None = None) -> str:
     return _sheet(resized(images, pixels or images.shape[-1])[None], quality=85)
 
 
-def atlas(images: NDArray[np.uint8], pixels: int) -> tuple[str, int]:
+def strip(pictures: Sequence[NDArray[np.uint8]], pixels: int) -> tuple[str, list[float]]:
+    """Put pictures of any shape side by side into one image.
+
+    Args:
+        pictures: uint8, (3, h, w) each; one at least. Widths should be multiples of h / 8.
+        pixels: height of the sheet; widths are scaled with it.
+
+    Returns:
+        A data URI of the sheet, and the width of each picture in heights of the sheet.
+    """
+    scaled = [_high(picture, pixels) for picture in pictures]
+    widths = [picture.shape[-1] / pixels for picture in scaled]
+    return _encoded(np.concatenate(scaled, axis=2).transpose(1, 2, 0), quality=85), widths
+
+
+def _high(picture: NDArray[np.uint8], pixels: int) -> NDArray[np.uint8]:
+    """Scale a picture (3, h, w) to a height; its width stays a whole number of eighths."""
+    height, width = picture.shape[1:]
+    if height == pixels:
+        return picture
+    wide = round(8 * width / height) * pixels // 8
+    image = Image.fromarray(np.ascontiguousarray(picture.transpose(1, 2, 0)))
+    return np.asarray(image.resize((wide, pixels), Image.Resampling.LANCZOS)).transpose(2, 0, 1)
+
+
+def atlas(
+    images: Callable[[Index], NDArray[np.uint8]], index: Index, pixels: int
+) -> tuple[str, int]:
     """Put many small pictures into one image with several rows of equal length.
 
     Args:
-        images: uint8, (n, 3, S, S), n > 0.
+        images: function from positions (m,) to pictures, uint8 (m, 3, S, S).
+        index: (n,) positions, n > 0; few are read at a time.
         pixels: side of each picture in the sheet.
 
     Returns:
         A data URI, and the number of pictures per row; picture i is in row i // that number.
     """
-    per_row = int(np.ceil(np.sqrt(len(images))))
-    rows = -(-len(images) // per_row)
+    per_row = int(np.ceil(np.sqrt(len(index))))
+    rows = -(-len(index) // per_row)
     tiles = np.zeros((rows * per_row, 3, pixels, pixels), np.uint8)
-    tiles[: len(images)] = resized(images, pixels)
+    for start in range(0, len(index), READ):
+        part = resized(images(index[start : start + READ]), pixels)
+        tiles[start : start + len(part)] = part
     return _sheet(tiles.reshape(rows, per_row, 3, pixels, pixels), quality=70), per_row
 
 
 def _sheet(tiles: NDArray[np.uint8], quality: int) -> str:
-    """Encode rows of tiles (rows, per_row, 3, S, S) as one image; grey tiles get one channel."""
+    """Encode rows of tiles (rows, per_row, 3, S, S) as one image."""
     side = tiles.shape[-1]
     pixels = tiles.transpose(0, 3, 1, 4, 2)  # (rows, S, per_row, S, 3)
-    sheet = Image.fromarray(np.ascontiguousarray(pixels).reshape(len(tiles) * side, -1, 3))
+    whole = np.ascontiguousarray(pixels).reshape(len(tiles) * side, -1, 3)
+    return _encoded(whole, quality, art=side < PIXEL_ART)
+
+
+def _encoded(pixels: NDArray[np.uint8], quality: int, *, art: bool | None = None) -> str:
+    """Return (h, w, 3) as JPEG; pixel art as PNG, with one channel if it is grey."""
+    sheet = Image.fromarray(np.ascontiguousarray(pixels))
     buffer = io.BytesIO()
-    if side >= PIXEL_ART:
+    if not (len(pixels) < PIXEL_ART if art is None else art):
         sheet.save(buffer, "JPEG", quality=quality, optimize=True)
         return data_uri("jpeg", buffer)
-    grey = bool((tiles == tiles[:, :, :1]).all())
+    grey = bool((pixels == pixels[..., :1]).all())
     (sheet.convert("L") if grey else sheet).save(buffer, "PNG", optimize=True)
     return data_uri("png", buffer)
 
@@ -198,7 +235,7 @@ def resized(images: NDArray[np.uint8], pixels: int) -> NDArray[np.uint8]:
     scaled: Sequence[NDArray[np.uint8]] = [
         np.asarray(
             Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))).resize(
-                (pixels, pixels), Image.Resampling.LANCZOS
+                (pixels, pixels), Image.Resampling.LANCZOS, reducing_gap=2.0
             )
         )
         for image in images

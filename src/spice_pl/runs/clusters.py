@@ -6,7 +6,7 @@ Shapes: N images, D features, K clusters.
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -23,7 +23,7 @@ from spice_pl.functional.reliability import (
     neighbors_for,
     select_reliable,
 )
-from spice_pl.system.files import atomic
+from spice_pl.system.files import atomic, for_spreadsheet, from_spreadsheet
 
 FILE_NAME = "clusters.csv"
 DECIMALS = 4  # of confidence and agreement, in the file and in memory
@@ -105,19 +105,36 @@ def cluster_table(
     )
 
 
-def write_table(table: ClusterTable, file: Path) -> None:
-    """Write one line per image, in the order of the data set."""
+def write_table(
+    table: ClusterTable,
+    file: Path,
+    names: Mapping[int, str] | None = None,
+    *,
+    spreadsheet: bool = False,
+) -> None:
+    """Write one line per image, in the order of the data set.
+
+    Args:
+        table: its columns.
+        file: where to write.
+        names: names of clusters, for one more column `name`; None leaves it out.
+        spreadsheet: whether a name that a spreadsheet would take for a formula begins with '. All
+            cells of such a table are in quotes, which tells it from one with the names as they are.
+    """
+    more = [] if names is None else ["name"]
     with (
         atomic(file) as temporary,
         # A path may hold bytes that are not UTF-8; they are written as they are on disk.
         temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as lines,
     ):
-        writer = csv.writer(lines)
-        writer.writerow(COLUMNS)
+        writer = csv.writer(lines, quoting=csv.QUOTE_ALL if spreadsheet else csv.QUOTE_MINIMAL)
+        writer.writerow([*COLUMNS, *more])
         columns = (table.keys, table.clusters, table.confidence, table.agreement, table.reliable)
         for image, cluster, sure, agrees, kept in zip(*columns, strict=True):
             numbers = (f"{value:.{DECIMALS}f}" for value in (sure, agrees))
-            writer.writerow([image, int(cluster), *numbers, int(kept)])
+            name = [] if names is None else [names.get(int(cluster), f"cluster {cluster}")]
+            texts = [for_spreadsheet(each) if spreadsheet else each for each in (image, *name)]
+            writer.writerow([texts[0], int(cluster), *numbers, int(kept), *texts[1:]])
 
 
 def read_table(file: Path, num_images: int | None = None) -> ClusterTable:
@@ -131,12 +148,14 @@ def read_table(file: Path, num_images: int | None = None) -> ClusterTable:
         ValueError, KeyError, TypeError, OverflowError, csv.Error: the file is damaged.
     """
     with file.open(newline="", encoding="utf-8", errors="surrogateescape") as lines:
+        in_quotes = lines.read(1) == '"'
+        lines.seek(0)
         most = None if num_images is None else num_images + 1  # no more than show that it is wrong
         rows = list(islice(csv.DictReader(lines), most))
     if num_images is not None and len(rows) != num_images:
         raise ValueError(f"it has other rows than those of the {num_images} images")
     table = ClusterTable(
-        keys=[row["image"] for row in rows],
+        keys=[from_spreadsheet(row["image"]) if in_quotes else row["image"] for row in rows],
         clusters=np.array([row["cluster"] for row in rows], dtype=np.int64),
         confidence=np.array([row["confidence"] for row in rows], dtype=np.float32),
         agreement=np.array([row["agreement"] for row in rows], dtype=np.float32),

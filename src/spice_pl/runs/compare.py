@@ -1,6 +1,7 @@
 """Compare runs in one table: mean and spread over seeds, settings, cost, published results.
 
-    python -m spice_pl.runs.compare runs/digits runs/photos/fixmatch [--to DIR]
+    spice compare digits photos/fixmatch [--to DIR]
+    python -m spice_pl.runs.compare runs/digits runs/photos/fixmatch
 
 Rows are ordered by data set, stage and settings, never by a score.
 """
@@ -53,6 +54,7 @@ class Line:
         acc: ACC of each run that had labels, in [0, 1].
         nmi: NMI of each run that had labels, in [0, 1].
         ari: ARI of each run that had labels, in [-1, 1].
+        repeated: number of runs left out, because the line has one with their seed.
         seconds: time of each run, with the stages before it.
         memory_mb: largest memory of each run.
         spread: published standard deviation of ACC.
@@ -71,6 +73,7 @@ class Line:
     memory_mb: tuple[float, ...] = ()
     spread: float | None = None
     source: str = "here"
+    repeated: int = 0
 
     @property
     def cells(self) -> tuple[str, ...]:
@@ -108,9 +111,10 @@ def finished_runs(paths: Iterable[str | os.PathLike[str]]) -> list[dict[str, Any
             metrics.json is damaged.
     """
     found: dict[Path, dict[str, Any]] = {}
-    for path in map(Path, paths):
+    for given in map(Path, paths):
+        path = given if given.is_dir() else Path("runs", given)  # a data set below the usual folder
         if not path.is_dir():
-            raise UsageError(f"{path} is not a folder; give folders of runs, such as runs/digits")
+            raise UsageError(f"{given} is not a folder; give folders of runs, such as runs/digits")
         for file in sorted(path.rglob("metrics.json")):
             metrics = RunFolder(file.parent).metrics
             if metrics.get("rows"):  # tasks may leave none
@@ -205,6 +209,11 @@ def notes(lines: Sequence[Line]) -> list[str]:
         "ACC, NMI, ARI: mean ± sample standard deviation over seeds. "
         "Time: mean, with the stages before. Memory: largest."
     ]
+    if repeated := sum(line.repeated for line in lines):
+        said.append(
+            f"{repeated} results with a seed that their line has already are left out; of runs "
+            "that differ only in their name, the first by name counts."
+        )
     if any(not line.acc for line in lines):
         said.append(NO_LABELS)
     return said
@@ -239,7 +248,7 @@ def show(lines: Sequence[Line], folder: Path, console: Console | None = None) ->
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compare the runs in the folders that the command line names."""
-    parser = argparse.ArgumentParser(prog="python -m spice_pl.runs.compare", description=__doc__)
+    parser = argparse.ArgumentParser(prog="spice compare", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("runs", nargs="+", help="folders of runs, searched with their subfolders")
     parser.add_argument(
@@ -251,7 +260,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
-    show(lines, Path(given.to or os.path.commonpath([Path(run).absolute() for run in given.runs])))
+    places = [run if Path(run).is_dir() else Path("runs", run) for run in given.runs]
+    show(lines, Path(given.to or os.path.commonpath([Path(run).absolute() for run in places])))
 
 
 def _own_rows(run: Mapping[str, Any]) -> list[ResultRow]:
@@ -277,9 +287,7 @@ def _grouped(runs: Sequence[Mapping[str, Any]]) -> dict[GroupKey, Group]:
         for row in _own_rows(run):
             settings = {} if "pixels" in row.name else _settings(run)
             key = GroupKey(str(run["dataset"]), row.name, row.protocol, tuple(settings.items()))
-            group = groups.setdefault(key, [])
-            if settings or all(row.seed != other.seed for other, _ in group):
-                group.append((row, run))  # k-means on pixels is the same whatever the settings
+            groups.setdefault(key, []).append((row, run))
     return groups
 
 
@@ -298,7 +306,10 @@ def _differing(key: GroupKey, groups: Iterable[GroupKey]) -> dict[str, str]:
 
 
 def _line(key: GroupKey, group: Group, settings: Mapping[str, str]) -> Line:
-    group = sorted(group, key=lambda each: each[0].seed)
+    # A seed counts once: a run under a second name is not another sample.
+    by_seed = {row.seed: (row, run) for row, run in reversed(group)}
+    repeated = len(group) - len(by_seed) if key.settings else 0
+    group = [by_seed[seed] for seed in sorted(by_seed)]
     rows = [row for row, _ in group]
     return Line(
         dataset=key.dataset,
@@ -311,6 +322,7 @@ def _line(key: GroupKey, group: Group, settings: Mapping[str, str]) -> Line:
         ari=tuple(row.ari for row in rows if row.ari is not None),
         seconds=tuple(row.seconds for row in rows),
         memory_mb=tuple(float(run["peak_memory_mb"]) for _, run in group),
+        repeated=repeated,
     )
 
 

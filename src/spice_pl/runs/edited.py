@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from spice_pl.errors import UsageError
 from spice_pl.functional.assignment import count_table, match_clusters
+from spice_pl.nn.edited_head import EditedHead
 from spice_pl.runs.checked_files import identity
 from spice_pl.runs.edits import Edits, check_reviewed, edited_probs, edited_rows
 from spice_pl.runs.folder import RunFolder, as_tensor
@@ -145,6 +146,12 @@ def inherited_names(upstream: RunFolder | None, earlier: RunFolder | None) -> di
 
 
 def _write_rows(state: dict[str, Tensor], rows: list[int], target: RunFolder) -> None:
+    """Write a head with these rows in its last layer; of an edited head, the trained one in it."""
+    if "merge_0" in state:
+        head = EditedHead.of_state(state)
+        head.load_state_dict(state)
+        rows = [head.base_clusters[row] for row in rows]
+        state = dict(head.head.state_dict())
     last = [name for name in state if name in ("output.weight", "output.bias", "weight", "bias")]
     for name in last:
         state[name] = state[name][rows].contiguous()

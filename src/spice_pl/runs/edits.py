@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from sklearn.cluster import KMeans
 from torch import Tensor
 from torch.nn import functional as F
@@ -193,14 +192,134 @@ def edited_probs(
         raise UsageError(
             f"edits are of {edits.num_clusters} clusters and the run has {probs.shape[1]}"
         )
+    after, moved = _before_split(edits, probs, keys)
+    _split_(after, edits, features, seed)
+    return after, moved
+
+
+@dataclass(frozen=True)
+class AppliedEdits:
+    """A clustering after edits, under numbers that stay.
+
+    A merged cluster has the smallest number of its group, and the other numbers of the group are
+    empty. The first part of a split cluster keeps its number, the others follow after K - 1. So
+    there are L' = K + further parts numbers. Merging takes no image from a third cluster, as adding
+    probabilities alone could.
+
+    Attributes:
+        probs: (N, L').
+        moved: (N,) mask of the images that the user moved.
+        names: names by number.
+        merge: (K, L') zeros and ones, see `nn.edited_head.EditedHead`.
+        centres: (P, D) centres of all parts.
+        part_of: (P,) the split cluster of each part.
+        part_is: (P,) the cluster that each part becomes.
+    """
+
+    probs: Tensor
+    moved: Tensor
+    names: Mapping[int, str]
+    merge: Tensor
+    centres: Tensor
+    part_of: Tensor
+    part_is: Tensor
+
+
+def apply_edits(
+    edits: Edits, probs: Tensor, features: Tensor, keys: Sequence[str], seed: int = 0
+) -> AppliedEdits:
+    """Return the clustering after the edits, and what a head needs to follow them.
+
+    Arguments and errors are those of `edited_probs`.
+    """
+    probs = _without_sums_of_others(edits, probs)
+    compact, moved = edited_probs(edits, probs, features, keys, seed)
+    first = [sources[0] for sources in edits.origins]
+    num_kept = len(set(first))
+    numbers = [*first[:num_kept], *range(edits.num_clusters, edits.num_clusters + len(first))]
+    numbers = numbers[: len(first)]  # of each column of `compact`
+    num_after = edits.num_clusters + len(first) - num_kept
+    after = torch.zeros(len(probs), num_after)
+    after[:, numbers] = compact.float()
+    merge = torch.zeros(edits.num_clusters, num_after)
+    for column, sources in zip(numbers[:num_kept], edits.origins, strict=False):
+        merge[sources, column] = 1.0
+    parts = _all_centres(edits, probs, features, keys, seed)
+    part_of = [cluster for cluster, centres in parts.items() for _ in range(len(centres))]
+    part_is = [
+        number
+        for cluster in parts
+        for number, c in zip(numbers, first, strict=True)
+        if c == cluster
+    ]
+    return AppliedEdits(
+        probs=after,
+        moved=moved,
+        names={numbers[n]: name for n, name in edits.names_after.items()},
+        merge=merge,
+        centres=torch.cat([*parts.values(), torch.empty(0, features.shape[1])]),
+        part_of=torch.tensor(part_of, dtype=torch.int64),
+        part_is=torch.tensor(part_is, dtype=torch.int64),
+    )
+
+
+def _without_sums_of_others(edits: Edits, probs: Tensor) -> Tensor:
+    """Return probabilities (N, K) whose sums over a merged group take no image from other clusters.
+
+    For an image outside the group only the largest of the group's probabilities is kept.
+    """
+    probs, clusters = probs.clone(), probs.argmax(dim=1)
+    for group in edits.merge:
+        columns = torch.tensor(list(group))
+        outside = ~torch.isin(clusters, columns)
+        part = probs[outside][:, columns]
+        largest = part.argmax(dim=1, keepdim=True)
+        kept = torch.zeros_like(part).scatter_(1, largest, part.gather(1, largest))
+        probs[outside] = probs[outside].index_copy(1, columns, kept)
+    return probs
+
+
+def _before_split(edits: Edits, probs: Tensor, keys: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Return probabilities (N, L) with all mass of a split cluster in each part, and moved (N,)."""
     row = {key: i for i, key in enumerate(keys)}
     probs, moved = probs.clone(), torch.zeros(len(probs), dtype=torch.bool)
     for key, cluster in edits.move.items():
         probs[row[key]] = F.one_hot(torch.tensor(cluster), edits.num_clusters).to(probs.dtype)
         moved[row[key]] = True
     after = torch.stack([probs[:, each].sum(dim=1) for each in edits.origins], dim=1)  # (N, L)
-    _split_(after, edits, features, seed)
     return after, moved
+
+
+def _all_centres(
+    edits: Edits, probs: Tensor, features: Tensor, keys: Sequence[str], seed: int
+) -> dict[int, Tensor]:
+    after, _ = _before_split(edits, probs, keys)
+    return _centres(after, edits, features, seed)
+
+
+def _centres(after: Tensor, edits: Edits, features: Tensor, seed: int) -> dict[int, Tensor]:
+    """Return the centres of the parts (parts, D) of each split cluster; the first is the largest.
+
+    Args:
+        after: (N, L), each column of a split cluster with the whole probability of that cluster.
+        edits: which clusters are split.
+        features: (N, D).
+        seed: seed of k-means.
+    """
+    first = [sources[0] for sources in edits.origins]
+    embeddings = F.normalize(features).numpy()
+    before_split = after[:, : len(set(first))].argmax(dim=1)
+    found: dict[int, Tensor] = {}
+    for cluster, parts in edits.split.items():
+        members = (before_split == first.index(cluster)).numpy()
+        if members.sum() < parts:
+            raise UsageError(
+                f"edits split cluster {cluster} into {parts}, and it has {members.sum()} images"
+            )
+        model = KMeans(parts, n_init=10, random_state=seed).fit(embeddings[members])
+        order = np.bincount(model.labels_, minlength=parts).argsort()[::-1].copy()
+        found[cluster] = torch.from_numpy(model.cluster_centers_[order])
+    return found
 
 
 def _split_(after: Tensor, edits: Edits, features: Tensor, seed: int) -> None:
@@ -209,16 +328,10 @@ def _split_(after: Tensor, edits: Edits, features: Tensor, seed: int) -> None:
     On entry, each column of a split cluster holds the whole probability of that cluster.
     """
     first = [sources[0] for sources in edits.origins]
-    embeddings = F.normalize(features).numpy()
-    before_split = after[:, : len(set(first))].argmax(dim=1)
-    for cluster, parts in edits.split.items():
+    embeddings = F.normalize(features)
+    for cluster, centres in _centres(after, edits, features, seed).items():
         columns = [number for number, source in enumerate(first) if source == cluster]
-        members = (before_split == columns[0]).numpy()
-        if members.sum() < parts:
-            raise UsageError(
-                f"edits split cluster {cluster} into {parts}, and it has {members.sum()} images"
-            )
-        nearest = _nearest_part(embeddings, members, parts, seed)
+        nearest = torch.cdist(embeddings, centres).argmin(dim=1)
         mass = after[:, columns[0]].clone()
         for part, column in enumerate(columns):
             after[:, column] = torch.where(nearest == part, mass, 0.0)
@@ -256,17 +369,6 @@ def check_reviewed(
     unknown = next((key for key in edits.move if key not in known), None)
     if unknown is not None:
         raise UsageError(f"the edits move {unknown!r}, which is not among the images")
-
-
-def _nearest_part(
-    embeddings: NDArray[np.float32], members: NDArray[np.bool_], parts: int, seed: int
-) -> Tensor:
-    """Return the nearest part (N,) of each image; part 0 is the largest."""
-    model = KMeans(parts, n_init=10, random_state=seed).fit(embeddings[members])
-    order = np.bincount(model.labels_, minlength=parts).argsort()[::-1]
-    rank = np.empty(parts, dtype=np.int64)
-    rank[order] = np.arange(parts)
-    return torch.from_numpy(rank[model.predict(embeddings)])
 
 
 def _text(value: Any) -> str:

@@ -267,9 +267,9 @@ class RunFolder(CheckedFiles):
         """
         load_strictly(module, self.read_weights(name), str(self.path / name))
 
-    def write_clusters(self, table: ClusterTable) -> None:
-        """Write clusters.csv."""
-        write_table(table, self.path / CLUSTERS)
+    def write_clusters(self, table: ClusterTable, *, spreadsheet: bool = False) -> None:
+        """Write clusters.csv, with neutral names for spreadsheets if asked to."""
+        write_table(table, self.path / CLUSTERS, spreadsheet=spreadsheet)
 
     def read_clusters(self) -> ClusterTable:
         """Read clusters.csv.

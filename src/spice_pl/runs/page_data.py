@@ -6,19 +6,32 @@ Shapes: N images, K clusters.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
 from spice_pl.data.images import ImageSet
+from spice_pl.data.thumbnails import own_shapes
 from spice_pl.errors import UsageError
+from spice_pl.functional.embeddings import nearest_others
+from spice_pl.reports.choices import Comparison, KChoice
 from spice_pl.reports.map import Map, feature_map
+from spice_pl.reports.oddities import Oddity
 from spice_pl.reports.page import ReportData
 from spice_pl.reports.tables import ResultRow, duration_text
 from spice_pl.runs.attention import read_attention
+from spice_pl.runs.choices import choose_k, compare_clusters
 from spice_pl.runs.clusters import ClusterTable
 from spice_pl.runs.folder import RunFolder
+from spice_pl.runs.oddities import find_oddities
 from spice_pl.runs.results import log_lines
 from spice_pl.system.command import command
+
+NEIGHBORS = 8  # nearest images shown beside a large picture
 
 
 def report_data(
@@ -45,6 +58,7 @@ def report_data(
     num_clusters = int(metrics["num_clusters"])
     upstream = [each for each in upstream if each.finished]
     rows = [ResultRow(**row) for row in metrics["rows"]]
+    derived = _derived(folder, upstream, images, metrics, table, map_method)
     return ReportData(
         title=f"{images.name}: {len(images):,} images in {num_clusters} clusters",
         dataset=images.name,
@@ -62,15 +76,84 @@ def report_data(
         labels=images.labels,
         class_names=images.class_names,
         logs=_logs([*reversed(upstream), folder]),
-        map=_map(folder, map_method, int(metrics["seed"])),
+        map=derived.map,
         attention=read_attention(folder),
         names=folder.names,
         cost=_cost(metrics, upstream),
         review=_review(folder, metrics),
         skipped=images.skipped,
+        num_skipped=images.num_skipped,
+        oddities=derived.oddities,
+        comparison=derived.comparison,
+        k_choice=derived.k_choice,
+        shapes=derived.shapes,
+        neighbors=lambda index: _neighbors(folder, images, index),
+        originals="" if images.root is None else images.root.as_uri() + "/",
+        csv="clusters.csv",
         settings=_settings(metrics),
         versions=metrics["versions"],
     )
+
+
+@dataclass(frozen=True)
+class _Derived:
+    """What takes seconds to compute from a run's artifacts, see `ReportData`."""
+
+    map: Map
+    oddities: Sequence[Oddity]
+    comparison: Comparison
+    k_choice: KChoice | None
+    shapes: Callable[[Sequence[int], int], Mapping[int, NDArray[np.uint8]]]
+
+
+# That of the page made last: a review makes the same page at every visit.
+_last: dict[tuple[str, ...], _Derived] = {}
+
+
+def _derived(
+    folder: RunFolder,
+    upstream: Sequence[RunFolder],
+    images: ImageSet,
+    metrics: Mapping[str, Any],
+    table: ClusterTable,
+    map_method: str,
+) -> _Derived:
+    digests = metrics.get("digests", {})
+    key = (str(folder.path), images.fingerprint, map_method, *map(str, digests.items()))
+    if key not in _last or not digests:
+        drawn = _map(folder, map_method, int(metrics["seed"]))
+        title = str(metrics.get("title", folder.path.parent.name))
+        made = _Derived(
+            map=drawn,
+            oddities=find_oddities(folder, images, metrics),
+            comparison=compare_clusters(folder, metrics, table, title),
+            k_choice=choose_k(folder, upstream, images, metrics, drawn),
+            shapes=_shapes(images),
+        )
+        _last.clear()
+        _last[key] = made
+    return _last[key]
+
+
+def _shapes(images: ImageSet) -> Callable[[Sequence[int], int], Mapping[int, NDArray[np.uint8]]]:
+    """Return `own_shapes` of a data set, which reads the files of a page once."""
+    made: dict[tuple[tuple[int, ...], int], Mapping[int, NDArray[np.uint8]]] = {}
+
+    def shapes(index: Sequence[int], height: int) -> Mapping[int, NDArray[np.uint8]]:
+        asked = (tuple(index), height)
+        if asked not in made:
+            made[asked] = own_shapes(images, index, height)
+        return made[asked]
+
+    return shapes
+
+
+def _neighbors(folder: RunFolder, images: ImageSet, index: NDArray[np.intp]) -> NDArray[np.int64]:
+    """Return the nearest others (m, k) among the images `index` (m,), as positions in it."""
+    rows = folder.embeddings(images.train_index)[torch.from_numpy(index)]
+    if len(rows) < 2:
+        return np.zeros((len(rows), 0), np.int64)
+    return nearest_others(rows, NEIGHBORS).numpy()
 
 
 def _map(folder: RunFolder, method: str, seed: int) -> Map:
@@ -93,11 +176,6 @@ def _cost(metrics: Mapping[str, Any], upstream: Sequence[RunFolder]) -> dict[str
 
 def _settings(metrics: Mapping[str, Any]) -> dict[str, str]:
     given = {"command line": " ".join(metrics["overrides"]), "preset": metrics["preset"]}
-    if answer := metrics.get("answer"):
-        scores = ", ".join(f"{name} {score:.3f}" for name, score in answer["scores"].items())
-        given["clusters on this page"] = (
-            f"{answer['name']}, the best score without labels: {scores}"
-        )
     return given | dict(metrics.get("settings", {}))
 
 

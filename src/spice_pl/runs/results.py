@@ -49,6 +49,8 @@ class Record:
         preset: name of the preset that was applied, or "none".
         overrides: settings that the command line changed, without secrets.
         settings: settings of the stage as one level of dotted keys, without secrets.
+        k_estimate: what stage=estimate_k found in the features that the clusters are made of; None
+            where it has not run.
     """
 
     stage: str
@@ -58,6 +60,7 @@ class Record:
     preset: str
     overrides: Sequence[str]
     settings: Mapping[str, str]
+    k_estimate: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)

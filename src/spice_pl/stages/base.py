@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from spice_pl.data.datamodule import Stream, Views, ViewsDataModule
 from spice_pl.data.images import ImageSet
 from spice_pl.errors import UsageError
+from spice_pl.functional.device import cluster_sizes
 from spice_pl.functional.reliability import local_consistency
 from spice_pl.nn.heads import ClusterHead, LinearHead, head_of
 from spice_pl.runs.folder import RunFolder
@@ -51,6 +52,7 @@ class Stage(pl.LightningModule):
 
     name = ""  # key of its settings, such as moco, for messages; the job may set another
     has_clusters = True
+    trains_encoder = True  # for the estimate of memory
     oracle = False  # whether it trains on true labels, which every result must say
     chosen_head: int | None = None  # of many, the one chosen without labels after the last epoch
     encoder: nn.Module
@@ -120,7 +122,7 @@ class Stage(pl.LightningModule):
         if prediction.probs is not None:
             probs = prediction.probs
             confidence, clusters = probs.max(dim=1)
-            sizes = torch.bincount(clusters, minlength=probs.shape[1])  # (K,)
+            sizes = cluster_sizes(clusters, probs.shape[1])  # (K,)
             self.record("val/confidence", confidence.mean(), weight=len(clusters))
             self._sizes = self._sizes + sizes
             self._seen.append((prediction.features, clusters))
@@ -157,6 +159,14 @@ class Stage(pl.LightningModule):
         return [EpochMeans()]
 
     def on_train_end(self) -> None:
+        """Give all ranks the same buffers."""
+        self.share_buffers()
+
+    def on_validation_start(self) -> None:
+        """Give all ranks the same buffers, so that scores do not depend on the rank."""
+        self.share_buffers()
+
+    def share_buffers(self) -> None:
         """Copy the buffers of rank 0 to all ranks: each has its own BatchNorm statistics."""
         if self.trainer.world_size > 1:
             for buffer in self.buffers():
@@ -168,8 +178,11 @@ class Stage(pl.LightningModule):
         In training the sums are kept here and not by Lightning, so that a checkpoint inside an
         epoch holds them.
         """
+        if isinstance(value, Tensor):
+            value = value.detach().to(self.device, torch.float32)
+        else:
+            value = torch.full((), value, dtype=torch.float32, device=self.device)
         if self.trainer.training:
-            value = torch.as_tensor(value, dtype=torch.float32, device=self.device).detach()
             sums = torch.stack([value * weight, torch.full_like(value, weight)])
             before = self.epoch_sums.get(name)
             self.epoch_sums[name] = sums if before is None else before.to(sums.device) + sums
@@ -178,21 +191,35 @@ class Stage(pl.LightningModule):
 
     def epoch_means(self) -> dict[str, float]:
         """Return the mean so far of each value recorded in this epoch, on this rank alone."""
-        return {name: float(total / weight) for name, (total, weight) in self.epoch_sums.items()}
+        if not self.epoch_sums:
+            return {}
+        sums = self.stacked_sums().cpu()  # the processor waits once
+        return {
+            name: float(total / weight)
+            for name, (total, weight) in zip(self.epoch_sums, sums, strict=True)
+        }
 
-    def across_ranks(self, rows: Tensor) -> Tensor:
+    def stacked_sums(self) -> Tensor:
+        """Return the sums of all recorded values, (n, 2); those of a checkpoint are on no GPU."""
+        return torch.stack([each.to(self.device) for each in self.epoch_sums.values()])
+
+    def across_ranks(self, rows: Tensor, *, even: bool = False) -> Tensor:
         """Join the rows of all ranks in the order of the global batch, (b, ...) -> (B, ...).
 
-        Rank r holds rows r, r + R, r + 2R, ... of R ranks; some ranks may hold one row less.
+        Rank r holds rows r, r + R, r + 2R, ... of R ranks; some ranks may hold one row less. With
+        `even` all ranks hold as many, and the processor does not wait for their numbers.
         """
         world_size = self.trainer.world_size
         if world_size == 1:
             return rows
-        counts = self.gathered(torch.tensor(len(rows), device=rows.device))  # (R,)
-        longest = int(counts.max())
+        if even:
+            return self.gathered(rows).transpose(0, 1).flatten(0, 1)
+        own = torch.full((), len(rows), device=rows.device)
+        counts = self.gathered(own).tolist()  # R numbers
+        longest = max(counts)
         padded = torch.cat([rows, rows.new_zeros(longest - len(rows), *rows.shape[1:])])
         gathered = self.gathered(padded)  # (R, longest, ...)
-        return gathered.transpose(0, 1).flatten(0, 1)[: int(counts.sum())]
+        return gathered.transpose(0, 1).flatten(0, 1)[: sum(counts)]
 
     def gathered(self, tensor: Tensor) -> Tensor:
         """Stack a tensor of one shape over the ranks, (...) -> (R, ...)."""
@@ -267,11 +294,13 @@ class EpochMeans(pl.callbacks.Checkpoint):
         stage = as_stage(pl_module)
         if not stage.epoch_sums:
             return
-        sums = torch.stack(list(stage.epoch_sums.values()))  # (n, 2)
+        sums = stage.stacked_sums()  # (n, 2)
         if trainer.world_size > 1:
             sums = stage.gathered(sums).sum(dim=0)
-        for name, (total, weight) in zip(stage.epoch_sums, sums, strict=True):
-            stage.log(name, total / weight, on_epoch=True, batch_size=1)
+        total, weight = sums.unbind(1)
+        means = (total / weight).cpu()  # at once: loggers would read each number by itself
+        for name, mean in zip(stage.epoch_sums, means, strict=True):
+            stage.log(name, mean, on_epoch=True, batch_size=1)
         stage.epoch_sums = {}
 
     def on_save_checkpoint(

@@ -124,11 +124,12 @@ class FeatureStage(Stage):
 
     def on_train_epoch_end(self) -> None:
         """Warn if the embeddings of all images are nearly the same."""
-        if self._spread < COLLAPSED * self._even_spread:
+        spread = float(self._spread)
+        if spread < COLLAPSED * self._even_spread:
             logger.warning(
                 "the embeddings have collapsed: their standard deviation is %.4f, and %.4f when "
                 "spread evenly; lower the lr or raise the temperature of this stage",
-                self._spread,
+                spread,
                 self._even_spread,
             )
 
@@ -169,7 +170,7 @@ class FeatureStage(Stage):
         """Log the loss of a step, and the geometry of its embeddings (B, P)."""
         query, key = query.detach(), key.detach()
         spread = query.std(dim=0).mean()  # 0 when collapsed
-        self._spread, self._even_spread = float(spread), 1 / math.sqrt(query.shape[1])
+        self._spread, self._even_spread = spread, 1 / math.sqrt(query.shape[1])
         self.record("train/loss", loss)
         self.record("train/embedding_std", spread)
         self.record("train/alignment", alignment(query, key))

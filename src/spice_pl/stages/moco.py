@@ -18,7 +18,8 @@ from spice_pl.data.datamodule import Stream, Views
 from spice_pl.data.images import ImageSet
 from spice_pl.errors import UsageError
 from spice_pl.functional.contrastive import info_nce
-from spice_pl.functional.momentum import ema_update_
+from spice_pl.functional.device import to_device
+from spice_pl.functional.momentum import EmaPairs
 from spice_pl.nn.queue import Queue
 from spice_pl.runs.folder import RunFolder
 from spice_pl.stages.base import width_of
@@ -47,6 +48,7 @@ class MoCoModule(FeatureStage):
     """
 
     name = "moco"
+    _ema: EmaPairs | None = None
 
     def __init__(
         self,
@@ -89,8 +91,11 @@ class MoCoModule(FeatureStage):
     def training_step(self, batch: Views, batch_idx: int) -> Tensor:
         """Return the loss of a batch; update the key branch and the queue."""
         one, other = self.pair(batch)
-        ema_update_(self.key_encoder, self.encoder, self.momentum)
-        ema_update_(self.key_projection, self.projection, self.momentum)
+        if self._ema is None:
+            self._ema = EmaPairs(
+                (self.key_encoder, self.encoder), (self.key_projection, self.projection)
+            )
+        self._ema.update_(self.momentum)
         losses, keys = [], []
         for first, second in [(one, other), (other, one)] if self.symmetric else [(one, other)]:
             query = self._in_groups(self.encoder, self.projection, first)  # (B, P)
@@ -98,7 +103,7 @@ class MoCoModule(FeatureStage):
             losses.append(info_nce(query, key, self.queue.keys, self.temperature))
             keys.append(key)
         for key in keys:
-            self.queue.enqueue(self.across_ranks(key))
+            self.queue.enqueue(self.across_ranks(key, even=True))
         loss = torch.stack(losses).mean()
         self.record_step(loss, query, key)
         return loss
@@ -135,19 +140,26 @@ class MoCoModule(FeatureStage):
         self.key_encoder.load_state_dict(self.encoder.state_dict())
         return streams
 
+    def on_fit_start(self) -> None:
+        """Pair the branches from scratch, now that they are on their device."""
+        self._ema = None
+
     @torch.no_grad()
     def _keys(self, images: Tensor) -> Tensor:
         """Return keys (b, P); BatchNorm groups them differently from the queries (shuffle-BN)."""
         world_size, rank = self.trainer.world_size, self.trainer.global_rank
         if max(world_size, self.bn_groups) == 1:
             return self._in_groups(self.key_encoder, self.key_projection, images)
-        everyone = self.across_ranks(images)
+        everyone = self.across_ranks(images, even=True)
         # The same order on every rank; any order that mixes the groups will do.
         generator = torch.Generator().manual_seed(self.global_step)
-        order = torch.randperm(len(everyone), generator=generator).to(images.device)
-        mine = everyone[order[rank::world_size]]
-        shuffled = self.across_ranks(self._in_groups(self.key_encoder, self.key_projection, mine))
-        return shuffled[order.argsort()[rank::world_size]]
+        order = torch.randperm(len(everyone), generator=generator)
+        drawn, back = (
+            to_device(each[rank::world_size].contiguous(), images.device)
+            for each in (order, order.argsort())
+        )
+        keys = self._in_groups(self.key_encoder, self.key_projection, everyone[drawn])
+        return self.across_ranks(keys, even=True)[back]
 
     def _in_groups(self, encoder: nn.Module, projection: nn.Module, images: Tensor) -> Tensor:
         """Return embeddings (b, P); group g of G is rows g, g + G, ... as on rank g of G ranks."""

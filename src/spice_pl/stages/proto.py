@@ -22,6 +22,7 @@ from spice_pl.data.datamodule import Stream, Views
 from spice_pl.data.images import ImageSet
 from spice_pl.data.keyed import keyed_generator
 from spice_pl.errors import UsageError
+from spice_pl.functional.device import to_device
 from spice_pl.functional.losses import double_softmax_floor, mean_prediction_entropy
 from spice_pl.functional.prototypes import prototype_pseudo_labels, prototype_shares
 from spice_pl.nn.heads import ParallelHeads
@@ -138,6 +139,7 @@ class ProtoHeadModule(Stage):
         self.select_ratio, self.view_bank = select_ratio, view_bank
         self.selection = selection
         self.joint, self.moves, self.entropy = joint != "none", moves, entropy
+        self.trains_encoder = bool(self.joint)
         self.head_losses = head_losses(loss, temperature)
         self.has_floor = loss == "double_softmax"
         settings: Any = {
@@ -291,8 +293,8 @@ class ProtoHeadModule(Stage):
         optimizer = self.optimizers()
         generator = keyed_generator(self.seed, self.current_epoch, batch_idx)
         total, steps = torch.zeros(len(slots), device=slots.device), 0
-        for _ in range(self.repeats):
-            order = torch.randperm(slots.shape[1], generator=generator).to(slots.device)
+        orders = [torch.randperm(slots.shape[1], generator=generator) for _ in range(self.repeats)]
+        for order in to_device(torch.stack(orders), slots.device):
             for chosen in torch.split(order, self.head_batch_size):
                 if len(chosen) < self.head_batch_size:
                     break  # the incomplete last batch is dropped
@@ -327,15 +329,16 @@ class ProtoHeadModule(Stage):
         by_loss = self.selection == "loss"
         cost, chosen = (scores.losses if by_loss else -scores.information).min(dim=0)
         loss, num_empty = scores.losses[chosen], scores.num_empty[chosen]
-        self.chosen_head = int(chosen)
-        self._warn_of_empty(int(num_empty))
+        read = torch.stack((chosen, num_empty, cost < self.best_cost))  # the only wait of a choice
+        self.chosen_head, empty, better = read.tolist()
+        self._warn_of_empty(empty)
         self.record("val/selection_loss", loss)
         self.record("val/empty_clusters", num_empty)
         for head in range(self.heads.num_heads):
             self.record(f"val/selection_loss_head_{head}", scores.losses[head])
             if not by_loss:
                 self.record(f"val/mutual_information_head_{head}", scores.information[head])
-        if cost < self.best_cost:
+        if better:
             self.best_cost.copy_(cost)
             self.best_loss.copy_(loss)
             self.best_head.copy_(chosen)

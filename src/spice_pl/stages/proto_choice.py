@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from spice_pl.functional.device import cluster_sizes
 from spice_pl.functional.losses import double_softmax_cross_entropy, mutual_information
 from spice_pl.nn.heads import ParallelHeads
 
@@ -57,6 +58,6 @@ def score_heads(
         # Clusters of unequal shares count alike, or a head could win by emptying clusters.
         losses.append(double_softmax_cross_entropy(probs[slots], label, balanced=own is not None))
         information.append(mutual_information(probs))
-        sizes = torch.bincount(probs.argmax(dim=1), minlength=probs.shape[1])  # (K,)
+        sizes = cluster_sizes(probs.argmax(dim=1), probs.shape[1])  # (K,)
         num_empty.append((sizes == 0).sum())
     return HeadScores(*(torch.stack(each) for each in (losses, information, num_empty)))

@@ -28,7 +28,7 @@ from spice_pl.errors import UsageError
 from spice_pl.functional.assignment import count_table, match_clusters
 from spice_pl.functional.consistency import weighted_cross_entropy
 from spice_pl.functional.kmeans import cosine_kmeans
-from spice_pl.functional.momentum import ema_update_
+from spice_pl.functional.momentum import EmaPairs
 from spice_pl.functional.selectors import OracleLabels
 from spice_pl.nn.heads import ClusterHead, LinearHead
 from spice_pl.nn.thresholds import Threshold
@@ -72,6 +72,7 @@ class SemiSupervisedModule(Stage):
 
     name = "semi"
     kmeans_labels: Tensor
+    _ema: EmaPairs | None = None
 
     def __init__(
         self,
@@ -138,7 +139,9 @@ class SemiSupervisedModule(Stage):
         supervised = F.cross_entropy(on_labelled, self.pseudo_labels[labelled.index])
         probs = on_weak.detach().softmax(dim=1)  # (U, K)
         if self.threshold.learns:  # from the batches of all ranks, before it is applied
-            self.threshold.update(self.across_ranks(unlabelled.index), self.across_ranks(probs))
+            self.threshold.update(
+                *(self.across_ranks(each, even=True) for each in (unlabelled.index, probs))
+            )
         # Eq. 8: the label of the weak view, of weight 0 where it is not sure enough
         weight, label = self.threshold(probs), probs.max(dim=1).indices  # (U,) each
         consistency = weighted_cross_entropy(on_strong, label, weight)
@@ -233,8 +236,9 @@ class SemiSupervisedModule(Stage):
         return self.reliable_index, self.pseudo_labels[self.reliable_index]
 
     def on_fit_start(self) -> None:
-        """Move the labels to the device of the images."""
+        """Move the labels to the device of the images; pair the models that are on it now."""
         self.pseudo_labels = self.pseudo_labels.to(self.device)
+        self._ema = None
 
     def on_train_epoch_start(self) -> None:
         """Keep the averaged model in eval mode; log the share of images that have a label."""
@@ -250,8 +254,9 @@ class SemiSupervisedModule(Stage):
 
     def on_train_batch_end(self, *_: Any) -> None:
         """Move the average after the optimizer's step."""
-        ema_update_(self.ema_encoder, self.encoder, self.ema_decay)
-        ema_update_(self.ema_head, self.head, self.ema_decay)
+        if self._ema is None:
+            self._ema = EmaPairs((self.ema_encoder, self.encoder), (self.ema_head, self.head))
+        self._ema.update_(self.ema_decay)
 
     def on_train_epoch_end(self) -> None:
         """Log the confidence that the threshold asks of each cluster."""
@@ -267,6 +272,7 @@ class SemiSupervisedModule(Stage):
     @torch.no_grad()
     def _refresh_kmeans(self) -> None:
         """Cluster the features of the averaged model; the labelled images alone name clusters."""
+        self.share_buffers()
         batches = self.datamodule.plain_batches(self.train_index, self.device)
         features = torch.cat([self.ema_encoder(batch.views["plain"]).float() for batch in batches])
         features = self.across_ranks(features)  # (n, D)

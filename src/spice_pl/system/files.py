@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+# How a cell begins that a spreadsheet may run (OWASP, "CSV injection"), and our own mark.
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "'")
 CHUNK = 1 << 24  # bytes
 # EDQUOT: the quota of a user; not every system knows it.
 FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
@@ -67,6 +69,22 @@ def allocate(file: Path) -> None:
             part = opened.read(CHUNK)
             opened.seek(start)
             opened.write(part)
+
+
+def for_spreadsheet(text: str) -> str:
+    """Return a text with a leading ' if a spreadsheet would take it for a formula.
+
+    A text that begins with ' gets another one, so that `from_spreadsheet` is exact.
+
+    >>> for_spreadsheet("=1+1.png"), for_spreadsheet("a=1.png")
+    ("'=1+1.png", 'a=1.png')
+    """
+    return f"'{text}" if text[:1] in FORMULA else text
+
+
+def from_spreadsheet(text: str) -> str:
+    """Return the text that `for_spreadsheet` was given."""
+    return text.removeprefix("'")
 
 
 def is_disk_full(error: OSError) -> bool:

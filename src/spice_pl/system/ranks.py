@@ -25,8 +25,12 @@ PARENT = "SPICE_PL_PARENT"  # number of the process that launched the ranks
 
 
 def in_rank() -> bool:
-    """Whether this process is a rank: started here, by torchrun, or by srun with several tasks."""
-    return "LOCAL_RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) > 1
+    """Whether this process is a rank: started here, by torchrun, or by srun with several tasks.
+
+    SLURM_NTASKS is set by salloc and sbatch too, where one process runs; the number of tasks of the
+    step is set by srun alone.
+    """
+    return "LOCAL_RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
 
 
 def is_ours() -> bool:
@@ -36,6 +40,8 @@ def is_ours() -> bool:
 
 def rank() -> int:
     """Return the number of this process among all ranks; 0 without ranks."""
+    if not in_rank():  # salloc and sbatch set SLURM_PROCID too
+        return 0
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
 
 

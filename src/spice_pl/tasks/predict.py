@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 
 from spice_pl.data.images import ImageSet
 from spice_pl.errors import UsageError
+from spice_pl.models.pixels import fitting_batch
 from spice_pl.models.portable import PortableModel, Predictions, load
-from spice_pl.system.files import atomic
+from spice_pl.system.files import atomic, for_spreadsheet
 from spice_pl.system.progress import Bar
 from spice_pl.tasks.base import Context
 
@@ -46,6 +47,8 @@ class Predict:
         batch_size: images that pass the network at once.
         device: name of a torch device; "auto" takes a GPU if there is one.
         allow_targets: names of your own packages that define the model's network.
+        spreadsheet: whether names in predictions.csv that a spreadsheet would take for a formula
+            begin with '.
     """
 
     def __init__(
@@ -56,11 +59,13 @@ class Predict:
         batch_size: int = 256,
         device: str = "auto",
         allow_targets: Sequence[str] = (),
+        spreadsheet: bool = False,
     ) -> None:
         if sort not in ("none", *PLACE):
             raise UsageError(f"predict.sort {sort!r} must be one of none, {', '.join(PLACE)}")
         self.model, self.sort, self.num_nearest = model, sort, num_nearest
         self.batch_size, self.device, self.allow_targets = batch_size, device, allow_targets
+        self.spreadsheet = spreadsheet
 
     def __call__(self, context: Context) -> None:
         """Predict every image of the data set.
@@ -86,7 +91,9 @@ class Predict:
         started = time.monotonic()
         batches = pixel_batches(images, self.batch_size)
         with ExitStack() as stack:
-            write = stack.enter_context(table(context.folder.path, model, self.num_nearest))
+            write = stack.enter_context(
+                table(context.folder.path, model, self.num_nearest, spreadsheet=self.spreadsheet)
+            )
             bar = stack.enter_context(Bar("predict", len(images)))
             for part in model.stream(batches, num_nearest=self.num_nearest):
                 write(part)
@@ -97,11 +104,14 @@ class Predict:
                 bar.advance(len(part))
                 bar.show()
         rate = len(images) / (time.monotonic() - started)
+        meaning = "fewer than half of the most similar known images are in the same cluster"
+        if model.known is None:
+            meaning = f"confidence at most {model.threshold:g}"
         for name, count in zip(model.names, counts, strict=True):
             logger.info("%8d  %s", count, name)
         logger.info(
-            "%d images, %.0f per second, %d not sure (confidence at most %g): %s",
-            *(len(images), rate, doubtful, model.threshold),
+            "%d images, %.0f per second, %d not sure (%s): %s",
+            *(len(images), rate, doubtful, meaning),
             context.folder.path / "predictions.csv",
         )
 
@@ -200,6 +210,7 @@ def pixel_batches(
     images: ImageSet, batch_size: int
 ) -> Iterator[tuple[Sequence[str], NDArray[np.uint8]]]:
     """Yield keys and pixels (B, 3, S, S) batch by batch, read from the memory map."""
+    batch_size = fitting_batch(batch_size, images.images.shape[-1])
     for start in range(0, len(images), batch_size):
         end = min(start + batch_size, len(images))
         yield images.keys[start:end], np.array(images.images[start:end])
@@ -207,7 +218,7 @@ def pixel_batches(
 
 @contextmanager
 def table(
-    folder: Path, model: PortableModel, num_nearest: int
+    folder: Path, model: PortableModel, num_nearest: int, *, spreadsheet: bool = False
 ) -> Iterator[Callable[[Predictions], None]]:
     """Yield a function that adds rows to predictions.csv and, with pyarrow, predictions.parquet."""
     num_known = 0 if model.known is None else len(model.known.keys)
@@ -233,11 +244,15 @@ def table(
             nearest = list(zip(*part.nearest, strict=True)) if shown else []
             values = [part.keys, part.clusters, part.names, part.confidence, part.not_sure]
             values += [*nearest, *part.similarity.T]
+            shown_keys, names, *alike = (
+                [for_spreadsheet(each) if spreadsheet else each for each in column]
+                for column in (part.keys, part.names, *nearest)
+            )
             text = [
-                *(part.keys, part.clusters.tolist(), part.names),
+                *(shown_keys, part.clusters.tolist(), names),
                 *([f"{sure:.4f}" for sure in part.confidence], part.not_sure.astype(int).tolist()),
-                *nearest,
-                *([f"{alike:.4f}" for alike in column] for column in part.similarity.T),
+                *alike,
+                *([f"{value:.4f}" for value in column] for column in part.similarity.T),
             ]
             rows.writerows(zip(*text, strict=True))
             if Table is not None:

@@ -7,6 +7,7 @@ a request are bounded.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import ipaddress
 import logging
@@ -16,7 +17,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -28,11 +29,13 @@ from PIL import Image
 from spice_pl.data.images import ImageSet
 from spice_pl.errors import UsageError
 from spice_pl.reports.page import render_report
-from spice_pl.runs.edits import check_reviewed, parse_edits, read_edits
+from spice_pl.runs.clusters import ReliableRule
+from spice_pl.runs.edits import Edits, check_reviewed, parse_edits, read_edits
 from spice_pl.runs.folder import RunFolder
 from spice_pl.runs.page_data import report_data
 from spice_pl.system.schema import parse_object
 from spice_pl.tasks.base import Context
+from spice_pl.tasks.edit import write_applied
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +55,8 @@ class Review:
 
     Args:
         port: port to listen on; 0 takes a free one.
+        reliable: which images count as reliable after edits, see `ReliableRule`.
+        allow_targets: names of your own packages that define the model's network.
 
     Attributes:
         locks: False, since a page may stay open for days; `Answers.save` locks the run.
@@ -59,13 +64,31 @@ class Review:
 
     locks = False
 
-    def __init__(self, port: int = 0) -> None:
-        self.port = port
+    def __init__(
+        self, port: int, reliable: Mapping[str, Any], allow_targets: Sequence[str] = ()
+    ) -> None:
+        self.port, self.rule, self.allow_targets = port, ReliableRule(**reliable), allow_targets
 
     def __call__(self, context: Context) -> None:
-        """Serve the page; saved edits go to edits.json and names.json of the reviewed run."""
+        """Serve the page; saved edits go to edits.json and names.json of the reviewed run.
+
+        They are also applied, see `tasks.edit`.
+        """
         images = context.images()
-        server, token = make_server(context.upstream[0], context.upstream[1:], images, self.port)
+
+        def apply(edits: Edits) -> RunFolder:
+            return write_applied(
+                edits,
+                context.upstream[0],
+                context.upstream[1:],
+                images,
+                self.rule,
+                self.allow_targets,
+            )
+
+        server, token = make_server(
+            context.upstream[0], context.upstream[1:], images, self.port, apply
+        )
         address = f"http://{HOST}:{server.server_port}/?token={token}"
         logger.info("open %s in a browser; Ctrl-C ends the review", address)
         try:
@@ -85,7 +108,11 @@ def is_loopback(host: str) -> bool:
 
 
 def make_server(
-    folder: RunFolder, upstream: Sequence[RunFolder], images: ImageSet, port: int = 0
+    folder: RunFolder,
+    upstream: Sequence[RunFolder],
+    images: ImageSet,
+    port: int = 0,
+    apply: Callable[[Edits], RunFolder] | None = None,
 ) -> tuple[ThreadingHTTPServer, str]:
     """Bind the server of a run; return it with the secret that every request must carry.
 
@@ -93,7 +120,7 @@ def make_server(
         UsageError: the port cannot be used.
     """
     token = secrets.token_urlsafe(24)
-    answers = Answers(folder, upstream, images)
+    answers = Answers(folder, upstream, images, apply)
 
     class Handler(_Handler):
         secret = token
@@ -113,11 +140,24 @@ class Answers:
 
     The run may be made again while its page is open, so its metrics are read for each answer. One
     page or one save is made at a time.
+
+    Args:
+        folder: artifacts of the run.
+        upstream: artifacts of the stages before it, the nearest first.
+        images: the data set.
+        apply: function that writes the run after the edits; None only saves them.
     """
 
-    def __init__(self, folder: RunFolder, upstream: Sequence[RunFolder], images: ImageSet) -> None:
+    def __init__(
+        self,
+        folder: RunFolder,
+        upstream: Sequence[RunFolder],
+        images: ImageSet,
+        apply: Callable[[Edits], RunFolder] | None = None,
+    ) -> None:
         self.path, self.similarity, self.images = folder.path, folder.similarity, images
-        self.upstream, self._one_at_a_time = upstream, threading.Lock()
+        self.upstream, self.apply = upstream, apply
+        self._one_at_a_time = threading.Lock()
 
     @property
     def folder(self) -> RunFolder:
@@ -141,6 +181,7 @@ class Answers:
                 edits = read_edits(saved)
                 if edits.digest == metrics["digest"]:
                     more["edits"] = edits.as_json()
+            more["version"] = self.version()
             data = replace(data, review={**data.review, **more})
             return "text/html; charset=utf-8", render_report(data).encode("utf-8")
 
@@ -162,33 +203,57 @@ class Answers:
             return None
         return KINDS[found.suffix], found.read_bytes()
 
-    def save(self, body: bytes) -> str:
-        """Check edits and write edits.json and names.json; return the path of edits.json.
+    def version(self) -> str:
+        """Return a digest of the saved edits; empty if there are none."""
+        saved = self.path / "edits.json"
+        return hashlib.blake2b(saved.read_bytes()).hexdigest()[:16] if saved.is_file() else ""
+
+    def save(self, body: bytes, version: str | None = None) -> str:
+        """Check edits, write edits.json and names.json, and apply them.
+
+        Args:
+            body: JSON of the edits.
+            version: of the saved edits that the page began with; None does not compare it.
+
+        Returns:
+            Three lines: the path of edits.json, the report of the edited run (empty if edits are
+            only saved), and the new version.
 
         Raises:
-            UsageError: the edits do not fit the run as it is now, or it is being made again.
+            UsageError: the edits do not fit the run as it is now, it is being made again, or
+                another page saved since.
         """
+        with self._one_at_a_time, self.folder.lock(wait=False):
+            if version is not None and version != self.version():
+                raise UsageError(
+                    "another window or person saved edits of this run since this page was opened; "
+                    "open the page again to see them, then make your changes there"
+                )
+            return self._save(body)
+
+    def _save(self, body: bytes) -> str:
         try:
             content = parse_object(body.decode())
         except ValueError as error:
             raise UsageError(f"the edits are not JSON: {error}") from error
         edits, folder = parse_edits(content, "the edits"), self.folder
-        with self._one_at_a_time, folder.lock(wait=False):
-            metrics = folder.metrics
-            check_reviewed(
-                edits,
-                metrics["fingerprint"],
-                metrics["digest"],
-                metrics["num_clusters"],
-                self.images.keys,
-            )
-            own = f"{folder.path.parent.name}/{folder.path.name}"
-            if edits.reviewed != own:
-                raise UsageError(f"the edits are of {edits.reviewed!r}, and this page is of {own}")
-            folder.write_json("edits.json", edits.as_json())
-            folder.write_json("names.json", {str(c): name for c, name in edits.names.items()})
+        metrics, made = folder.metrics, ""
+        check_reviewed(
+            edits,
+            metrics["fingerprint"],
+            metrics["digest"],
+            metrics["num_clusters"],
+            self.images.keys,
+        )
+        own = f"{folder.path.parent.name}/{folder.path.name}"
+        if edits.reviewed != own:
+            raise UsageError(f"the edits are of {edits.reviewed!r}, and this page is of {own}")
+        if self.apply is not None:
+            made = str(self.apply(edits).path / "report.html")
+        folder.write_json("edits.json", edits.as_json())
+        folder.write_json("names.json", {str(c): name for c, name in edits.names.items()})
         logger.info("edits saved in %s", folder.path / "edits.json")
-        return str(folder.path / "edits.json")
+        return "\n".join([str(folder.path / "edits.json"), made, self.version()])
 
 
 class _Server(ThreadingHTTPServer):
@@ -288,7 +353,7 @@ class _Handler(BaseHTTPRequestHandler):
         if len(body) < int(length):  # the client left, or was too slow
             return None
         try:
-            where = self.site.save(body)
+            where = self.site.save(body, self.headers.get("X-Edits-Version"))
         except UsageError as error:
             return self._say(400, str(error))
         except OSError as error:

@@ -24,6 +24,7 @@ from spice_pl.data.images import ImageSet
 from spice_pl.data.keyed import keyed_uniform
 from spice_pl.errors import UsageError
 from spice_pl.functional.assignment import clustering_scores
+from spice_pl.models.known import NOT_SURE
 from spice_pl.models.portable import FILE_NAME as MODEL
 from spice_pl.models.portable import load
 from spice_pl.nn.frozen import Frozen
@@ -35,7 +36,6 @@ from spice_pl.tasks.base import Context, sample
 
 logger = logging.getLogger(__name__)
 
-NOT_SURE = 0.5  # an image with a lower agreement is "not sure", as in the report
 COMPONENTS = 32  # d, at most
 VIEW_BATCH = 250  # images that pass the encoder at once
 
@@ -80,7 +80,13 @@ class Trust:
             "separation": separation(folder.features[chosen], table.clusters[chosen]),
             "sure": float((table.agreement >= NOT_SURE).mean()),
         }
-        null = null_check(folder.features[chosen], context.num_clusters, self.num_nulls, seed)
+        null = null_check(
+            folder.features[chosen],
+            context.num_clusters,
+            self.num_nulls,
+            seed,
+            table.clusters[chosen],
+        )
         checks = [Check(name, value) for name, value in values.items()]
         data = TrustData(
             title=f"{images.name}: how far can these clusters be trusted?",
@@ -98,7 +104,12 @@ class Trust:
             "reviewed": data.run,
             "verdict": data.verdict,
             "measures": values,
-            "null": {"real": null.real, "nulls": list(null.nulls), "clear": null.clear},
+            "null": {
+                "real": null.real,
+                "nulls": list(null.nulls),
+                "clear": null.clear,
+                "own": null.own,
+            },
         }
 
     def _heads(self, upstream: Sequence[RunFolder]) -> float | None:
@@ -180,7 +191,11 @@ def separation(features: NDArray[np.float32], clusters: NDArray[np.int64]) -> fl
 
 
 def null_check(
-    features: NDArray[np.float32], num_clusters: int, num_nulls: int, seed: int
+    features: NDArray[np.float32],
+    num_clusters: int,
+    num_nulls: int,
+    seed: int,
+    clusters: NDArray[np.int64] | None = None,
 ) -> NullCheck:
     """Compare k-means on the features with k-means on clouds of points that have no groups.
 
@@ -194,9 +209,11 @@ def null_check(
         num_clusters: K.
         num_nulls: number of clouds.
         seed: seed of the clouds and of k-means.
+        clusters: (n,) clusters of the run.
 
     Returns:
-        The mean silhouettes of k-means with K clusters, of the features and of each cloud.
+        The mean silhouettes of k-means with K clusters, of the features and of each cloud; and of
+        the run's clusters on the same features.
     """
     rows = F.normalize(torch.from_numpy(np.array(features, dtype=np.float64))).numpy()
     rows = rows - rows.mean(axis=0)
@@ -220,4 +237,7 @@ def null_check(
         )
         for cloud in range(num_nulls)
     ]
-    return NullCheck(score(scores) if kept else 0.0, tuple(nulls))
+    own = None
+    if kept and clusters is not None and 2 <= len(np.unique(clusters)) < len(clusters):
+        own = float(silhouette_score(scores, clusters))
+    return NullCheck(score(scores) if kept else 0.0, tuple(nulls), own)

@@ -93,7 +93,7 @@ function drawEdits() {
     merge.value = edits.merge[id] ?? "";
     split.value = edits.split[id] || 1;
     split.disabled = edits.merge[id] !== undefined;
-    becomes.textContent = edits.merge[id] !== undefined ? "Becomes part of " + spoken(nameOf(root(id))) + "." : edits.split[id] ? `Will be split into ${edits.split[id]} clusters by its features when training continues.` : "";
+    becomes.textContent = edits.merge[id] !== undefined ? "Becomes part of " + spoken(nameOf(root(id))) + "." : edits.split[id] ? `Will be split into ${edits.split[id]} clusters by its features.` : "";
   }
   fillTargets($("target"), null);
   const out = result(), parts = [];
@@ -137,15 +137,17 @@ $("open").addEventListener("change", async event => {
 });
 $("save").addEventListener("click", async () => {
   const text = JSON.stringify(result(), null, 2) + "\n";
-  let where = "edits.json";
+  let where = "edits.json", made = "";
   if (data.review.save) {
     try {
-      const answer = await fetch(data.review.save, {method: "POST", headers: {"Content-Type": "application/json"}, body: text});
+      $("summary").textContent = "Saving …";
+      const version = data.review.version === undefined ? {} : {"X-Edits-Version": data.review.version};
+      const answer = await fetch(data.review.save, {method: "POST", headers: {"Content-Type": "application/json", ...version}, body: text});
       const said = await answer.text();
       if (!answer.ok) throw new Error(said);
-      where = said;
+      [where, made, data.review.version] = said.split("\n");
     } catch (error) { $("summary").textContent = "Could not save: " + error.message; return; }
-    $("summary").textContent = "Saved to " + where + ".";
+    $("summary").textContent = "Saved to " + where + "." + (made ? " The new clusters are in " + made + ", with clusters.csv and model.spice." : "");
   } else {
     const link = make("a", "", {href: URL.createObjectURL(new Blob([text], {type: "application/json"})), download: "edits.json"});
     link.click();

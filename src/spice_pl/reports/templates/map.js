@@ -1,6 +1,7 @@
 // Map
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const hue = id => `hsl(${(id * 137.508 + 190) % 360} ${dark.matches ? "62% 66%" : "60% 42%"})`;
+const filled = [...new Set(cluster)].sort((a, b) => a - b);
 const map = data.map, rows = map && column(map.row, Uint32Array);
 const xs = map && column(map.x, Uint16Array), ys = map && column(map.y, Uint16Array);
 const sheet = new Image();
@@ -57,7 +58,7 @@ function drawMap() {
   }
   function legend() {
     const by = $("colour").value, key = $("key"), lines = [];
-    if (by === "cluster") for (let id = 0; id < data.numClusters; id++) lines.push([hue(id), nameOf(id)]);
+    if (by === "cluster") for (const id of filled) lines.push([hue(id), nameOf(id)]);
     else if (by === "label") data.classes.forEach((name, id) => lines.push([hue(id), name]));
     else if (by === "reliable") lines.push([paints.reliable(-1) && hue(0), "reliable"], [dark.matches ? "#6b675f" : "#bdb8ad", "not reliable"]);
     else for (const t of [0, .25, .5, .75, 1]) lines.push([ramp(t), t.toFixed(2)]);
@@ -77,7 +78,9 @@ function drawMap() {
     thumb.style.background = `url(${map.atlas}) ${-left * scale}px ${-top * scale}px / ${map.perRow * side}px auto`;
     const lines = [nameOf(cluster[r]), spoken(data.keys[r]), "confidence " + share(confidence[r]) + ", agreement " + share(agreement[r]) + (flags[r] & 1 ? ", reliable" : "")];
     if (truthOf(r) !== null) lines.push("truth: " + spoken(truthOf(r)));
-    point.replaceChildren(thumb, ...lines.map((line, n) => n ? make("p", line) : make("h4", line)));
+    const larger = make("button", "Larger, with its nearest images", {type: "button"});
+    larger.addEventListener("click", () => showImage(r));
+    point.replaceChildren(thumb, ...lines.map((line, n) => n ? make("p", line) : make("h4", line)), larger);
     draw();
   }
   function near(event, reach) {
@@ -117,7 +120,7 @@ function drawMap() {
   canvas.addEventListener("dblclick", () => { if (at >= 0) { view.x = xs[at] / 65535; view.y = ys[at] / 65535; zoom(2); } });
   canvas.addEventListener("wheel", event => { if (event.ctrlKey || view.zoom > 1) { event.preventDefault(); zoom(Math.exp(-event.deltaY / 300)); } }, {passive: false});
   canvas.addEventListener("keydown", event => {
-    if (event.key === "Enter" && at >= 0) { const target = $("cluster-" + cluster[rows[at]]); target.scrollIntoView(); target.querySelector(".tile")?.focus({preventScroll: true}); return; }
+    if (event.key === "Enter" && at >= 0) { reveal(cluster[rows[at]]); const target = $("cluster-" + cluster[rows[at]]); target.scrollIntoView(); target.querySelector(".tile")?.focus({preventScroll: true}); return; }
     if (event.key === "+" || event.key === "-") { zoom(event.key === "+" ? 1.5 : 1 / 1.5); return; }
     const way = {ArrowRight: [1, 0], ArrowLeft: [-1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1]}[event.key];
     if (!way || !kept.length) return;

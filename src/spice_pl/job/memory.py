@@ -1,0 +1,92 @@
+"""Refuse a training step that cannot fit into memory, instead of being killed by the system.
+
+Shapes: B images of a batch, S pixels a side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.func import functional_call
+
+from spice_pl.data.datamodule import Stream
+from spice_pl.data.images import ImageSet
+from spice_pl.errors import UsageError
+from spice_pl.stages.base import Stage
+from spice_pl.system.memory import free_memory
+
+
+def check_memory(
+    module: Stage, streams: Mapping[str, Stream], images: ImageSet, num_ranks: int
+) -> None:
+    """Refuse batches for which a step on a CPU takes more memory than there is.
+
+    The estimate is a lower bound: pixels and views of all streams, and what the backward pass needs
+    of one view of the largest stream. What it lets through may still not fit.
+
+    Args:
+        module: the stage; its encoder counts if it is trained.
+        streams: streams by name.
+        images: the data set.
+        num_ranks: processes that share a batch.
+
+    Raises:
+        UsageError: names the setting to change and the largest batch that fits.
+    """
+    free, size = free_memory(), images.images.shape[-1]
+    if free is None or not streams:
+        return
+    sizes = {name: -(-each.batch_size // num_ranks) for name, each in streams.items()}
+    largest = max(sizes, key=lambda name: sizes[name])
+    views = {name: 3 * size**2 * (1 + 4 * len(each.views)) for name, each in streams.items()}
+    fixed = sum(views[name] * sizes[name] for name in sizes if name != largest)
+    each = views[largest]
+    if module.trains_encoder and any(one.requires_grad for one in module.encoder.parameters()):
+        each += saved_bytes(module.encoder, (4, 3, size, size)) // 4
+    need = fixed + each * sizes[largest]
+    if need <= free:
+        return
+    fits = max((free - fixed) // (2 * each), 1) * num_ranks  # half: the estimate is a lower bound
+    raise UsageError(
+        f"{module.name}: a training step takes at least {need / 1e9:.1f} GB of memory and "
+        f"{free / 1e9:.1f} GB are free; lower {module.name}.streams.{largest}.batch_size="
+        f"{streams[largest].batch_size}, for example to {fits}, or dataset.image_size={size}"
+    )
+
+
+def saved_bytes(network: nn.Module, shape: tuple[int, ...]) -> int:
+    """Return the bytes that a forward pass keeps for the backward pass, without its weights.
+
+    Nothing is computed: all tensors are on the device "meta", which has no memory. 0 for a network
+    that computes with the values of its tensors, which then has no estimate.
+
+    Args:
+        network: it and its buffers stay as they are.
+        shape: of the input.
+
+    Examples:
+        >>> network = nn.Sequential(nn.Linear(8, 4), nn.Sigmoid())  # input and output are kept
+        >>> saved_bytes(network, (10, 8))
+        480
+    """
+    kept: dict[int, tuple[int, Tensor]] = {}
+    state = {
+        name: torch.empty_like(value, device="meta").requires_grad_(value.requires_grad)
+        for name, value in network.state_dict(keep_vars=True).items()
+    }
+    own = {value.untyped_storage()._cdata for value in state.values()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = (storage.nbytes(), tensor)
+        return tensor
+
+    try:
+        with torch.random.fork_rng(devices=[]), saved_tensors_hooks(keep, lambda each: each):
+            functional_call(network, state, torch.empty(shape, device="meta"))
+    except Exception:  # it runs the network's code, which may raise anything
+        return 0
+    return sum(size for key, (size, _) in kept.items() if key not in own)

@@ -1,0 +1,60 @@
+"""Where the weights of a network come from, for titles and rows of tables.
+
+It is read from the settings that build the network. The wording of an experiment cannot say it:
+another setting of the command line may have replaced the network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from spice_pl.nn.encoders import trained_by
+
+EMBED = "embed"
+
+
+def titled(name: str, settings: Mapping[str, Any]) -> str:
+    """Return the title of a stage, with the origin of the features that it begins with.
+
+    Args:
+        name: name of the stage.
+        settings: all settings of the job, resolved.
+    """
+    title = str(settings[name]["title"])
+    if name == EMBED:
+        return origin(settings[EMBED]["module"])
+    if settings[name].get("upstream") == EMBED and "module" in settings[name]:
+        return f"{title} on {origin(settings[EMBED]['module'])}"
+    return title
+
+
+def origin(module: Mapping[str, Any]) -> str:
+    """Return the name of a pretrained network and what trained it, for the settings of `embed`.
+
+    >>> origin({"backbone": {"_target_": "spice_pl.nn.resnet.ResNet"}, "weights": None})
+    'ResNet (random weights)'
+    >>> origin({"backbone": {"_target_": "spice_pl.nn.resnet.ResNet"}, "weights": "a/b.pth"})
+    'ResNet (weights of b.pth)'
+    """
+    backbone = module["backbone"]
+    target = str(backbone.get("_target_", "network")).rpartition(".")[2]
+    name, source = target, "random weights"
+    if module.get("weights"):
+        source = f"weights of {Path(str(module['weights'])).name}"
+    elif target == "load_encoder":
+        name, source = "encoder", f"weights of {Path(str(backbone['path'])).name}"
+    if target == "efficientnet_lite":
+        name = f"efficientnet_lite{backbone.get('variant', 0)}"
+        if backbone.get("pretrained", True) and not module.get("weights"):
+            source = "ImageNet labels"
+    elif target == "create_model":
+        name = str(backbone["model_name"])
+        if backbone.get("pretrained") and not module.get("weights"):
+            source = trained_by(name)
+    elif target == "torchvision_backbone":
+        name = str(backbone["name"])
+        if backbone.get("weights") and not module.get("weights"):
+            source = "ImageNet labels"
+    return f"{name} ({source})"

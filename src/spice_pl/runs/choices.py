@@ -1,0 +1,263 @@
+"""Compare a run's clusters with others of the same features, and preview other numbers of them.
+
+Nothing here reads a label.
+
+Shapes: N images, n sampled, D features, d components, K clusters, k neighbours.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.cluster import KMeans
+from torch import Tensor
+
+from spice_pl.data.images import ImageSet
+from spice_pl.functional.assignment import count_table, match_clusters
+from spice_pl.functional.candidates import connect, evenness, spectral_clusters
+from spice_pl.functional.embeddings import fit_projection, neighbor_graph, project
+from spice_pl.functional.neighbors import nearest_neighbors
+from spice_pl.reports.choices import Compared, Comparison, KChoice, Preview
+from spice_pl.reports.map import Map
+from spice_pl.runs.answer import NETWORK, NUM_NEIGHBORS
+from spice_pl.runs.clusters import ClusterTable
+from spice_pl.runs.folder import RunFolder
+from spice_pl.system.command import command
+from spice_pl.system.schema import parse_object, read_text
+
+QUERIES = 1_000  # images whose neighbours are compared
+KEYS = 10_000  # images among which neighbours are searched
+FITTED = 10_000  # images that a k-means or a projection is fitted on
+SPECTRAL = 5_000  # largest N for which spectral clustering is made again
+COMPONENTS = 64
+RESTARTS = 3  # of k-means; 1 for many clusters, which vary less
+ITERATIONS = 50
+ROWS = 16_384  # images per step, which bounds the memory
+MAX_PREVIEWS = 8
+MAX_GROUPS = 400  # clusters of all previews that are shown
+PICTURES = 6  # of a cluster of a preview
+NEAR = (-2, -1, 1, 2, 3)  # numbers of clusters beside K
+FACTORS = (0.5, 0.75, 1.25, 1.5)  # and where K is large, where one more makes no difference
+LARGE = 30  # K from which on these are used
+
+
+def compare_clusters(
+    folder: RunFolder, metrics: Mapping[str, Any], table: ClusterTable, title: str
+) -> Comparison:
+    """Compare the clusters with the network's and with plain k-means on the same features.
+
+    k-means sees 64 principal components of the l2-normalised features. Spectral clustering is
+    compared too if it was a candidate and there are at most 5,000 images.
+
+    Args:
+        folder: artifacts of the run, of which features and probabilities are read.
+        metrics: content of metrics.json.
+        table: clusters of the run.
+        title: what made the network's clusters.
+    """
+    num_clusters, seed = int(metrics["num_clusters"]), int(metrics["seed"])
+    answer = metrics.get("answer") or {"name": NETWORK, "scores": {}}
+    scores: dict[str, float] = dict(answer["scores"])
+    chosen = str(answer["name"])
+    features = folder.features
+    rows = components(features, seed)
+    kept = title if chosen == NETWORK else chosen
+    clusterings = {kept: table.clusters}
+    if chosen != NETWORK:
+        clusterings[title] = np.asarray(folder.probs.argmax(axis=1), dtype=np.int64)
+    clusterings["k-means"] = kmeans(rows, num_clusters, seed)[0]
+    others = [name for name in scores if name.startswith("spectral") and name != chosen]
+    if others and len(rows) <= SPECTRAL:
+        starts = project(torch.from_numpy(np.array(features)), _fitted(features, seed))
+        graph = connect(neighbor_graph(starts, NUM_NEIGHBORS), starts)
+        made = spectral_clusters(starts, graph, num_clusters, seed=seed)
+        clusterings["spectral clustering"] = made.numpy()
+    queries, near = sampled_neighbors(features, seed)  # (n,), (n, k)
+    compared = []
+    for name, clusters in clusterings.items():
+        ids = torch.from_numpy(np.asarray(clusters, dtype=np.int64))
+        shares = (ids[near] == ids[queries].unsqueeze(1)).double().mean() if near.numel() else 1.0
+        compared.append(
+            Compared(
+                name=name,
+                kept=name == kept,
+                agreement=float(shares),
+                evenness=evenness(ids, num_clusters),
+                alike=alike(ids, torch.from_numpy(table.clusters), num_clusters),
+            )
+        )
+    return Comparison(compared, len(queries), scores, chosen if scores else "")
+
+
+def alike(clusters: Tensor, reference: Tensor, num_clusters: int) -> float:
+    """Return the share of images in the same cluster, after the numbers are matched one to one."""
+    number = match_clusters(count_table(clusters, reference, num_clusters, num_clusters))
+    return float((number[clusters] == reference).double().mean())
+
+
+def sampled_neighbors(features: NDArray[np.float32], seed: int) -> tuple[Tensor, Tensor]:
+    """Return at most 1,000 images (n,) and their nearest others (n, k), among at most 10,000."""
+    generator = np.random.default_rng(seed)
+    count = len(features)
+    keys = np.arange(count)
+    if count > KEYS:
+        keys = np.sort(generator.choice(count, KEYS, replace=False))
+    places = np.arange(len(keys))
+    if len(keys) > QUERIES:
+        places = np.sort(generator.choice(len(keys), QUERIES, replace=False))
+    searched = torch.from_numpy(np.array(features[keys]))
+    k = min(NUM_NEIGHBORS + 1, len(keys))
+    found = nearest_neighbors(searched[places], searched, k)[1]  # (n, k + 1)
+    own = found == torch.from_numpy(places).unsqueeze(1)
+    own[~own.any(dim=1), -1] = True  # copies can push the image itself out
+    near = torch.from_numpy(keys)[found[~own].view(len(places), k - 1)]
+    return torch.from_numpy(keys[places]), near
+
+
+def components(features: NDArray[np.float32], seed: int) -> NDArray[np.float32]:
+    """Return principal components (N, d) of l2-normalised features, of length one."""
+    projection = _fitted(features, seed)
+    parts = [
+        project(torch.from_numpy(np.array(features[start : start + ROWS])), projection).numpy()
+        for start in range(0, len(features), ROWS)
+    ]
+    return np.concatenate(parts)
+
+
+def _fitted(features: NDArray[np.float32], seed: int) -> Any:
+    index = _sample(len(features), seed)
+    return fit_projection(torch.from_numpy(np.array(features[index])), COMPONENTS, "none")
+
+
+def kmeans(
+    rows: NDArray[np.float32], num_clusters: int, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Return clusters (N,) and centres (K, d) of k-means, fitted on at most 10,000 rows."""
+    restarts = RESTARTS if num_clusters < LARGE else 1
+    model = KMeans(num_clusters, n_init=restarts, max_iter=ITERATIONS, random_state=seed)
+    model.fit(rows[_sample(len(rows), seed)])
+    parts = [model.predict(rows[start : start + ROWS]) for start in range(0, len(rows), ROWS)]
+    centres: NDArray[np.float32] = model.cluster_centers_
+    return np.concatenate(parts).astype(np.int64), centres
+
+
+def _sample(count: int, seed: int) -> NDArray[np.intp]:
+    if count <= FITTED:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(seed).choice(count, FITTED, replace=False))
+
+
+def choose_k(
+    folder: RunFolder,
+    upstream: Sequence[RunFolder],
+    images: ImageSet,
+    metrics: Mapping[str, Any],
+    drawn: Map | None,
+) -> KChoice | None:
+    """Return the curve over K, and previews of other K by k-means on the run's embeddings.
+
+    None where another K would need more than this stage: after edits, and for a stage that follows
+    one with clusters.
+    """
+    if not upstream or any("cluster_sizes" in each.metrics for each in upstream):
+        return None
+    num_clusters, seed = int(metrics["num_clusters"]), int(metrics["seed"])
+    held = metrics.get("k_estimate") or _estimate_of(folder, upstream[0])
+    estimated, clear, curve = read_estimate(held)
+    said = held.get("sentence", "") if isinstance(held, Mapping) else ""
+    previews: list[Preview] = []
+    if drawn is not None and len(drawn.index):
+        rows = folder.embeddings(images.train_index).numpy()
+        numbers = beside(num_clusters, len(rows), estimated, curve)
+        largest = max(1, MAX_GROUPS // max(len(numbers), 1))
+        for number in numbers:
+            groups = preview(rows, number, seed, drawn.index, largest)
+            previews.append(Preview(number, groups, _command(metrics, number)))
+    return KChoice(num_clusters, estimated, clear, curve, previews, str(said))
+
+
+def beside(
+    num_clusters: int, num_images: int, estimated: int | None, curve: Sequence[tuple[int, float]]
+) -> list[int]:
+    """Return other numbers of clusters: near K, the estimate, and the best of the curve."""
+    near = [num_clusters + step for step in NEAR]
+    if num_clusters >= LARGE:
+        near = [round(num_clusters * factor) for factor in FACTORS]
+    best = [k for k, _ in sorted(curve, key=lambda point: -point[1])[:3]]
+    wanted = [*([] if estimated is None else [estimated]), *near, *best]
+    kept = [k for k in dict.fromkeys(wanted) if 2 <= k <= num_images // 2 and k != num_clusters]
+    return sorted(kept[:MAX_PREVIEWS])
+
+
+def preview(
+    rows: NDArray[np.float32],
+    num_clusters: int,
+    seed: int,
+    drawn: NDArray[np.intp],
+    largest: int,
+) -> list[tuple[int, list[int]]]:
+    """Return size and shown points of the largest clusters of k-means, the largest cluster first.
+
+    Args:
+        rows: (N, d), embeddings.
+        num_clusters: K.
+        seed: seed of k-means.
+        drawn: (n,) images that can be shown; those nearest to the centre are.
+        largest: number of clusters that are returned.
+    """
+    clusters, centres = kmeans(rows, num_clusters, seed)
+    sizes = np.bincount(clusters, minlength=num_clusters)
+    groups = []
+    for cluster in np.argsort(-sizes, kind="stable")[:largest].tolist():
+        points = np.flatnonzero(clusters[drawn] == cluster)
+        far = np.linalg.norm(rows[drawn[points]] - centres[cluster], axis=1)
+        shown = points[np.argsort(far, kind="stable")[:PICTURES]]
+        groups.append((int(sizes[cluster]), shown.tolist()))
+    return groups
+
+
+def _command(metrics: Mapping[str, Any], num_clusters: int) -> str:
+    """Return the command that makes another K the result."""
+    replaced = ("stage=", "stages=", "dataset.num_clusters=", "overwrite=", "resume=", "edits=")
+    kept = [text for text in metrics["overrides"] if not text.lstrip("+").startswith(replaced)]
+    root = metrics["settings"].get("dataset.root", "-")
+    if "dataset=folder" in kept and not root.startswith("-"):  # a folder is its own first word
+        named = ("dataset=", "dataset.root=")
+        kept = [root, *(text for text in kept if not text.startswith(named))]
+    more = [f"stage={metrics['stage']}", f"dataset.num_clusters={num_clusters}", "overwrite=true"]
+    return shlex.join([*command(), *kept, *more])
+
+
+def _estimate_of(folder: RunFolder, upstream: RunFolder) -> Mapping[str, Any] | None:
+    """Return what stage=estimate_k found in the same features; None if it did not run."""
+    task = RunFolder(folder.path.parents[1] / "estimate_k" / folder.path.name)
+    stamp = task.path / "dataset.json"
+    if not task.finished or not stamp.is_file():
+        return None
+    found = task.metrics
+    try:
+        if parse_object(read_text(stamp))["upstream"] != upstream.metrics["digest"]:
+            return None
+        return {**found["k_estimate"], "sentence": found["sentence"]}
+    except (KeyError, TypeError, ValueError):  # written by another release
+        return None
+
+
+def read_estimate(held: Any) -> tuple[int | None, bool, list[tuple[int, float]]]:
+    """Return the estimate of K, whether it is clear, and the curve, from `k_estimate`.
+
+    An entry of another form gives no estimate: other releases write it too.
+    """
+    try:
+        found = (int(held["num_clusters"]), bool(held["clear"]))
+        points = zip(held["candidates"], held["scores"], strict=True)
+        curve = sorted((int(k), float(score)) for k, score in points)
+    except (TypeError, KeyError, ValueError):
+        return None, True, []
+    return *found, [(k, score) for k, score in curve if math.isfinite(score)]

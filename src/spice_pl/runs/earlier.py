@@ -1,0 +1,58 @@
+"""Keep the clusters of the stage before where a stage that learned from them made them worse.
+
+Shapes: N images, K clusters.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spice_pl.functional.assignment import count_table, match_clusters
+from spice_pl.functional.candidates import cluster_scores
+from spice_pl.runs.answer import Answer
+from spice_pl.runs.folder import RunFolder
+
+logger = logging.getLogger(__name__)
+
+
+def better_of(answer: Answer, probs: Tensor, stage: str, upstream: RunFolder) -> Answer:
+    """Return the answer of a stage, or that of its upstream if that scores higher.
+
+    Both are scored without labels (`functional.candidates.cluster_scores`) on the features of the
+    upstream. Those of the stage itself were trained to agree with its own clusters, and would find
+    them better whatever they are.
+
+    Args:
+        answer: clusters of the stage.
+        probs: (N, K), of the network of the stage, which clusters are numbered by.
+        stage: name of the stage, for the log.
+        upstream: run with clusters that the stage learned from.
+    """
+    num_clusters = probs.shape[1]
+    earlier = torch.from_numpy(np.array(upstream.answer))  # (N, K)
+    found = {
+        f"stage={upstream.path.parent.name}": earlier.argmax(dim=1),
+        f"stage={stage}": answer.probs.argmax(dim=1),
+    }
+    features = torch.from_numpy(np.array(upstream.features))
+    values = cluster_scores(features, torch.stack(list(found.values())), num_clusters).tolist()
+    scores = dict(zip(found, values, strict=True))
+    (before, old), (now, new) = scores.items()
+    kept = before if old > new else now
+    logger.info(
+        "clusters of %s are kept: without labels, on the features of %s, %s scores %.3f and %s "
+        "%.3f",
+        *(kept, before, before, old, now, new),
+    )
+    if kept == now:
+        return answer
+    number = match_clusters(  # of each earlier cluster among those of the network
+        count_table(found[before], probs.argmax(dim=1), num_clusters, num_clusters)
+    )
+    renumbered = torch.empty_like(earlier)
+    renumbered[:, number] = earlier
+    return Answer(before, scores, renumbered)

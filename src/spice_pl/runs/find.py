@@ -1,0 +1,101 @@
+"""Find the finished run that a word of the command line means.
+
+A run is named by its folder, by a file in it, by the folder of a data set or stage, or by any of
+these below the folder of runs: `photos`, `photos/proto/seed0`, `photos/proto/seed0/report.html`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from difflib import get_close_matches
+from pathlib import Path
+
+from spice_pl.errors import UsageError
+
+NEEDS = {"clusters": "cluster_sizes", "features": "rows"}  # field of metrics.json by what is needed
+
+
+def find_run(word: str, runs_dir: str | os.PathLike[str] = "runs", need: str = "clusters") -> Path:
+    """Return the folder of a finished run.
+
+    Of several runs in a folder of a data set or stage, the newest is taken.
+
+    Args:
+        word: as in the list above.
+        runs_dir: folder of all runs.
+        need: what the run must have: "clusters" or "features".
+
+    Raises:
+        UsageError: no such run is found; the message names those that there are.
+    """
+    places = [Path(word).expanduser(), Path(runs_dir, word)]
+    for place in places:
+        folder = place.parent if place.is_file() else place
+        if is_run(folder):
+            if not _has(folder, need):
+                raise UsageError(_lacks(folder, need))
+            return folder
+        below = [each for pattern in ("*", "*/*") for each in folder.glob(pattern)]
+        if found := [each for each in below if is_run(each) and _has(each, need)]:
+            return max(found, key=lambda each: (each / "metrics.json").stat().st_mtime_ns)
+    raise UsageError(_not_found(word, Path(runs_dir), need))
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds a finished run of a stage, <dataset>/<stage>/<run>."""
+    return (folder / "metrics.json").is_file() and (folder / ".hydra" / "config.yaml").is_file()
+
+
+def earlier_runs(run: Path) -> list[Path]:
+    """Return the finished runs that a run was made from, the nearest first.
+
+    They are found among the runs of its data set by the digest in dataset.json.
+    """
+    digests = {_field(each, "metrics.json", "digest"): each for each in _runs(run.parents[1])}
+    found, wanted = [run], _field(run, "dataset.json", "upstream")
+    while wanted is not None and wanted in digests and digests[wanted] not in found:
+        found.append(digests[wanted])
+        wanted = _field(found[-1], "dataset.json", "upstream")
+    return found[1:]
+
+
+def _runs(dataset: Path) -> list[Path]:
+    return sorted(each for each in dataset.glob("*/*") if is_run(each))
+
+
+def _field(run: Path, file: str, name: str) -> str | None:
+    try:
+        found = json.loads((run / file).read_text(encoding="utf-8")).get(name)
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None  # a damaged file is reported where it is read for its content
+    return found if isinstance(found, str) else None
+
+
+def _has(folder: Path, need: str) -> bool:
+    try:
+        return NEEDS[need] in json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return True  # damaged; the message of its reader says more
+
+
+def _lacks(folder: Path, need: str) -> str:
+    try:
+        beside = [each for each in _runs(folder.parents[1]) if _has(each, need)]
+    except IndexError:
+        beside = []
+    others = f"; these do: {', '.join(map(str, beside))}" if beside else ""
+    return f"{folder} holds no {need}, only what a stage before them left{others}"
+
+
+def _not_found(word: str, runs_dir: Path, need: str) -> str:
+    known = [each.as_posix() for each in sorted(runs_dir.glob("*/*/*")) if is_run(each)]
+    known = [each for each in known if _has(Path(each), need)]
+    if not known:
+        return (
+            f"{word} is not a finished run, and there is none with {need} below {runs_dir}; "
+            "cluster a folder first, or give runs_dir=PATH where its runs are"
+        )
+    near = get_close_matches(word, known, n=5, cutoff=0.3) or known[:5]
+    more = f" and {len(known) - len(near)} more" if len(known) > len(near) else ""
+    return f"{word} is not a finished run; below {runs_dir} are {', '.join(near)}{more}"

@@ -1,0 +1,99 @@
+"""Memory of a training step: estimated before it starts, and refused where it cannot fit."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tests.conftest import Finished
+from tests.process import ROOT
+from torch import nn
+
+from spice_pl.errors import UsageError
+from spice_pl.job import memory
+from spice_pl.job.memory import saved_bytes
+from spice_pl.job.run import run_stages
+from spice_pl.system.memory import free_memory
+
+
+def test_what_backward_needs_is_counted_by_hand() -> None:
+    convolution = nn.Conv2d(3, 5, 3, padding=1, bias=False)
+    # Convolution keeps its input, ReLU its output; the second one has what the first one kept.
+    network = nn.Sequential(convolution, nn.ReLU(), nn.Conv2d(5, 2, 1))
+    assert saved_bytes(network, (4, 3, 8, 8)) == 4 * 4 * 64 * (3 + 5)
+    assert saved_bytes(network, (8, 3, 8, 8)) == 8 * 4 * 64 * (3 + 5)
+
+
+def test_the_network_stays_as_it_is() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Dropout())
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    state = torch.random.get_rng_state()
+    assert saved_bytes(network, (100_000, 3, 224, 224)) > 10**11
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_a_network_that_looks_at_values_has_no_estimate() -> None:
+    class Looks(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return images * float(images.mean())
+
+    assert saved_bytes(Looks(), (2, 3, 8, 8)) == 0
+
+
+@pytest.mark.parametrize("stage", ["moco", "fixmatch"])
+def test_a_batch_that_cannot_fit_is_refused_before_it_is_killed(
+    finished: Finished, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    key = {"moco": "images", "fixmatch": "unlabelled"}[stage]
+    size = {"moco": 30, "fixmatch": 10}[stage]
+    monkeypatch.setattr(memory, "free_memory", lambda: 20_000)
+    message = (
+        rf"{stage}: a training step takes at least .* GB of memory and 0\.0 GB are free; lower "
+        rf"{stage}\.streams\.{key}\.batch_size={size}, for example to \d, or dataset\.image_size=8"
+    )
+    with pytest.raises(UsageError, match=message):
+        run_stages(finished.job(f"stage={stage}", "overwrite=true"))
+    monkeypatch.setattr(memory, "free_memory", lambda: None)  # unknown
+    run_stages(finished.job(f"stage={stage}", "overwrite=true"))
+
+
+def test_the_estimate_is_a_lower_bound() -> None:
+    """A process that trains takes at least what is estimated."""
+    code = (
+        "import resource, torch\n"
+        "from spice_pl.job.memory import saved_bytes\n"
+        "from spice_pl.nn.resnet import ResNet\n"
+        "net = ResNet(blocks=[1, 1], widths=[32, 64], stem='conv3')\n"
+        "rss = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+        "net(torch.zeros(2, 3, 32, 32)).sum().backward()\n"
+        "before = rss()\n"
+        "net(torch.zeros(256, 3, 32, 32)).sum().backward()\n"
+        "print(saved_bytes(net, (256, 3, 32, 32)), rss() - before)\n"
+    )
+    done = subprocess.run(  # noqa: S603 - our own interpreter
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    estimated, taken = map(int, done.stdout.split())
+    assert 0.4 * taken < estimated <= taken
+
+
+def test_the_limit_of_a_container_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from spice_pl.system import memory as system
+
+    monkeypatch.setattr(system, "GROUP", tmp_path)
+    whole = free_memory()
+    assert whole is not None
+    (tmp_path / "memory.max").write_text("3000\n")
+    (tmp_path / "memory.current").write_text("1000\n")
+    assert free_memory() == 2000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_memory() > 2000  # type: ignore[operator]
