@@ -166,4 +166,4 @@ def test_many_clusters_are_not_emptied() -> None:
     rows += 0.05 * torch.randn(rows.shape, generator=generator)
     half = F.one_hot(group // 2, 200).float()
     found = choose_answer(rows, half, seed=0).probs.argmax(dim=1)
-    assert len(found.unique()) > 190
+    assert len(set(found.tolist())) > 190
