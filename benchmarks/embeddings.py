@@ -1,7 +1,8 @@
-"""What do smoothed embeddings cost beyond the features, in memory and against their product?
+"""What do smoothed embeddings cost beyond the features, and what does each part of them do?
 
     python benchmarks/embeddings.py [--images 60000] [--dim 512] [--components 64] [--neighbors 10]
     python benchmarks/embeddings.py --million      # 1,000,000 x 512, searched by faiss
+    python benchmarks/embeddings.py --ablation NAME=FEATURES.npy,LABELS.npy ... [--seeds 5]
 
 Random features in clusters, of 16 dimensions within a cluster. The product is the one that an exact
 neighbour graph cannot do without: every projected sample with every other, in the same chunks.
@@ -11,6 +12,10 @@ time, which other work on the machine hardly changes, and the clock beside it. O
 OMP_NUM_THREADS says otherwise. More than 200,000 samples are searched by faiss
 (pip install 'spice-pl[ann]'), with its recall on 1,000 exact queries. Prints a table and, as its
 last line, the same as JSON.
+
+--ablation changes one of d, k, t and the whitening at a time. It prints ACC of k-means on the
+smoothed embeddings of stored features, mean ± standard deviation over the seeds of k-means, and as
+its last line JSON. Labels are read for ACC only.
 """
 
 import argparse
@@ -21,10 +26,12 @@ from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from reliable import Peak, Searches, product_seconds
 from torch import Tensor
 
+from spice_pl.functional.assignment import clustering_scores
 from spice_pl.functional.embeddings import (
     fit_projection,
     neighbor_graph,
@@ -32,6 +39,8 @@ from spice_pl.functional.embeddings import (
     smoothed_embeddings,
     walk_states,
 )
+from spice_pl.functional.kmeans import kmeans_clusters
+from spice_pl.reports.tables import mean_std
 
 
 def main() -> None:
@@ -43,7 +52,12 @@ def main() -> None:
     parser.add_argument("--neighbors", type=int, default=10, help="k")
     parser.add_argument("--steps", type=int, default=3, help="t")
     parser.add_argument("--million", action="store_true", help="1,000,000 images of 512 features")
+    parser.add_argument("--ablation", nargs="+", metavar="NAME=FEATURES.npy,LABELS.npy")
+    parser.add_argument("--seeds", type=int, default=5, help="seeds of k-means in the ablation")
     args = parser.parse_args()
+    if args.ablation:
+        ablation(args.ablation, args.seeds)
+        return
     if args.million:
         args.images, args.dim = 1_000_000, 512
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -83,6 +97,38 @@ def main() -> None:
     print("|" + "--:|" * len(figures))
     print("| " + " | ".join(f"{value:,}" for value in figures.values()) + " |\n")
     print(json.dumps(figures))
+
+
+ABLATION: dict[str, dict[str, Any]] = {
+    "d = 64, k = 10, t = 3, half": {},
+    **{f"d = {d}": {"num_components": d} for d in (16, 32, 128)},
+    **{f"k = {k}": {"num_neighbors": k} for k in (5, 20, 40)},
+    **{f"t = {t}": {"num_steps": t} for t in (0, 1, 5, 10)},
+    **{f"whitening {how}": {"whitening": how} for how in ("none", "full")},
+}
+
+
+def ablation(given: list[str], num_seeds: int) -> None:
+    """Print ACC of k-means for each row of `ABLATION` and each data set."""
+    sets = dict(text.split("=", 1) for text in given)
+    print(f"| embeddings | {' | '.join(sets)} |")
+    print("|:--|" + "--:|" * len(sets))
+    found: dict[str, dict[str, list[float]]] = {}
+    for row, settings in ABLATION.items():
+        found[row] = {}
+        for name, files in sets.items():
+            features, labels = (torch.from_numpy(np.load(file)) for file in files.split(","))
+            rows = smoothed_embeddings(features, **settings).numpy()
+            num_clusters = len(labels.unique())
+            found[row][name] = [
+                clustering_scores(
+                    torch.from_numpy(kmeans_clusters(rows, num_clusters, seed)), labels
+                )["acc"]
+                for seed in range(num_seeds)
+            ]
+        cells = [mean_std(found[row][name]) for name in sets]
+        print(f"| {row} | {' | '.join(cells)} |", flush=True)
+    print(f"\n{json.dumps(found)}")
 
 
 def clustered(num_images: int, dim: int, num_clusters: int) -> Tensor:

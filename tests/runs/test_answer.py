@@ -16,7 +16,7 @@ from spice_pl.data.images import ImageSet
 from spice_pl.job.finish import write_answer
 from spice_pl.job.plan import plan
 from spice_pl.job.run import run_stages
-from spice_pl.runs.answer import NETWORK, choose_answer
+from spice_pl.runs.answer import NETWORK, VOTE, choose_answer
 from spice_pl.runs.folder import RunFolder
 
 GROUPS = torch.arange(200) % 4
@@ -115,3 +115,55 @@ def test_what_you_edited_is_not_replaced(tiny: Sequence[str]) -> None:
     edited = replace(step, settings={**step.settings, "edits": "edits.json"})
     images = ImageSet("some", np.zeros((4, 3, 8, 8), np.uint8), list("abcd"), "0")
     assert write_answer(edited, images) is None
+
+
+def test_network_and_kmeans_vote_under_the_numbers_of_the_network() -> None:
+    """The network is wrong on one group in ways that neighbours do not share."""
+    order = torch.tensor([3, 1, 0, 2])
+    generator = torch.Generator().manual_seed(2)
+    wrong = (GROUPS == 1) & (torch.rand(200, generator=generator) < 0.5)
+    poor = torch.where(wrong, torch.randint(4, (200,), generator=generator), order[GROUPS])
+    answer = choose_answer(features(0.1), probs_of(poor), seed=0)
+    assert answer.name == VOTE
+    assert torch.equal(answer.probs.argmax(dim=1), order[GROUPS])
+
+
+SMALL = torch.eye(4)[torch.arange(40) % 4]  # ten copies of each of four images
+
+
+@pytest.mark.parametrize(
+    ("rows", "num_clusters"),
+    [
+        pytest.param(torch.ones(40, 3), 4, id="constant"),
+        pytest.param(SMALL, 4, id="copies"),
+        pytest.param(SMALL, 7, id="fewer images that differ than clusters"),
+        pytest.param(torch.cat([SMALL, SMALL[:13] + 50 * torch.eye(4)[0]]), 3, id="in two parts"),
+        pytest.param(torch.eye(6), 6, id="as many clusters as images"),
+        pytest.param(torch.eye(3)[:2], 1, id="fewer images than neighbours"),
+        pytest.param(torch.ones(1, 2), 1, id="one image"),
+    ],
+)
+def test_awkward_features_have_an_answer_without_warnings(rows: Tensor, num_clusters: int) -> None:
+    probs = torch.rand(len(rows), num_clusters, generator=torch.Generator().manual_seed(0))
+    answer = choose_answer(rows, probs / probs.sum(dim=1, keepdim=True), seed=0)
+    assert answer.probs.shape == probs.shape
+    torch.testing.assert_close(answer.probs.sum(dim=1), torch.ones(len(rows)))
+    assert all(np.isfinite(list(answer.scores.values())))
+
+
+def test_features_that_are_not_finite_are_named() -> None:
+    rows = features()
+    rows[7, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"1 samples have a feature that is NaN.*\[7\]"):
+        choose_answer(rows, probs_of(GROUPS), seed=0)
+
+
+def test_many_clusters_are_not_emptied() -> None:
+    """200 groups of five images: each keeps its cluster, though the network finds half of them."""
+    generator = torch.Generator().manual_seed(0)
+    group = torch.arange(1000) % 200
+    rows = torch.randn(200, 64, generator=generator)[group]
+    rows += 0.05 * torch.randn(rows.shape, generator=generator)
+    half = F.one_hot(group // 2, 200).float()
+    found = choose_answer(rows, half, seed=0).probs.argmax(dim=1)
+    assert len(set(found.tolist())) > 190

@@ -82,8 +82,8 @@ def k_estimate(job: Job, step: Step) -> dict[str, Any] | None:
     """Return what an estimate of K says about the features that a stage makes clusters of.
 
     Keys: `num_clusters` (the estimate), `clear`, `sentence`, and, along the curve, `candidates`
-    (each K) and `scores` (stability minus that of points without groups; high is good). None where
-    nothing was estimated, or from features that have been made again since.
+    (each K) and `scores` (silhouette; high is good). None where nothing was estimated, or from
+    features that have been made again since.
     """
     folder = job.folder("estimate_k")
     if not folder.finished:
@@ -102,7 +102,7 @@ def k_estimate(job: Job, step: Step) -> dict[str, Any] | None:
         "clear": bool(found["clear"]),
         "sentence": str(found["sentence"]),
         "candidates": [int(point["num_clusters"]) for point in curve],
-        "scores": [float(point["stability"]) - float(point["null"]) for point in curve],
+        "scores": [float(point["silhouette"]) for point in curve],
     }
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import logging
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 IMAGES_PER_CLUSTER = 8  # least n / K: four images per cluster in each half
 STABLE = 0.8  # least adjusted Rand; as prediction strength in Tibshirani and Walther 2005
-ABOUT_AS_WELL = 0.95  # share of the largest silhouette from which another K is a candidate
+ABOUT_AS_WELL = 0.93  # share of the largest silhouette from which another K is a candidate
 NUM_NEIGHBORS = 10  # of the walk that smooths the embeddings
 RESTARTS = 3  # starts of each k-means on a half
 RESTARTS_WHOLE = 10  # starts of k-means on all images; fewer miss small groups
@@ -211,10 +212,15 @@ def _kmeans(num_clusters: int, generator: np.random.Generator, starts: int = RES
 
 
 def choose(curve: Sequence[Point]) -> tuple[Point, list[int]]:
-    """Return the point of the largest silhouette, and every K that fits about as well."""
+    """Return the middle of the K that fit about as well as the best, and all of these.
+
+    The largest silhouette alone jumps between them from sample to sample.
+    """
     best = max(curve, key=lambda point: point.silhouette)  # of equal ones the smallest K
     enough = min(best.silhouette, ABOUT_AS_WELL * best.silhouette)
-    return best, [point.num_clusters for point in curve if point.silhouette >= enough]
+    candidates = [point.num_clusters for point in curve if point.silhouette >= enough]
+    middle = statistics.median_high(candidates)
+    return next(point for point in curve if point.num_clusters == middle), candidates
 
 
 def doubts_of(found: Point, curve: Sequence[Point]) -> list[str]:
