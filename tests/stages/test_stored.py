@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,12 @@ from torch import Tensor
 from spice_pl.data.datamodule import Views
 from spice_pl.errors import UsageError
 from spice_pl.functional.assignment import clustering_scores
+from spice_pl.functional.turtle import soft_cross_entropy
 from spice_pl.job.run import run_stages
 from spice_pl.models import portable
 from spice_pl.stages.stored import StoredFeaturesStage
 from spice_pl.stages.temi import TemiModule
-from spice_pl.stages.turtle import TurtleModule
+from spice_pl.stages.turtle import LinearMaps, TurtleModule, _take_step
 
 SIZES: dict[str, Any] = {"num_heads": 3, "batch_size": 40, "steps_per_epoch": 20}
 STAGES = (TemiModule, TurtleModule)
@@ -98,6 +100,21 @@ def test_a_labeling_with_an_empty_cluster_comes_last(tmp_path: Path) -> None:
         patch.setattr(module, "clusters_of_heads", lambda _: found)
         costs = module.costs(torch.zeros(2))
     assert costs[1] < 0.1 < 1 <= costs[0]
+
+
+def test_a_step_of_linear_maps_is_one_of_plain_adam() -> None:
+    inputs, labels = torch.randn(2, 6, 5), torch.eye(3)[torch.arange(6) % 3]
+    maps = LinearMaps(4, [5, 5], 3, torch.Generator().manual_seed(0))
+    plain = copy.deepcopy(maps)
+    fused = torch.optim.Adam(maps.parameters(), lr=0.1, fused=True)
+    slow = torch.optim.Adam(plain.parameters(), lr=0.1, foreach=False, fused=False)
+    for _ in range(3):
+        _take_step(fused, maps, soft_cross_entropy(maps(inputs), labels).sum())
+        slow.zero_grad()
+        torch.autograd.backward(soft_cross_entropy(plain(inputs), labels).sum())
+        slow.step()
+    for one, other in zip(maps.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_partners_are_the_nearest_other_images(tmp_path: Path) -> None:

@@ -215,7 +215,9 @@ class LinearMaps(nn.Module):
         return torch.stack([each @ weight.mT + bias[:, None] for each, weight, bias in parts])
 
 
-def _take_step(optimizer: LightningOptimizer, maps: LinearMaps, loss: Tensor) -> None:
+def _take_step(
+    optimizer: LightningOptimizer | torch.optim.Optimizer, maps: LinearMaps, loss: Tensor
+) -> None:
     """Take one step of some maps alone.
 
     Gradients are not averaged over ranks: every rank has the same ones.
@@ -223,5 +225,6 @@ def _take_step(optimizer: LightningOptimizer, maps: LinearMaps, loss: Tensor) ->
     parameters = list(maps.parameters())
     gradients = torch.autograd.grad(loss, parameters)
     for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad = gradient
+        # Fused Adam on a CPU pairs the values of both in memory, whatever their strides are.
+        parameter.grad = gradient.contiguous()
     optimizer.step()
