@@ -180,7 +180,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def host_seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds that the processor needs to prepare a call, without waiting for the GPU."""
+    """Return the seconds that the processor needs to prepare a call."""
     times = []
     for _ in range(20):
         synchronize(device)

@@ -250,6 +250,19 @@ def test_two_ranks_that_were_stopped_inside_an_epoch_end_as_if_they_had_not_been
     assert_same_stage_1(made, runs.two / "moco/seed0")
 
 
+def test_two_devices_are_two_ranks_without_naming_a_strategy(runs: Runs, tmp_path: Path) -> None:
+    """`trainer.devices=2` with the strategy auto: it used to wait for ever."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RANK_DUMPS", str(tmp_path))
+        done = train(
+            *(*runs.overrides, f"runs_dir={tmp_path}", "stage=moco"),
+            *("trainer.accelerator=cpu", "trainer.devices=2"),
+        )
+    assert done.returncode == 0, done.stderr
+    assert RunFolder(tmp_path / "photos/moco/seed0").metrics["devices"] == 2
+    assert_same_stage_1(tmp_path / "photos/moco/seed0", runs.two / "moco/seed0")
+
+
 def torchrun(*options: str, command: Sequence[str]) -> subprocess.Popen[str]:
     """Start `torchrun OPTIONS train.py COMMAND`."""
     return subprocess.Popen(  # noqa: S603 - our own interpreter and script

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from spice_pl.functional.momentum import ema_update_
+from spice_pl.functional.momentum import EmaPairs, ema_update_
 
 
 def network(seed: int) -> nn.Sequential:
@@ -74,3 +74,24 @@ def test_refuses_other_architectures() -> None:
 def test_refuses_a_momentum_out_of_range(momentum: float) -> None:
     with pytest.raises(ValueError, match=f"momentum {momentum} is not between 0 and 1"):
         ema_update_(nn.ReLU(), nn.ReLU(), momentum)
+
+
+def test_pairs_do_at_every_step_what_a_single_update_does() -> None:
+    torch.manual_seed(0)
+    source = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    paired, single = (copy.deepcopy(source).requires_grad_(False) for _ in range(2))
+    pairs = EmaPairs((paired[0], source[0]), (paired[1], source[1]))
+    for _ in range(3):
+        source(torch.randn(8, 3))  # changes the running statistics
+        with torch.no_grad():
+            for weight in source.parameters():
+                weight.add_(torch.randn_like(weight))
+        pairs.update_(0.9)
+        ema_update_(single, source, 0.9)
+        for name, value in single.state_dict().items():
+            assert torch.equal(paired.state_dict()[name], value), name
+
+
+def test_pairs_of_different_networks_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"make the target with copy\.deepcopy\(source\)"):
+        EmaPairs((nn.Linear(3, 4), nn.Linear(3, 5)))

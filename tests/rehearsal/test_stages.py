@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from tests.conftest import make_job
 from tests.rehearsal.device import Rehearsal, rehearsal
 from tests.rehearsal.machine import Step, pretended_gpu
 
 from spice_pl.callbacks.checkpoints import Checkpoints
+from spice_pl.data import transfer
+from spice_pl.job import finish
 from spice_pl.job.run import run_stages
+from spice_pl.models.portable import load
+from spice_pl.nn.places import fine_feature_map
 from spice_pl.system.interrupts import Stopped
 
 
@@ -107,7 +114,7 @@ def test_a_stage_runs_on_one_gpu_with_at_most_these_waits_and_launches(
 
 
 @pytest.mark.filterwarnings("ignore:It is recommended to use")
-@pytest.mark.parametrize("stage", ["moco", "simclr"])
+@pytest.mark.parametrize("stage", ["moco", "simclr", "proto", "fixmatch", "freematch", "scan"])
 def test_a_stage_runs_on_rank_0_of_two_gpus(
     stage: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,3 +136,59 @@ def test_a_stage_continues_inside_an_epoch(
                 rehearse(*overrides)
         kept = [each for each in overrides if each != "overwrite=true"]
         rehearse(*kept, "resume=true")
+
+
+@pytest.mark.parametrize("stage", ["moco", "fixmatch"])
+def test_images_that_are_resident_and_images_that_are_streamed_give_the_same_bits(
+    stage: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = runs_of(stage, request)
+    monkeypatch.setattr(transfer, "free_memory", lambda _: 1e12)
+    features: list[bytes] = []
+    ahead: list[transfer.Ahead] = []
+    original = transfer.Ahead.__iter__
+
+    def noted(self: transfer.Ahead) -> Iterator[Any]:
+        ahead.append(self)
+        return original(self)
+
+    monkeypatch.setattr(transfer.Ahead, "__iter__", noted)
+    with pretended_gpu(monkeypatch):
+        for mode in ("resident", "stream"):
+            ahead.clear()
+            rehearse(*overrides, f"trainer.data={mode}", "overwrite=true")
+            folder = make_job(*overrides).folder(stage)
+            features.append((folder.path / "features.npy").read_bytes())
+            assert bool(ahead) is (mode == "stream")
+    assert features[0] == features[1]
+
+
+def test_a_model_predicts_and_names_similar_images_on_a_gpu(
+    upstream: Sequence[str],
+) -> None:
+    file = make_job(*upstream).folder("proto").path / "model.spice"
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 3, 8, 8), dtype=np.uint8)
+    wanted = next(load(file, device="cpu").stream([("abcde", pixels)]))
+    with rehearsal() as seen, torch.inference_mode():
+        model = load(file, device="pretend")
+        batches = [("abcde", pixels)] * 3
+        found = [(each, seen.waits.total()) for each in model.stream(batches)][1:]
+    assert found[0][0].nearest == wanted.nearest
+    assert np.array_equal(found[0][0].clusters, wanted.clusters)
+    assert found[1][1] - found[0][1] <= 5  # per batch: pixels, and four results
+
+
+def test_attention_is_computed_on_the_gpu(
+    upstream: Sequence[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices: list[str] = []
+    original = fine_feature_map
+
+    def noted(encoder: torch.nn.Module, images: torch.Tensor) -> Any:
+        devices.append(images.device.type)
+        return original(encoder, images)
+
+    monkeypatch.setattr(finish, "fine_feature_map", noted)
+    with pretended_gpu(monkeypatch):
+        rehearse(*upstream, "stage=proto", "proto.epochs=1", "overwrite=true")
+    assert set(devices) == {"pretend"}

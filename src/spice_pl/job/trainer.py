@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
@@ -13,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import LearningRateMonitor
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.strategies import DDPStrategy
+from torch.nn.parallel import DistributedDataParallel
 
 from spice_pl.callbacks.checkpoints import CheckpointFile, Checkpoints
 from spice_pl.callbacks.compiling import Compiling
@@ -55,12 +57,16 @@ def make_trainer(
     if dashboards:
         callbacks.append(LearningRateMonitor("epoch"))
     settings = trainer_settings(step.settings["trainer"])
+    made: dict[str, Any] = {}
+    if isinstance(settings.get("strategy"), DDPStrategy):  # an object, which is no setting
+        made["strategy"] = settings.pop("strategy")
     plugins: list[Any] = [CheckpointFile()]
     if not ranks.in_rank():  # else Lightning takes the variables of salloc for those of srun
         plugins.append(LightningEnvironment())
     trainer: pl.Trainer = build(
         job.cfg,
         settings,
+        **made,
         max_epochs=step.epochs,
         check_val_every_n_epoch=step.watch_epochs,
         callbacks=callbacks,
@@ -145,8 +151,12 @@ def trainer_settings(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _ddp(strategy: str) -> DDPStrategy:
     """Return DDP with local BatchNorm statistics and time for what rank 0 does alone."""
+    # Else the queue and all statistics travel in every step. Torch 2.14 renamed the argument.
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    local: dict[str, Any] = {sync: False}
     return DDPStrategy(
-        broadcast_buffers=False,  # else the queue and all statistics travel in every step
+        **local,
         find_unused_parameters=strategy.endswith("unused_parameters_true"),
         timeout=PATIENCE,
     )
