@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 from sklearn.base import clone
 from sklearn.datasets import load_digits
 from sklearn.exceptions import NotFittedError
@@ -42,6 +46,8 @@ NOT_FOR_PICTURES = dict.fromkeys(
         "check_fit_check_is_fitted",
         "check_n_features_in",
         "check_fit2d_predict1d",
+        "check_transformer_general",
+        "check_transformer_data_not_an_array",
     ),
     TABLE,
 ) | {"check_n_features_in_after_fitting": "fits 15 rows, fewer than the queue of stage 1 holds"}
@@ -143,3 +149,70 @@ def test_what_is_not_a_set_of_images_is_refused(given: Any, message: str) -> Non
 def test_settings_that_do_not_fit_are_named(images: Any) -> None:
     with pytest.raises(ValueError, match=r"dataset\.num_clusters 91 is not between 2 and the 90"):
         SpiceClusterer(91, settings=SETTINGS).fit(images)
+
+
+def test_probabilities_and_embeddings_belong_to_the_labels(
+    fitted: SpiceClusterer, images: Any
+) -> None:
+    probs = fitted.predict_proba(images)
+    assert probs.shape == (NUM_IMAGES, NUM_CLASSES)
+    np.testing.assert_allclose(probs.sum(axis=1), 1, rtol=1e-5)
+    np.testing.assert_array_equal(probs.argmax(axis=1), fitted.labels_)
+    embeddings = fitted.transform(images)
+    assert len(embeddings) == NUM_IMAGES
+    np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, rtol=1e-5)
+    assert Path(fitted.report_ or "").name == "report.html"
+    assert Path(fitted.report_ or "").is_file()
+
+
+def test_all_forms_of_the_same_images_are_alike(
+    fitted: SpiceClusterer, images: Any, tmp_path: Path
+) -> None:
+    folder = write_folder(tmp_path / "photos", classes=False)
+    files = sorted(folder.iterdir())
+    forms: dict[str, Any] = {
+        "tensor": torch.from_numpy(images.copy()),
+        "tensor, channels first": torch.from_numpy(images.copy()).permute(0, 3, 1, 2),
+        "list of arrays": list(images),
+        "PIL": [Image.fromarray(image) for image in images],
+        "paths": [str(file) for file in files],
+        "folder": str(folder),
+    }
+    for name, form in forms.items():
+        np.testing.assert_array_equal(fitted.predict(form), fitted.labels_, err_msg=name)
+        assert len(fitted.predict_proba(form)) == NUM_IMAGES
+    assert len(fitted.predict(forms["PIL"][0])) == 1
+    (folder / "000.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"000\.png cannot be decoded .* leave it out"):
+        fitted.predict_proba(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["tensor", "PIL", "paths", "sizes"])
+def test_fit_takes_all_forms(form: str, fitted: SpiceClusterer, tmp_path: Path) -> None:
+    images = photographs()
+    given: Any = torch.from_numpy(images)
+    if form == "PIL":
+        given = [Image.fromarray(image) for image in images]
+    elif form == "paths":
+        given = sorted(write_folder(tmp_path / "photos", classes=True).rglob("*.png"))
+        given = sorted(given, key=lambda path: path.name)
+    elif form == "sizes":
+        given = [np.repeat(each, 2, axis=0) if i % 2 else each for i, each in enumerate(images)]
+    again = clone(fitted).set_params(runs_dir=None, image_size=8).fit(given)
+    assert again.report_ is None
+    if form == "sizes":
+        assert len(again.labels_) == NUM_IMAGES
+    else:
+        np.testing.assert_array_equal(again.labels_, fitted.labels_)
+    if form == "paths":
+        assert again.keys_ == [str(path) for path in given]
+
+
+def test_importing_it_loads_neither_torch_nor_hydra() -> None:
+    code = "import sys; from spice_pl import SpiceClusterer; SpiceClusterer(); "
+    code += "print(sorted({'torch', 'hydra', 'pytorch_lightning'} & set(sys.modules)))"
+    found = subprocess.run(  # noqa: S603 - our own interpreter
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert found.stdout.strip() == "[]"

@@ -1,44 +1,52 @@
 """A scikit-learn estimator that runs all stages.
 
-Shapes: N images, S pixels a side, P numbers of a flattened image.
+torch, Lightning and Hydra are imported when something is fitted or predicted.
+
+Shapes: N images, B images of a batch, K clusters, D features, S pixels a side, P numbers of a
+flattened image.
 """
 
 from __future__ import annotations
 
 import contextlib
+import csv
 import io
 import math
 import os
+import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-from hydra import compose, initialize_config_dir
 from numpy.typing import NDArray
 from PIL import Image
-from sklearn.base import BaseEstimator, ClusterMixin
+from sklearn.base import BaseEstimator, ClusterMixin, TransformerMixin
 from sklearn.utils import check_array, check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from spice_pl.job.job import Job
-from spice_pl.job.run import run_stages
-from spice_pl.models.portable import load
 from spice_pl.system.command import quoted
 from spice_pl.usage import conf_folder
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-class SpiceClusterer(ClusterMixin, BaseEstimator):  # type: ignore[misc]
+    from spice_pl.job.job import Job
+
+
+class SpiceClusterer(ClusterMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
     """Cluster images as `python train.py` does, with fit and predict.
 
-    Images are a folder, searched with its subfolders, or an array: (N, H, W), (N, H, W, 3),
-    (N, 3, H, W), or (N, P) flattened square grey images. uint8 is used as it is. Other numbers are
-    scaled to 0 to 255, so that the smallest and the largest number given to `fit` become 0 and 255.
+    `fit` and all other methods take the same images: a folder, searched with its subfolders; a list
+    of paths, PIL images or uint8 arrays of any sizes; or one array or tensor (N, H, W),
+    (N, H, W, 3), (N, 3, H, W), or (N, P) of flattened square grey images. uint8 is used as it is.
+    Other numbers are scaled to 0 to 255, so that the smallest and the largest number given to `fit`
+    become 0 and 255.
 
     Args:
         n_clusters: K.
-        image_size: S; None means the shorter side of an array's images, or 96 for a folder.
+        image_size: S; None means the shorter side of an array's images, or 96 for files and lists.
         settings: as on the command line, for example ["moco.epochs=50", "backbone=resnet_small"].
         random_state: seed, or a generator that draws one.
         runs_dir: folder in which the runs and their reports are kept; None keeps no run.
@@ -49,6 +57,7 @@ class SpiceClusterer(ClusterMixin, BaseEstimator):  # type: ignore[misc]
         model_: the trained model, see `spice_pl.load`; `model_.save(path)` writes it.
         keys_: (N,) the image of each label: its path below the folder, or its position. Files that
             cannot be decoded have no label and no key.
+        report_: path of the report page, or None if `runs_dir` is None.
         n_features_in_: P, after `fit` on flattened images.
 
     Examples:
@@ -80,12 +89,19 @@ class SpiceClusterer(ClusterMixin, BaseEstimator):  # type: ignore[misc]
             ValueError: X holds no images, or a setting does not fit them.
         """
         with tempfile.TemporaryDirectory(prefix="spice-pl-") as temporary:
-            root, size = Path(temporary, "images"), self.image_size
-            if _is_folder(X):
-                root, images = Path(X).expanduser().resolve(), X
-            else:
-                images = self._pixels(X, reset=True)
+            root, size, more = Path(temporary, "images"), self.image_size, []
+            images = self._prepared(X, reset=True)
+            if _is_folder(images):
+                root = Path(images).expanduser().resolve()
+            elif isinstance(images, np.ndarray):
                 size = size or min(images.shape[1:3])
+                write_images([Image.fromarray(image) for image in images], root)
+            elif all(map(_is_folder, images)):
+                root = Path(os.path.commonpath([_absolute(path).parent for path in images]))
+                table = Path(temporary, "paths.csv")
+                write_paths([_absolute(path).relative_to(root) for path in images], table)
+                more = [f"dataset.table={quoted(table)}"]
+            else:
                 write_images(images, root)
             seed = self.random_state
             if not isinstance(seed, int | np.integer):
@@ -96,22 +112,31 @@ class SpiceClusterer(ClusterMixin, BaseEstimator):  # type: ignore[misc]
                 f"dataset.root={quoted(root)}",
                 f"dataset.num_clusters={self.n_clusters}",
                 *([] if size is None else [f"dataset.image_size={size}"]),
+                *more,
                 f"seed={seed}",
                 f"runs_dir={quoted(self.runs_dir or Path(temporary, 'runs'))}",
                 f"cache_dir={quoted(Path(temporary, 'cache'))}",
                 *self.settings,
             ]
-            with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-                job = Job(compose("config", overrides), tuple(overrides), "none", sweep=False)
-            with contextlib.ExitStack() as stack:
-                if not self.verbose:
-                    stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-                run_stages(job)
-            self.model_ = load(job.folder(job.stages[-1]).path)
+            from spice_pl.models.portable import load
+
+            folder = self._run(_job(overrides))
+            self.model_ = load(folder)
+            self.report_ = str(folder / "report.html") if self.runs_dir else None
             # The same model predicts new images, so that fit_predict and predict agree.
             found = self.model_.predict(images)
         self.labels_, self.keys_ = found.clusters, list(found.keys)
         return self
+
+    def _run(self, job: Job) -> Path:
+        """Run all stages; return the folder of the last one."""
+        from spice_pl.job.run import run_stages
+
+        with contextlib.ExitStack() as stack:
+            if not self.verbose:
+                stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            run_stages(job)
+        return job.folder(job.stages[-1]).path
 
     def predict(self, X: Any) -> NDArray[np.int64]:  # noqa: N803
         """Return the cluster (N,) of each image; `model_.predict` gives the confidence too.
@@ -120,8 +145,47 @@ class SpiceClusterer(ClusterMixin, BaseEstimator):  # type: ignore[misc]
             X: as for `fit`, or anything that `model_.predict` takes.
         """
         check_is_fitted(self, "model_")
-        is_array = hasattr(X, "__array__") or not (_is_folder(X) or _are_files(X))
-        return self.model_.predict(self._pixels(X, reset=False) if is_array else X).clusters
+        return self.model_.predict(self._prepared(X, reset=False)).clusters
+
+    def predict_proba(self, X: Any) -> NDArray[np.float32]:  # noqa: N803
+        """Return the probabilities (N, K) of each image; the largest is that of its cluster.
+
+        Args:
+            X: as for `fit`, or anything that `model_.predict` takes.
+        """
+        return np.concatenate([probs.numpy() for probs, _ in self._outputs(X)])
+
+    def transform(self, X: Any) -> NDArray[np.float32]:  # noqa: N803
+        """Return the embeddings (N, D) of each image, of length one.
+
+        Args:
+            X: as for `fit`, or anything that `model_.predict` takes.
+        """
+        return np.concatenate([embeddings.numpy() for _, embeddings in self._outputs(X)])
+
+    def _outputs(self, X: Any) -> Iterator[tuple[Tensor, Tensor]]:  # noqa: N803
+        """Yield probabilities (B, K) and embeddings (B, D) batch by batch.
+
+        Raises:
+            ValueError: an image cannot be decoded; rows would no longer be those of X.
+        """
+        check_is_fitted(self, "model_")
+        import torch
+
+        from spice_pl.models.pixels import pixel_batches
+
+        skipped: list[tuple[str, str]] = []
+        images = self._prepared(X, reset=False)
+        with torch.inference_mode():
+            for _, pixels in pixel_batches(images, self.model_.image_size, 256, skipped):
+                if skipped:
+                    break
+                probs, embeddings = self.model_.network(
+                    torch.from_numpy(pixels).to(self.model_.device)
+                )
+                yield probs.cpu(), embeddings.cpu()
+        if skipped:
+            raise ValueError(f"{skipped[0][0]} cannot be decoded ({skipped[0][1]}); leave it out")
 
     def __sklearn_is_fitted__(self) -> bool:
         return hasattr(self, "model_")
@@ -130,6 +194,14 @@ class SpiceClusterer(ClusterMixin, BaseEstimator):  # type: ignore[misc]
         tags = super().__sklearn_tags__()
         tags.input_tags.three_d_array = True
         return tags
+
+    def _prepared(self, X: Any, *, reset: bool) -> Any:  # noqa: N803
+        """Return a folder or a list of images as it is, anything else as (N, H, W, 3) uint8."""
+        if not hasattr(X, "__array__") and (_is_folder(X) or _is_list_of_images(X)):
+            return X
+        if isinstance(X, Image.Image):
+            return [X]
+        return self._pixels(X.numpy(force=True) if hasattr(X, "detach") else X, reset=reset)
 
     def _pixels(self, X: Any, *, reset: bool) -> NDArray[np.uint8]:  # noqa: N803
         """Check an array of images; return it as (N, H, W, 3) uint8."""
@@ -165,17 +237,64 @@ class SpiceClusterer(ClusterMixin, BaseEstimator):  # type: ignore[misc]
         return levels
 
 
-def write_images(images: NDArray[np.uint8], root: Path) -> None:
-    """Write images (N, H, W, 3) as PNG files whose names keep their order."""
+def _job(overrides: Sequence[str]) -> Job:
+    from hydra import compose, initialize_config_dir
+
+    from spice_pl.job.job import Job
+
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        return Job(compose("config", list(overrides)), tuple(overrides), "none", sweep=False)
+
+
+def write_images(images: Sequence[Any], root: Path) -> None:
+    """Write PIL images, uint8 arrays and files into a folder; their names keep the order."""
     root.mkdir()
     for i, image in enumerate(images):
-        Image.fromarray(image).save(root / f"{i:09}.png", compress_level=1)
+        if _is_folder(image):
+            shutil.copyfile(image, root / f"{i:09}{Path(image).suffix}")
+            continue
+        if not isinstance(image, Image.Image):
+            image = Image.fromarray(_levels(np.asarray(image)))
+        shown = image if image.mode in ("L", "RGB") else image.convert("RGB")
+        shown.save(root / f"{i:09}.png", compress_level=1)
+
+
+def write_paths(paths: Sequence[Path], file: Path) -> None:
+    """Write a table of paths in their order, for `dataset.table`."""
+    with file.open("w", newline="", encoding="utf-8", errors="surrogateescape") as lines:
+        writer = csv.writer(lines)
+        writer.writerow(["path"])
+        writer.writerows([str(path)] for path in paths)
+
+
+def _absolute(path: Any) -> Path:
+    return Path(os.path.abspath(Path(path).expanduser()))
+
+
+def _levels(image: NDArray[Any]) -> NDArray[np.uint8]:
+    """Return one image of a list as (H, W) or (H, W, 3).
+
+    Raises:
+        ValueError: it does not hold levels 0 to 255.
+    """
+    if image.ndim == 3 and image.shape[0] == 3 != image.shape[2]:
+        image = image.transpose(1, 2, 0)
+    if image.dtype != np.uint8 or image.ndim not in (2, 3):
+        raise ValueError(
+            f"an image of the list is {image.dtype} {image.shape}; give uint8 levels as (H, W), "
+            "(H, W, 3) or (3, H, W), or one array of all images"
+        )
+    return np.ascontiguousarray(image)
 
 
 def _is_folder(given: Any) -> bool:
     return isinstance(given, str | os.PathLike)
 
 
-def _are_files(given: Any) -> bool:
+def _is_list_of_images(given: Any) -> bool:
+    """Whether this is a list of paths, of PIL images, or of uint8 arrays of several sizes."""
     first = next(iter(given), None) if isinstance(given, Sequence) else None
-    return isinstance(first, str | os.PathLike | Image.Image)
+    if isinstance(first, str | os.PathLike | Image.Image):
+        return True
+    shapes = {getattr(each, "shape", None) for each in given} if first is not None else {None}
+    return len(shapes) > 1 and None not in shapes

@@ -161,7 +161,7 @@ def _check_folder(step: Step, changed: Mapping[str, tuple[Any, Any]], *, alone: 
         )
     if folder.finished or step.continues:
         check_chain(step)
-    if folder.finished and alone and not step.resume:
+    if folder.finished and alone and step.trains and not step.resume:  # a task shows its result
         raise UsageError(
             f"{folder.path} is finished; overwrite=true replaces it, run=NAME keeps it and "
             "makes another, resume=true shows its result"

@@ -107,7 +107,7 @@ class TrustData:
         if self.null.own is None:
             return said
         most = max(self.null.nulls)
-        better = "better" if self.null.own > most + NULL_MARGIN else "not better"
+        better = "better" if self.null.own > most + NULL_MARGIN else "no better"
         return (
             f"{said} The clusters of this run are separated {better} than those of such clouds "
             f"(silhouette {self.null.own:.2f}; clouds reach {most:.2f}, k-means on these features "

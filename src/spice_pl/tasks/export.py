@@ -19,6 +19,8 @@ from torch import Tensor
 
 from spice_pl.errors import UsageError
 from spice_pl.models.portable import ClusterNetwork, load
+from spice_pl.runs.folder import RunFolder
+from spice_pl.runs.labels import write_labels
 from spice_pl.tasks.base import Context
 
 logger = logging.getLogger(__name__)
@@ -28,6 +30,8 @@ TOLERANCE = 1e-4  # largest difference of a probability or of a coordinate of an
 
 class Export:
     """Write model.pt2 (torch.export) or model.onnx and check that it gives the model's answers.
+
+    For the folder of a run, its clusters are written for annotation tools too (`runs.labels`).
 
     Args:
         model: path of a `model.spice`, or of the folder of a run that has one.
@@ -85,6 +89,10 @@ class Export:
             logger.info(
                 "%s  written; its answers differ from the model's by %.1e at most", path, difference
             )
+        run = RunFolder(Path(self.model).expanduser())
+        if run.finished:
+            for path in write_labels(run, context.folder.path):
+                logger.info("%s  the clusters, for an annotation tool", path)
 
 
 def write_torch(network: ClusterNetwork, images: Tensor, path: Path) -> None:

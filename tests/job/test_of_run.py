@@ -1,0 +1,95 @@
+"""Tasks on a run: its settings are used, and the command line's come last."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra._internal.utils import create_config_search_path
+from hydra.types import RunMode
+from tests.conftest import CONF, NUM_CLASSES, PIXELS, Finished, write_folder
+
+from spice_pl.cli import with_verb
+from spice_pl.job.job import Job
+from spice_pl.job.loader import Loader
+from spice_pl.job.run import run_stages
+from spice_pl.runs.folder import RunFolder
+
+
+def job_of(*words: str) -> Job:
+    """Make the job of a command line that begins with a verb."""
+    overrides = with_verb(list(words))
+    loader = Loader(create_config_search_path(str(CONF)))
+    cfg: Any = loader.load_configuration("config", overrides, RunMode.RUN)
+    del cfg._content["hydra"]
+    return Job(cfg, tuple(overrides), "none", sweep=False)
+
+
+def test_settings_are_those_of_the_run(straight: Finished) -> None:
+    run = straight.folder("proto").path
+    job = job_of("trust", str(run), "trust.task.num_nulls=3", "augment.weak.padding=2")
+    assert job.stages == ["trust"]
+    assert job.cfg.dataset.image_size == PIXELS
+    assert job.cfg.dataset.num_clusters == NUM_CLASSES
+    assert list(job.cfg.backbone.widths) == [8]
+    assert job.cfg.trust.task.num_nulls == 3  # the command line's come last
+    assert job.cfg.augment.weak.padding == 2
+    assert job.folder("trust").path == run / "trust"
+    found = [each.path for each in job.upstream_folders("trust")]
+    assert found == [run, straight.folder("moco").path]
+
+
+def test_new_images_are_decoded_as_the_run_decoded_its_own(
+    straight: Finished, tmp_path: Path
+) -> None:
+    new = write_folder(tmp_path / "new", classes=False)
+    job = job_of("predict", str(straight.folder("fixmatch").path), str(new))
+    assert job.cfg.dataset.root == str(new)
+    assert job.cfg.dataset.image_size == PIXELS
+    assert job.cfg.dataset.num_clusters is None  # new images may be fewer than clusters
+    assert job.cfg.predict.model == str(straight.folder("fixmatch").path)
+    assert job.folder("predict").path == straight.folder("fixmatch").path / "predict" / "new"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("trust", "RUN", "dataset=digits"), "are read as the run did; leave dataset= out"),
+        (("trust", "RUN", "trust.num_nulls=2"), "there is no setting trust.num_nulls"),
+        (("trust", "not/there"), "not/there is not a finished run"),
+        (("trust",), "trust takes RUN, none given; the form is"),
+        (("predict", "RUN"), "predict takes RUN and NEW, 1 given"),
+        (("predict", "RUN", "not/there"), "NEW=not/there is not a folder that exists"),
+    ],
+)
+def test_mistakes_are_named(
+    words: tuple[str, ...], message: str, straight: Finished, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = str(straight.folder("proto").path)
+    with pytest.raises(SystemExit) as stopped:
+        job_of(*(run if word == "RUN" else word for word in words))
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_file_of_settings_cannot_call_what_the_run_names(finished: Finished) -> None:
+    """Settings of a run from elsewhere are data: allow_targets in it does not count."""
+    run = finished.folder("proto").path
+    file = run / ".hydra" / "config.yaml"
+    text = file.read_text().replace("allow_targets: []", "allow_targets: [os]")
+    assert "[os]" in text
+    file.write_text(text)
+    assert list(job_of("report", str(run)).cfg.allow_targets) == []
+
+
+@pytest.mark.slow
+def test_verbs_run_on_a_run_and_leave_their_results_in_it(finished: Finished) -> None:
+    run = finished.folder("proto").path
+    for verb in ("trust", "report", "estimate-k", "export"):
+        run_stages(job_of(verb, str(run)))
+    assert (run / "trust" / "trust.html").is_file()
+    assert (run / "estimate_k" / "metrics.json").is_file()
+    assert (run / "export" / "model.pt2").is_file()
+    run_stages(job_of("trust", str(run)))  # again: nothing is in its way
+    assert RunFolder(run).finished
