@@ -106,8 +106,15 @@ def _proto_seconds(
     if module["joint"] != "none":
         cycle_views = steps * module["head_batch_size"] * costs.train
         return epochs * (num_train * pair + num_train // size * cycle_views), epochs * heads
-    views = module["view_bank"] if module["view_bank"] else epochs
-    return num_train * views * pair, epochs * heads
+    if not module["view_bank"]:
+        return epochs * num_train * pair, epochs * heads
+    named = own["streams"]["images"]["views"]
+    banked = sum(  # a plain view takes the stored features
+        costs.views[name] + costs.encode
+        for name in ("weak", "strong")
+        if not str(named[name]["_target_"]).endswith(".PlainView")
+    )
+    return module["view_bank"] * num_train * banked, epochs * heads
 
 
 def _epoch_seconds(
