@@ -30,7 +30,7 @@ LEVELS: Sequence[Mapping[str, int]] = (
     {"module.repeats": 1, "module.steps_per_epoch": 8},  # steps
 )
 HALVINGS = 12
-SLOWER = (0.5, 4.0)  # bounds of how much slower the machine is than when it was measured
+SLOWER = (1.0, 4.0)  # bounds of how much slower the machine is than when it was measured
 
 
 @dataclass(frozen=True)
