@@ -63,7 +63,7 @@ def test_embed_takes_a_local_file_and_stage_2_goes_on(finished: Finished) -> Non
     assert embed.metrics["rows"] == []  # without labels k-means has no score
     run_stages(finished.job("stage=proto", "proto.upstream=embed", "run=seed0", "overwrite=true"))
     proto = finished.folder("proto")
-    assert [row["name"] for row in proto.metrics["rows"]] == ["SPICE stage 2"]
+    assert [row["name"] for row in proto.metrics["rows"]] == [f"SPICE stage 2 on {origin}"]
     proto.check_upstream(embed)
 
 

@@ -15,18 +15,19 @@ from spice_pl.nn.encoders import trained_by
 EMBED = "embed"
 
 
-def titled(name: str, settings: Mapping[str, Any]) -> str:
+def titled(name: str, settings: Mapping[str, Any], recorded: str | None = None) -> str:
     """Return the title of a stage, with the origin of the features that it begins with.
 
     Args:
         name: name of the stage.
         settings: all settings of the job, resolved.
+        recorded: title of the finished embed stage that is read, if another job made it.
     """
     title = str(settings[name]["title"])
     if name == EMBED:
         return origin(settings[EMBED]["module"])
     if settings[name].get("upstream") == EMBED and "module" in settings[name]:
-        return f"{title} on {origin(settings[EMBED]['module'])}"
+        return f"{title} on {recorded or origin(settings[EMBED]['module'])}"
     return title
 
 

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from spice_pl.errors import UsageError
 from spice_pl.job.job import Job
-from spice_pl.job.origin import titled
+from spice_pl.job.origin import EMBED, titled
 from spice_pl.job.settings import flat, masked, masked_override, missing
 from spice_pl.job.values import check_values
 from spice_pl.runs.clusters import ReliableRule
@@ -126,7 +126,7 @@ def _step(job: Job, name: str, settings: Mapping[str, Any]) -> Step:
     shown = masked("", {key: settings[key] for key in ("dataset", "backbone", name)})
     record = Record(
         stage=name,
-        title=titled(name, settings),
+        title=_title(job, name, settings),
         num_clusters=num_clusters,
         seed=int(settings["seed"]),
         preset=job.preset,
@@ -148,6 +148,15 @@ def _step(job: Job, name: str, settings: Mapping[str, Any]) -> Step:
         reliable=ReliableRule(**settings["reliable"]),
         record=record,
     )
+
+
+def _title(job: Job, name: str, settings: Mapping[str, Any]) -> str:
+    """Return the title of a stage; a finished upstream of another job says what it is made of."""
+    recorded = None
+    if EMBED not in job.stages and job.upstream(name)[:1] == [EMBED]:
+        embed = job.folder(EMBED)
+        recorded = str(embed.metrics["title"]) if embed.finished else None
+    return titled(name, settings, recorded)
 
 
 def _check_num_clusters(job: Job) -> None:
