@@ -61,10 +61,8 @@ def test_embed_takes_a_local_file_and_stage_2_goes_on(finished: Finished) -> Non
     embed = finished.folder("embed")
     np.testing.assert_allclose(embed.features, moco.features, rtol=1e-4, atol=1e-5)
     names = [row["name"] for row in embed.metrics["rows"]]
-    assert names == [
-        "k-means on pixels",
-        "k-means on ResNet (weights of encoder.safetensors) features",
-    ]
+    origin = "ResNet (weights of encoder.safetensors)"
+    assert names == ["k-means on pixels", f"k-means on {origin} features"]
     run_stages(finished.job("stage=proto", "proto.upstream=embed", "run=seed0", "overwrite=true"))
     proto = finished.folder("proto")
     assert [row["name"] for row in proto.metrics["rows"]] == [*names, f"SPICE stage 2 on {origin}"]
