@@ -61,6 +61,7 @@ def test_embed_takes_a_local_file_and_stage_2_goes_on(finished: Finished) -> Non
     embed = finished.folder("embed")
     np.testing.assert_allclose(embed.features, moco.features, rtol=1e-4, atol=1e-5)
     assert embed.metrics["rows"] == []  # without labels k-means has no score
+    origin = "ResNet (weights of encoder.safetensors)"
     run_stages(finished.job("stage=proto", "proto.upstream=embed", "run=seed0", "overwrite=true"))
     proto = finished.folder("proto")
     assert [row["name"] for row in proto.metrics["rows"]] == [f"SPICE stage 2 on {origin}"]

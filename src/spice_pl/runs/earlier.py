@@ -13,7 +13,8 @@ from torch import Tensor
 
 from spice_pl.functional.assignment import count_table, match_clusters
 from spice_pl.functional.candidates import cluster_scores
-from spice_pl.runs.answer import Answer
+from spice_pl.functional.embeddings import nearest_others
+from spice_pl.runs.answer import NUM_NEIGHBORS, Answer
 from spice_pl.runs.folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,8 @@ def better_of(answer: Answer, probs: Tensor, stage: str, upstream: RunFolder) ->
         f"stage={stage}": answer.probs.argmax(dim=1),
     }
     features = torch.from_numpy(np.array(upstream.features))
-    values = cluster_scores(features, torch.stack(list(found.values())), num_clusters).tolist()
+    others = nearest_others(features, NUM_NEIGHBORS)
+    values = cluster_scores(others, torch.stack(list(found.values())), num_clusters).tolist()
     scores = dict(zip(found, values, strict=True))
     (before, old), (now, new) = scores.items()
     kept = before if old > new else now
