@@ -108,15 +108,11 @@ def check_settings(job: Job) -> None:
             f"{named} and recipe=pretrained name two networks; give encoder=NAME for another "
             "pretrained one, or recipe=scratch to train this one from random weights"
         )
+    _check_num_clusters(job)
 
 
 def plan(job: Job) -> list[Step]:
-    """Return the steps of a job in order; its number of clusters is settled.
-
-    Raises:
-        UsageError: clusters are asked for without their number.
-    """
-    _check_num_clusters(job)
+    """Return the steps of a job in order; its number of clusters is settled."""
     settings: Any = OmegaConf.to_container(job.cfg, resolve=True)
     return [_step(job, name, settings) for name in job.stages]
 
