@@ -111,7 +111,7 @@ def test_all_stages_write_their_artifacts(straight: Finished) -> None:
         *("metrics.csv", "metrics.json", ".hydra/config.yaml", ".hydra/overrides.yaml"),
     }
     clustered = {"clusters.csv", "head.safetensors", "probs.npy", "report.html", "table.md"}
-    clustered |= {"model.spice", "attention.npz"}
+    clustered |= {"model.spice", "attention.npz", "oddities.json"}
     for stage in STAGES:
         files = set(contents(straight.folder(stage).path))
         heads = {"heads.safetensors"} if stage == "proto" else set()
@@ -487,7 +487,7 @@ def test_a_learning_rate_that_is_far_too_large_is_reported(finished: Finished, s
         (["dataset.labels=files"], "dataset.labels 'files' is none of"),
         (["dataset.root=/nowhere/at/all"], "dataset.root=/nowhere/at/all does not exist"),
         (["moco.module.temperature=0"], "temperature 0 is not positive"),
-        (["augment.moco.flip=2"], "flip 2 does not fit"),
+        (["augment.moco.flip=2"], r"augment\.moco\.flip=2 is not a number from 0 to 1"),
         # Settings of later stages are checked before the first stage starts.
         (["proto.module.buffer_size=5"], r"a buffer of 5 images gives 1 .* to at least 6"),
         (["proto.module.head_batch_size=40"], r"head_batch_size 40 exceeds the 39 labelled slots"),

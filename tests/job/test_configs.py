@@ -215,6 +215,7 @@ def test_a_row_of_the_ablation_tables_changes_what_it_says(name: str) -> None:
 
 def test_shared_settings_reach_the_stage_that_reads_them() -> None:
     cfg = compose(
+        "~preset",
         *("reliable.agreement=0.5", "reliable.confidence=0.6", "reliable.balance=cap"),
         *("reliable.num_neighbors=9", "seed=4", "dataset.num_clusters=6"),
         "proto.module.hidden_dim=33",
@@ -285,7 +286,7 @@ def test_selector_of_the_family_is_one_word() -> None:
 
 def test_fixmatch_is_one_setting_of_the_family() -> None:
     """It differs from FlexMatch by class and threshold alone, and so do its numbers."""
-    cfg = OmegaConf.to_container(compose(), resolve=True)
+    cfg = OmegaConf.to_container(compose("~preset"), resolve=True)
     assert isinstance(cfg, dict)
     ours, other = (dict(flat(cfg[name])) for name in ("fixmatch", "flexmatch"))
     differ = {key for key in ours.keys() | other.keys() if ours.get(key) != other.get(key)}

@@ -33,6 +33,10 @@ EXCEPTIONS = {
     "selectors.oracle.num_labels": "a second choice of one class, beside selectors.oracle_all",
     "augment.strong_joint.padding": "the strong view of stage 3; the default is that of stage 2",
     "augment.strong_joint.num_ops": "the strong view of stage 3; the default is that of stage 2",
+    "inspect.task.stages": "the chain of the job, which the class does not know",
+    "inspect.task.streams": "those of the stages, which the class does not know",
+    "report.task.opened": "the class opens nothing unless it is told to",
+    "trainer.deterministic": "Lightning's None is False, too",
     "trainer.devices": "one device unless you ask for more; Lightning's default takes all of them",
     "trainer.precision": "`auto` is our word, which make_trainer replaces",
 }

@@ -175,7 +175,7 @@ def test_a_model_predicts_and_names_similar_images_on_a_gpu(
         found = [(each, seen.waits.total()) for each in model.stream(batches)][1:]
     assert found[0][0].nearest == wanted.nearest
     assert np.array_equal(found[0][0].clusters, wanted.clusters)
-    assert found[1][1] - found[0][1] <= 5  # per batch: pixels, and four results
+    assert found[1][1] - found[0][1] <= 7  # per batch: pixels, and six results
 
 
 def test_attention_is_computed_on_the_gpu(

@@ -70,7 +70,8 @@ def stage_part(
         return Part(step.name, "views, cluster heads, report", views + heads + page)
     epoch = _epoch_seconds(kind, own, images, costs)
     if epoch is None:
-        return Part(step.name, "a stage of your own", None)
+        what = "a stage of your own" if own["streams"] else "heads on stored features"
+        return Part(step.name, what, None)
     watched = min(WATCHED, len(images)) * costs.encode / step.watch_epochs
     clusters = step.name not in ("moco", "simclr")
     page = _page_seconds(len(images), num_clusters, costs) if clusters else 0.0
@@ -122,7 +123,7 @@ def _epoch_seconds(
 ) -> float | None:
     """Return the seconds of an epoch of a stage that trains the encoder; None if unknown."""
     module, streams = own["module"], own["streams"]
-    if kind == "SemiSupervisedModule" or "steps_per_epoch" in module:
+    if "labelled" in streams:
         labelled, unlabelled = streams["labelled"], streams["unlabelled"]
         few = labelled["batch_size"] * (costs.train + costs.views["weak"])
         many = costs.views["weak"] + costs.views["strong"] + 2 * costs.train

@@ -25,7 +25,7 @@ from spice_pl.job.fit import fitted
 from spice_pl.job.forecast import Part, estimate_part
 from spice_pl.job.job import Job
 from spice_pl.job.num_clusters import known_num_clusters
-from spice_pl.job.parts import build_stage, open_images
+from spice_pl.job.parts import build_stage, check_distinct, open_images
 from spice_pl.job.plan import Step, plan
 from spice_pl.job.settings import build
 from spice_pl.job.trainer import auto_precision, num_ranks
@@ -137,8 +137,12 @@ def _stand_in(job: Job, listed: Survey) -> ImageSet:
 
 def _opened(job: Job) -> ImageSet:
     given = job.cfg.dataset.num_clusters
-    unknown = {"dataset.num_clusters": None} if given == "auto" else {}
-    return open_images(job.with_settings(unknown).cfg)
+    unknown = given is None or given == "auto"
+    images = open_images(
+        job.with_settings({"dataset.num_clusters": None}).cfg if unknown else job.cfg
+    )
+    check_distinct(images, 2 if unknown else int(given))
+    return images
 
 
 def _work(job: Job, step: Step, images: ImageSet) -> Work:

@@ -58,7 +58,6 @@ def build_stage(job: Job, step: Step, images: ImageSet) -> tuple[Stage, dict[str
     Raises:
         UsageError: a setting does not fit the data.
     """
-    _check_distinct(images, max(2, step.num_clusters))
     own, changes = fitted(step.name, step.own, images, step.num_clusters, job.overrides)
     if changes:
         logger.info("fitted to %d images: %s", len(images.train_index), ", ".join(changes))
@@ -79,8 +78,12 @@ def build_stage(job: Job, step: Step, images: ImageSet) -> tuple[Stage, dict[str
     return module, streams
 
 
-def _check_distinct(images: ImageSet, num_clusters: int) -> None:
-    """Refuse images that are copies of fewer images than there are clusters."""
+def check_distinct(images: ImageSet, num_clusters: int) -> None:
+    """Refuse images that are copies of fewer images than there are clusters.
+
+    Raises:
+        UsageError: says how many differ.
+    """
     distinct = few_distinct(images.images, num_clusters)
     if distinct is not None:
         way = "" if distinct < 2 else f", or lower dataset.num_clusters to {distinct} or less"

@@ -25,7 +25,7 @@ from spice_pl.job.job import Job
 from spice_pl.job.locks import holds_locks, remove_replaced, used_folders
 from spice_pl.job.num_clusters import settled
 from spice_pl.job.outlook import planned
-from spice_pl.job.parts import build_stage, open_images
+from spice_pl.job.parts import build_stage, check_distinct, open_images
 from spice_pl.job.plan import Step, check_settings, plan
 from spice_pl.job.stage import run_stage
 from spice_pl.job.task import run_task
@@ -102,6 +102,7 @@ def run_steps(job: Job, steps: Sequence[Step], interrupts: Interrupts, budget: B
     if todo:
         load_images()
         logger.info("preset: %s", job.preset)
+        check_distinct(load_images(), max(2, *(step.num_clusters for step in todo)))
     stages = {step.name: build_stage(job, step, load_images()) for step in todo}
     if job.cfg.overwrite:
         remove_replaced(steps)
