@@ -124,7 +124,10 @@ def make_photos(folder: Path, count: int, width: int, height: int, source: Path 
     """Write different photos of one size: enlarged crops of real pictures with noise."""
     pictures = [Image.fromarray(picture) for picture in load_sample_images().images]
     if source is not None:
-        files = sorted(path for path in source.rglob("*") if path.suffix in {".png", ".jpg"})
+        known = Image.registered_extensions()
+        files = sorted(path for path in source.rglob("*") if path.suffix.lower() in known)
+        if not files:
+            raise SystemExit(f"--source {source} holds no pictures")
         pictures = [Image.open(file) for file in files[:: max(1, len(files) // count)]]
     folder.mkdir(parents=True)
     noise = np.random.default_rng(0).normal(0, 4, (height, width, 3)).astype(np.float32)
