@@ -35,8 +35,10 @@ ROOT = Path(__file__).parents[1]
 MOST_PLAIN = 200  # photos of the plain loop
 # The part that has ended when a line with these words appears.
 ENDS = {
-    "embed: starts": "start, listing, decoding",
-    "proto: starts": "features",
+    "once into": "start, listing, plan",
+    "embed: starts": "decoding",
+    "embed/seed0/metrics.json": "features",
+    "proto: starts": "number of clusters",
     "views, once 100 %": "views",
     "proto 100 %": "heads",
 }
@@ -59,7 +61,7 @@ def main() -> None:
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()][: metrics["images"]]
         plain = plain_seconds(files)
     seconds = sum(parts.values())
-    features = parts["start, listing, decoding"] + parts["features"]
+    features = parts["decoding"] + parts["features"]
     print(f"{'part':28s}{'seconds':>10s}{'images/s':>10s}")
     for part, took in {**parts, "all": seconds, "plain loop, features only": plain}.items():
         print(f"{part:28s}{took:10.1f}{metrics['images'] / max(took, 1e-9):10.1f}")
@@ -92,6 +94,8 @@ def run(folder: Path, work: Path, settings: list[str]) -> tuple[dict[str, float]
                     parts[part], last = time.perf_counter() - last, time.perf_counter()
     if process.returncode:
         raise SystemExit("".join(lines[-20:]))
+    if "features" not in parts:  # K was given, and the features ended where the heads start
+        parts["features"] = parts.pop("number of clusters")
     parts["choice, tables, report"] = time.perf_counter() - last
     found = [json.loads(file.read_text()) for file in runs.glob("*/*/*/metrics.json")]
     measured = [metrics for metrics in found if "peak_memory_mb" in metrics]
