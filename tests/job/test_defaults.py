@@ -36,6 +36,7 @@ EXCEPTIONS = {
     "inspect.task.stages": "the chain of the job, which the class does not know",
     "inspect.task.streams": "those of the stages, which the class does not know",
     "report.task.opened": "the class opens nothing unless it is told to",
+    "review.task.opened": "the class opens nothing unless it is told to",
     "trainer.deterministic": "Lightning's None is False, too",
     "trainer.devices": "one device unless you ask for more; Lightning's default takes all of them",
     "trainer.precision": "`auto` is our word, which make_trainer replaces",

@@ -25,6 +25,7 @@ WORDS = {
     "embeddings": ("cosine", "smoothed"),
     "answer": ("network", "auto"),
     "open": ("auto", True, False),
+    "map": ("pca", "tsne"),
 }
 ASKED = ("stage", "dataset.num_clusters", "overwrite")  # settings that the advice below replaces
 

@@ -33,6 +33,7 @@ from spice_pl.runs.clusters import ReliableRule
 from spice_pl.runs.edits import Edits, check_reviewed, parse_edits, read_edits
 from spice_pl.runs.folder import RunFolder
 from spice_pl.runs.page_data import report_data
+from spice_pl.system.desktop import open_page
 from spice_pl.system.schema import parse_object
 from spice_pl.tasks.base import Context
 from spice_pl.tasks.edit import write_applied
@@ -57,6 +58,7 @@ class Review:
         port: port to listen on; 0 takes a free one.
         reliable: which images count as reliable after edits, see `ReliableRule`.
         allow_targets: names of your own packages that define the model's network.
+        opened: whether the page opens in the browser; see `system.desktop.open_page`.
 
     Attributes:
         locks: False, since a page may stay open for days; `Answers.save` locks the run.
@@ -65,8 +67,13 @@ class Review:
     locks = False
 
     def __init__(
-        self, port: int, reliable: Mapping[str, Any], allow_targets: Sequence[str] = ()
+        self,
+        port: int,
+        reliable: Mapping[str, Any],
+        allow_targets: Sequence[str] = (),
+        opened: bool | str = False,
     ) -> None:
+        self.opened = opened
         self.port, self.rule, self.allow_targets = port, ReliableRule(**reliable), allow_targets
 
     def __call__(self, context: Context) -> None:
@@ -91,6 +98,7 @@ class Review:
         )
         address = f"http://{HOST}:{server.server_port}/?token={token}"
         logger.info("open %s in a browser; Ctrl-C ends the review", address)
+        open_page(address, self.opened)
         try:
             server.serve_forever()
         except KeyboardInterrupt:
