@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
@@ -40,10 +40,17 @@ DECODED_FIRST_S = 5.0  # decoding that takes less is done before the plan is mad
 LONG_S = 3600.0
 
 
-def planned(job: Job, budget: Budget) -> Job:
+def planned(
+    job: Job, budget: Budget, opened: Callable[[DictConfig], ImageSet] = open_images
+) -> Job:
     """Say what a job will do and how long it takes; return it with the settings that fit `minutes`.
 
     A job that trains nothing new is returned as it is.
+
+    Args:
+        job: composed settings.
+        budget: time that the job may take.
+        opened: function that opens the data set of some settings.
 
     Raises:
         UsageError: a setting does not fit the data.
@@ -59,7 +66,7 @@ def planned(job: Job, budget: Budget) -> Job:
     if known is not None:
         check_folders(guess, plan(guess))
     listed = _listed(job)
-    images = _stand_in(job, listed) if listed is not None else _opened(job)
+    images = _stand_in(job, listed) if listed is not None else _opened(job, opened)
     if known is None:
         guessed = min(GUESSED_K, max(2, len(images.train_index) // IMAGES_PER_CLUSTER))
         guess = job.with_settings({"dataset.num_clusters": guessed})
@@ -135,12 +142,10 @@ def _stand_in(job: Job, listed: Survey) -> ImageSet:
     return ImageSet(str(job.cfg.dataset.name), pixels, names, "", labels=labels)  # type: ignore[arg-type]
 
 
-def _opened(job: Job) -> ImageSet:
+def _opened(job: Job, opened: Callable[[DictConfig], ImageSet]) -> ImageSet:
     given = job.cfg.dataset.num_clusters
     unknown = given is None or given == "auto"
-    images = open_images(
-        job.with_settings({"dataset.num_clusters": None}).cfg if unknown else job.cfg
-    )
+    images = opened(job.with_settings({"dataset.num_clusters": None}).cfg if unknown else job.cfg)
     check_distinct(images, 2 if unknown else int(given))
     return images
 

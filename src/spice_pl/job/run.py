@@ -48,7 +48,7 @@ def run_stages(job: Job) -> float | None:
     budget = Budget(job.cfg.minutes)
     if not ranks.in_rank() and (job.cfg.minutes is not None or not job.sweep):
         with Interrupts():
-            job = planned(job, budget)
+            job = planned(job, budget, open_images)
     return run_planned(job, budget)
 
 
