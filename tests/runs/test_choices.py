@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from spice_pl.data.images import ImageSet
 from spice_pl.reports.map import Map
+from spice_pl.runs import choices
 from spice_pl.runs.choices import (
     alike,
     beside,
@@ -62,9 +63,11 @@ def run(tmp_path: Path) -> tuple[RunFolder, RunFolder, dict[str, Any], ClusterTa
 def test_clusterings_are_compared_with_the_one_on_the_page(run: Any) -> None:
     folder, _, metrics, table = run
     found = compare_clusters(folder, metrics, table, "stage 2")
-    kept, network, plain = found.rows
-    assert [row.name for row in found.rows] == ["k-means after 10 steps", "stage 2", "k-means"]
-    assert [row.kept for row in found.rows] == [True, False, False]
+    kept, network, plain, spectral = found.rows
+    names = ["k-means after 10 steps", "stage 2", "k-means", "spectral clustering"]
+    assert [row.name for row in found.rows] == names
+    assert [row.kept for row in found.rows] == [True, False, False, False]
+    assert (spectral.agreement, spectral.alike) == (1, 1)
     assert (kept.agreement, kept.alike, plain.agreement, plain.alike) == (1, 1, 1, 1)
     assert network.alike == pytest.approx(45 / 60)  # 15 images are elsewhere
     assert network.agreement < 0.9
@@ -77,8 +80,17 @@ def test_clusterings_are_compared_with_the_one_on_the_page(run: Any) -> None:
 def test_without_a_choice_the_network_is_the_one_on_the_page(run: Any) -> None:
     folder, _, metrics, table = run
     found = compare_clusters(folder, metrics | {"answer": None}, table, "stage 2")
-    assert [(row.name, row.kept) for row in found.rows] == [("stage 2", True), ("k-means", False)]
+    assert [row.name for row in found.rows if row.kept] == ["stage 2"]
     assert (found.chosen, found.scores) == ("", {})
+
+
+def test_many_clusters_are_compared_without_spectral_clustering(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _, metrics, table = run
+    monkeypatch.setattr(choices, "SPECTRAL", 60 * 3 - 1)  # images times clusters
+    found = compare_clusters(folder, metrics, table, "stage 2")
+    assert "spectral clustering" not in [row.name for row in found.rows]
 
 
 def test_numbers_of_clusters_do_not_matter_for_likeness() -> None:

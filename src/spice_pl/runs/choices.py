@@ -34,7 +34,7 @@ from spice_pl.system.schema import parse_object, read_text
 QUERIES = 1_000  # images whose neighbours are compared
 KEYS = 10_000  # images among which neighbours are searched
 FITTED = 10_000  # images that a k-means or a projection is fitted on
-SPECTRAL = 5_000  # largest N for which spectral clustering is made again
+SPECTRAL = 500_000  # largest N·K for which spectral clustering is made, in some seconds
 COMPONENTS = 64
 RESTARTS = 3  # of k-means; 1 for many clusters, which vary less
 ITERATIONS = 50
@@ -53,7 +53,7 @@ def compare_clusters(
     """Compare the clusters with the network's and with plain k-means on the same features.
 
     k-means sees 64 principal components of the l2-normalised features. Spectral clustering is
-    compared too if it was a candidate and there are at most 5,000 images.
+    compared too where images times clusters are at most 500,000.
 
     Args:
         folder: artifacts of the run, of which features and probabilities are read.
@@ -72,8 +72,7 @@ def compare_clusters(
     if chosen != NETWORK:
         clusterings[title] = np.asarray(folder.probs.argmax(axis=1), dtype=np.int64)
     clusterings["k-means"] = kmeans(rows, num_clusters, seed)[0]
-    others = [name for name in scores if name.startswith("spectral") and name != chosen]
-    if others and len(rows) <= SPECTRAL:
+    if len(rows) * num_clusters <= SPECTRAL and len(rows) > num_clusters:
         starts = project(torch.from_numpy(np.array(features)), _fitted(features, seed))
         graph = connect(neighbor_graph(starts, NUM_NEIGHBORS), starts)
         made = spectral_clusters(starts, graph, num_clusters, seed=seed)
