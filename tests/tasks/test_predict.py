@@ -16,7 +16,7 @@ from tests.conftest import TINY, Finished, make_job, photographs
 import spice_pl
 from spice_pl.errors import UsageError
 from spice_pl.job.run import run_stages
-from spice_pl.tasks.predict import folder_names
+from spice_pl.runs.sorting import folder_names
 
 # TINY without the settings that the model brings.
 NO_K = [text for text in TINY if not text.startswith(("dataset.num_clusters", "dataset.image"))]
@@ -163,7 +163,7 @@ def test_a_full_disk_is_named(
     def refuse(*_: Any) -> None:
         raise OSError(18, os.strerror(18))
 
-    monkeypatch.setitem(spice_pl.tasks.predict.PLACE, "hardlink", refuse)
+    monkeypatch.setitem(spice_pl.runs.sorting.PLACE, "hardlink", refuse)
     with pytest.raises(UsageError, match="a hard link needs one file system"):
         predict(straight, new_photos, tmp_path, "predict.sort=hardlink")
 
