@@ -110,6 +110,8 @@ class Predict:
             *(len(images), rate, doubtful, meaning),
             context.folder.path / "predictions.csv",
         )
+        if sorter is not None:
+            logger.info("%s  one folder per cluster", sorter.target)
 
 
 def pixel_batches(

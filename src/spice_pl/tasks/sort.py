@@ -44,7 +44,8 @@ class Sort:
         not_sure = table.agreement < NOT_SURE
         sorter.place(table.keys, table.clusters, not_sure)
         for name, count in zip(names, table.sizes(num_clusters), strict=True):
-            logger.info("%8d  %s", count, name)
+            if count:
+                logger.info("%8d  %s", count, name)
         logger.info(
             "%d images, %d not sure (fewer than half of their neighbours are in their cluster): %s",
             *(len(table.keys), int(np.count_nonzero(not_sure)), target),
