@@ -88,3 +88,21 @@ def test_features_made_with_one_k_serve_another(finished: Finished) -> None:
     run_stages(finished.job("dataset.num_clusters=4", "stages=[moco,proto]"))
     assert finished.folder("moco").path.joinpath("features.npy").stat().st_mtime_ns == made
     assert finished.folder("proto").metrics["num_clusters"] == 4
+
+
+def test_features_are_made_once_for_runs_of_other_names(
+    finished: Finished, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`run=NAME` with another K copies the features; another seed or network makes its own."""
+    caplog.set_level("INFO")
+    embed = ("stage=embed", "embed.streams={}")
+    run_stages(finished.job(*embed, "run=first"))
+    first = finished.job(*embed, "run=first").folder("embed")
+    other = finished.job(*embed, "run=other", "dataset.num_clusters=4")
+    run_stages(other)
+    assert f"embed: the features are those of {first.path}" in caplog.text
+    assert other.folder("embed").metrics["digest"] == first.metrics["digest"]
+    assert other.folder("embed").metrics["seconds"] >= first.metrics["seconds"]
+    caplog.clear()
+    run_stages(finished.job(*embed, "run=seed1", "seed=1"))  # random weights
+    assert "the features are those of" not in caplog.text

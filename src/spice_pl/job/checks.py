@@ -22,6 +22,7 @@ from spice_pl.job.plan import Step
 from spice_pl.job.settings import current_target, flat, masked
 from spice_pl.runs.edited import write_edited
 from spice_pl.runs.edits import Edits
+from spice_pl.runs.folder import RunFolder
 from spice_pl.system.files import atomic
 
 logger = logging.getLogger(__name__)
@@ -88,6 +89,24 @@ def check_upstream(job: Job, step: Step, images: ImageSet) -> None:
         )
     upstream.check_dataset(images.fingerprint, len(images))
     upstream.check_digests()
+
+
+def same_features(step: Step, images: ImageSet) -> RunFolder | None:
+    """Return a finished run, under another name, of the same stage that trains nothing.
+
+    Raises:
+        UsageError: a file of that run is damaged.
+    """
+    if step.epochs or step.upstream:
+        return None
+    for path in sorted(step.folder.path.parent.glob("*")):
+        earlier, settings = RunFolder(path), path / ".hydra" / "config.yaml"
+        if path == step.folder.path or not (earlier.finished and settings.is_file()):
+            continue
+        if not _changed(saved_settings(settings), step) and earlier.fits(images.fingerprint):
+            earlier.check_digests("features.npy")
+            return earlier
+    return None
 
 
 def stamp(step: Step, *, keep: bool) -> None:

@@ -16,7 +16,7 @@ from spice_pl.callbacks.truth import TruthMonitor
 from spice_pl.data.datamodule import Stream, ViewsDataModule
 from spice_pl.data.images import ImageSet
 from spice_pl.errors import UsageError
-from spice_pl.job.checks import stamp
+from spice_pl.job.checks import same_features, stamp
 from spice_pl.job.finish import finish_stage
 from spice_pl.job.job import Job
 from spice_pl.job.memory import check_memory
@@ -70,7 +70,14 @@ def run_stage(
     if trainer.max_epochs:  # a stage of no epochs only predicts
         checkpoint = step.folder.checkpoint if continues else None
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
-    trainer.predict(module, data, return_predictions=False)
+    alone = trainer.world_size == 1 and not module.has_clusters
+    earlier = same_features(step, images) if alone else None
+    if earlier is None:
+        trainer.predict(module, data, return_predictions=False)
+    else:
+        logger.info("%s: the features are those of %s", step.name, earlier.path)
+        started -= float(earlier.metrics["seconds"])
+        step.folder.take_features(earlier)
     finish_stage(job, step, module, images, trainer, plain, started)
 
 

@@ -305,6 +305,15 @@ class RunFolder(CheckedFiles):
             },
         )
 
+    def fits(self, fingerprint: str) -> bool:
+        """Return whether a finished run is of the images with this fingerprint."""
+        return bool(self._stamp()["fingerprint"] == fingerprint)
+
+    def take_features(self, earlier: RunFolder) -> None:
+        """Copy the features of another run."""
+        with atomic(self.path / "features.npy") as temporary:
+            shutil.copyfile(earlier.path / "features.npy", temporary)
+
     def check_dataset(self, fingerprint: str, num_images: int) -> None:
         """Compare dataset.json with the data set of this job.
 
