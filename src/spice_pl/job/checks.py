@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from spice_pl.data.images import ImageSet
 from spice_pl.errors import UsageError
 from spice_pl.job.job import Job
-from spice_pl.job.parts import open_images
+from spice_pl.job.parts import JobImages
 from spice_pl.job.plan import Step
 from spice_pl.job.settings import current_target, flat, masked
 from spice_pl.runs.edited import write_edited
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 PLACES = {"dataset.root", "dataset.path", "dataset.table"}
 
 
-def check(job: Job, steps: Sequence[Step]) -> None:
+def check(job: Job, steps: Sequence[Step], opened: JobImages) -> None:
     """Write the run that edits describe, if any, then check the folders of all steps.
 
     Raises:
@@ -38,10 +38,10 @@ def check(job: Job, steps: Sequence[Step]) -> None:
     """
     if job.edits is not None:
         _take_edits(job, job.edits, steps)
-    check_folders(job, steps)
+    check_folders(job, steps, opened)
 
 
-def check_folders(job: Job, steps: Sequence[Step]) -> None:
+def check_folders(job: Job, steps: Sequence[Step], opened: JobImages) -> None:
     """Refuse to mix with what earlier runs left.
 
     Raises:
@@ -61,7 +61,7 @@ def check_folders(job: Job, steps: Sequence[Step]) -> None:
             del changed[f"{step.name}.epochs"]
             longer += [step] if step.folder.finished else []
         if changed and changed.keys() <= PLACES:
-            _check_place(job, step, changed)
+            _check_place(job, step, changed, opened)
             changed = {}
         _check_folder(step, changed, alone=len(steps) == 1)
     if longer:
@@ -107,7 +107,9 @@ def _has_more_epochs(step: Step, changed: Mapping[str, tuple[Any, Any]]) -> bool
     return isinstance(before, int) and isinstance(now, int) and before < now
 
 
-def _check_place(job: Job, step: Step, changed: Mapping[str, tuple[Any, Any]]) -> None:
+def _check_place(
+    job: Job, step: Step, changed: Mapping[str, tuple[Any, Any]], opened: JobImages
+) -> None:
     """Compare the images with those of an earlier run that read them from another place.
 
     Raises:
@@ -122,7 +124,7 @@ def _check_place(job: Job, step: Step, changed: Mapping[str, tuple[Any, Any]]) -
         )
     if not folder.finished and not step.continues:  # nothing is kept
         return
-    images = open_images(job.cfg)
+    images = opened(job.cfg)
     folder.check_dataset(images.fingerprint, len(images))
     logger.info("%s: the same images in another place: %s", step.name, _lines(changed))
 
