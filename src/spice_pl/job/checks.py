@@ -160,6 +160,7 @@ def _check_folder(step: Step, changed: Mapping[str, tuple[Any, Any]], *, alone: 
         raise UsageError(
             f"{folder.path} was made with other settings:\n  {_lines(changed)}\n"
             f"give those again, or use {way}overwrite=true to replace it, or another run=NAME"
+            f"{_quick(step, changed)}"
         )
     if folder.finished or step.continues:
         check_chain(step)
@@ -173,6 +174,19 @@ def _check_folder(step: Step, changed: Mapping[str, tuple[Any, Any]], *, alone: 
             f"{folder.path} holds an unfinished run; resume=true continues where it stopped, "
             "overwrite=true starts from scratch"
         )
+
+
+def _quick(step: Step, changed: Mapping[str, Any]) -> str:
+    """Return the quick way to another number of clusters, if nothing else has changed."""
+    same = {"dataset.num_clusters", f"{step.name}.module.num_clusters"}
+    stored = step.upstream and step.upstream[0].finished
+    if not stored or not changed.keys() <= same or step.name == "kmeans":
+        return ""
+    number = step.settings["dataset"]["num_clusters"]
+    return (
+        f"; stage=kmeans dataset.num_clusters={number} keeps it too and makes {number} clusters of "
+        "the stored features within seconds"
+    )
 
 
 def saved_settings(file: Path) -> dict[str, Any]:
