@@ -42,7 +42,7 @@ def test_settings_that_do_not_fit_are_refused() -> None:
         ({"weight_decay": -1.0}, r"kmeans\.module\.weight_decay -1\.0 is not at least 0"),
     ):
         with pytest.raises(UsageError, match=match):
-            KMeansModule(backbone(1), K, **settings).check(image_set(), {})  # type: ignore[arg-type]
+            KMeansModule(backbone(1), K, **settings).check(image_set(), {})
     with pytest.raises(UsageError, match="images cannot be 1000 clusters"):
         KMeansModule(backbone(1), 1000).check(image_set(), {})
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.cluster import KMeans
+from sklearn.cluster import KMeans, kmeans_plusplus
 from torch import Tensor
 
 from spice_pl.data.images import ImageSet
@@ -153,9 +153,16 @@ def kmeans(
     rows: NDArray[np.float32], num_clusters: int, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Return clusters (N,) and centres (K, d) of k-means, fitted on at most 10,000 rows."""
-    restarts = RESTARTS if num_clusters < LARGE else 1
-    model = KMeans(num_clusters, n_init=restarts, max_iter=ITERATIONS, random_state=seed)
-    model.fit(rows[_sample(len(rows), seed)])
+    sample = rows[_sample(len(rows), seed)]
+    restarts = RESTARTS
+    starts: str | NDArray[np.float32] = "k-means++"
+    if num_clusters >= LARGE:  # one trial per centre; several take longer than all the rest
+        restarts = 1
+        starts = kmeans_plusplus(sample, num_clusters, random_state=seed, n_local_trials=1)[0]
+    model = KMeans(
+        num_clusters, init=starts, n_init=restarts, max_iter=ITERATIONS, random_state=seed
+    )
+    model.fit(sample)
     parts = [model.predict(rows[start : start + ROWS]) for start in range(0, len(rows), ROWS)]
     centres: NDArray[np.float32] = model.cluster_centers_
     return np.concatenate(parts).astype(np.int64), centres
