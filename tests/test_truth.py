@@ -155,6 +155,7 @@ LEARNS = {
     "selflabel": ("epochs=1", "streams.images.batch_size=30", "upstream=proto"),
     "temi": ("epochs=2", "module.steps_per_epoch=3", "module.batch_size=20"),
     "turtle": ("epochs=2", "module.steps_per_epoch=3", "module.batch_size=20"),
+    "kmeans": (),
     "clusmatch": (*SEMI, "module.kmeans_steps=2"),
     "freematch": SEMI,
     "flexmatch": SEMI,

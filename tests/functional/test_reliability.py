@@ -5,6 +5,7 @@ from torch import Tensor
 from spice_pl.functional.neighbors import unit_rows
 from spice_pl.functional.reliability import (
     Balance,
+    is_not_sure,
     local_consistency,
     reliable_mask,
     select_reliable,
@@ -167,3 +168,14 @@ def test_refuses_lengths_that_differ_and_unknown_balances() -> None:
         reliable_mask(embeddings[:79], probs)
     with pytest.raises(ValueError, match="balance 'max' is unknown; choose none, min or cap"):
         reliable_mask(embeddings, probs, num_neighbors=5, balance="max")  # type: ignore[arg-type]
+
+
+def test_not_sure_is_fewer_than_half_of_what_the_cluster_can_give() -> None:
+    # Clusters of 8, 4, 2 and 1 images, with 6 neighbours: 3, 2, 1.5 and 1.5 of them are needed.
+    clusters = torch.tensor([0] * 8 + [1] * 4 + [2] * 2 + [3])
+    counts = torch.tensor([6, 6, 6, 6, 6, 6, 3, 2, 4, 3, 2, 1, 2, 1, 1])
+    agreement = (counts / 6).double().numpy().round(4)  # as in clusters.csv
+    found = is_not_sure(torch.from_numpy(agreement), clusters, 6)
+    assert found.nonzero().flatten().tolist() == [7, 11, 13, 14]
+    # Without the number of neighbours half of all is needed, for every cluster.
+    assert is_not_sure(torch.from_numpy(agreement), clusters, 0).tolist() == (counts < 3).tolist()

@@ -19,7 +19,7 @@ def test_own_images_are_clustered_on_pretrained_features(dataset: str) -> None:
     cfg = compose(f"dataset={dataset}", f"dataset.{PLACE.get(dataset, 'root')}=/images")
     assert list(cfg.stages) == ["embed", "proto"]
     assert cfg.dataset.num_clusters == "auto"
-    assert {cfg[name].upstream for name in ("proto", "temi", "turtle")} == {"embed"}
+    assert {cfg[name].upstream for name in ("proto", "temi", "turtle", "kmeans")} == {"embed"}
     assert cfg.embed.module.backbone == cfg.proto.module.backbone
     assert list(cfg.dataset.mean) == list(cfg.augment.plain.mean)
     assert {cfg[name].upstream for name in ("trust", "review", "report")} == {"proto"}

@@ -176,8 +176,9 @@ def _unidentified(head: bytes) -> str:
     if not head:
         return "empty file"
     if head[4:8] == b"ftyp" and is_image(head):
-        if head[8:11] == b"avi" and "AVIF" not in _formats():
-            return "AVIF needs Pillow 11.3 or newer"
+        if head[8:11] == b"avi":
+            known = "AVIF" in _formats()
+            return "damaged AVIF" if known else "AVIF needs Pillow 11.3 or newer"
         if "HEIF" not in _formats():
             return "HEIC needs one more package; pip install 'spice-pl[heic]'"
     if head.startswith((b"\0\0\0\x0cJXL ", b"\xff\x0a")) and "JXL" not in _formats():

@@ -64,6 +64,11 @@ class Found:
     complete: bool = True
 
     @property
+    def num_images(self) -> int:
+        """Number of candidates."""
+        return len(self.paths)
+
+    @property
     def identity(self) -> str:
         """Digest of all paths, sizes and times of change."""
         digest = hashlib.blake2b(digest_size=16)

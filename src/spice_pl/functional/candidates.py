@@ -304,7 +304,12 @@ def cluster_scores(others: Tensor, candidates: Tensor, num_clusters: int) -> Ten
     """
     agreements = neighbor_agreement(others, candidates)
     even = torch.tensor([evenness(row, num_clusters) for row in candidates], dtype=torch.float64)
-    return EVENNESS_WEIGHT * even - (1 - agreements + DISAGREEMENT_FLOOR).log()
+    return label_free_scores(agreements, even)
+
+
+def label_free_scores(agreements: Tensor, evenness: Tensor) -> Tensor:
+    """Return the scores (R,) of `cluster_scores` from agreements and evenness (R,)."""
+    return EVENNESS_WEIGHT * evenness - (1 - agreements + DISAGREEMENT_FLOOR).log()
 
 
 def _kmeans(rows: NDArray[np.float32], num_clusters: int, seed: int) -> Tensor:

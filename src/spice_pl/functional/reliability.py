@@ -12,6 +12,7 @@ from torch import Tensor
 
 from spice_pl.functional.neighbors import neighbor_chunks
 
+ROUNDING = 5e-5  # agreements in tables have four decimals
 Balance = Literal["none", "min", "cap"]
 
 
@@ -34,6 +35,44 @@ def neighbors_for(num_neighbors: int, num_samples: int, num_clusters: int) -> in
     if num_samples >= num_neighbors * num_clusters:
         return num_neighbors
     return min(num_samples, max(2, num_samples // (2 * num_clusters)))
+
+
+def least_agreement(sizes: Tensor, num_neighbors: int) -> Tensor:
+    """Return the agreement below which an image of each cluster is "not sure".
+
+    It is half of what the cluster allows: of N_s neighbours, at most as many as it has images can
+    be in it. One or two images count as three, so that an image without another of its cluster
+    among its neighbours is "not sure". Ours.
+
+    Args:
+        sizes: (K,), images of each cluster, of those among which neighbours are searched.
+        num_neighbors: N_s, at least 2; 0 where it is not known, for half of all neighbours.
+
+    Returns:
+        (K,), above 0 and at most 0.5.
+
+    Examples:
+        >>> least_agreement(torch.tensor([0, 1, 4, 10, 500]), 10)
+        tensor([0.1500, 0.1500, 0.2000, 0.5000, 0.5000])
+    """
+    allowed = sizes.clamp(min=3).float() / max(num_neighbors, 1)
+    return allowed.clamp(max=1) / 2
+
+
+def is_not_sure(agreement: Tensor, clusters: Tensor, num_neighbors: int) -> Tensor:
+    """Return which images have a lower agreement than `least_agreement` of their cluster.
+
+    Args:
+        agreement: (N,), in [0, 1], exact or to four decimals.
+        clusters: (N,), all images among which neighbours were searched.
+        num_neighbors: N_s; 0 where it is not known.
+
+    Returns:
+        (N,), bool.
+    """
+    ids = clusters.long()
+    least = least_agreement(torch.bincount(ids), num_neighbors)
+    return agreement < least[ids] - ROUNDING
 
 
 def local_consistency(

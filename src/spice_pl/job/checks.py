@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from spice_pl.data.images import ImageSet
 from spice_pl.errors import UsageError
 from spice_pl.job.job import Job
-from spice_pl.job.parts import open_images
+from spice_pl.job.parts import JobImages
 from spice_pl.job.plan import Step
 from spice_pl.job.settings import current_target, flat, masked
 from spice_pl.runs.edited import write_edited
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 PLACES = {"dataset.root", "dataset.path", "dataset.table"}
 
 
-def check(job: Job, steps: Sequence[Step]) -> None:
+def check(job: Job, steps: Sequence[Step], opened: JobImages) -> None:
     """Write the run that edits describe, if any, then check the folders of all steps.
 
     Raises:
@@ -39,10 +39,10 @@ def check(job: Job, steps: Sequence[Step]) -> None:
     """
     if job.edits is not None:
         _take_edits(job, job.edits, steps)
-    check_folders(job, steps)
+    check_folders(job, steps, opened)
 
 
-def check_folders(job: Job, steps: Sequence[Step]) -> None:
+def check_folders(job: Job, steps: Sequence[Step], opened: JobImages) -> None:
     """Refuse to mix with what earlier runs left.
 
     Raises:
@@ -62,7 +62,7 @@ def check_folders(job: Job, steps: Sequence[Step]) -> None:
             del changed[f"{step.name}.epochs"]
             longer += [step] if step.folder.finished else []
         if changed and changed.keys() <= PLACES:
-            _check_place(job, step, changed)
+            _check_place(job, step, changed, opened)
             changed = {}
         _check_folder(step, changed, alone=len(steps) == 1)
     if longer:
@@ -126,7 +126,9 @@ def _has_more_epochs(step: Step, changed: Mapping[str, tuple[Any, Any]]) -> bool
     return isinstance(before, int) and isinstance(now, int) and before < now
 
 
-def _check_place(job: Job, step: Step, changed: Mapping[str, tuple[Any, Any]]) -> None:
+def _check_place(
+    job: Job, step: Step, changed: Mapping[str, tuple[Any, Any]], opened: JobImages
+) -> None:
     """Compare the images with those of an earlier run that read them from another place.
 
     Raises:
@@ -141,7 +143,7 @@ def _check_place(job: Job, step: Step, changed: Mapping[str, tuple[Any, Any]]) -
         )
     if not folder.finished and not step.continues:  # nothing is kept
         return
-    images = open_images(job.cfg)
+    images = opened(job.cfg)
     folder.check_dataset(images.fingerprint, len(images))
     logger.info("%s: the same images in another place: %s", step.name, _lines(changed))
 
@@ -177,6 +179,7 @@ def _check_folder(step: Step, changed: Mapping[str, tuple[Any, Any]], *, alone: 
         raise UsageError(
             f"{folder.path} was made with other settings:\n  {_lines(changed)}\n"
             f"give those again, or use {way}overwrite=true to replace it, or another run=NAME"
+            f"{_quick(step, changed)}"
         )
     if folder.finished or step.continues:
         check_chain(step)
@@ -190,6 +193,19 @@ def _check_folder(step: Step, changed: Mapping[str, tuple[Any, Any]], *, alone: 
             f"{folder.path} holds an unfinished run; resume=true continues where it stopped, "
             "overwrite=true starts from scratch"
         )
+
+
+def _quick(step: Step, changed: Mapping[str, Any]) -> str:
+    """Return the quick way to another number of clusters, if nothing else has changed."""
+    same = {"dataset.num_clusters", f"{step.name}.module.num_clusters"}
+    stored = step.upstream and step.upstream[0].finished
+    if not stored or not changed.keys() <= same or step.name == "kmeans":
+        return ""
+    number = step.settings["dataset"]["num_clusters"]
+    return (
+        f"; stage=kmeans dataset.num_clusters={number} keeps it too and makes {number} clusters of "
+        "the stored features within seconds"
+    )
 
 
 def saved_settings(file: Path) -> dict[str, Any]:

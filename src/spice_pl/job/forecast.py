@@ -68,6 +68,10 @@ def stage_part(
         views, heads = _proto_seconds(own, images, num_clusters, costs, epochs)
         page = START_S + _page_seconds(len(images), num_clusters, costs)
         return Part(step.name, "views, cluster heads, report", views + heads + page)
+    if kind == "KMeansModule":
+        seconds = START_S + len(images) * costs.views["plain"]
+        seconds += _page_seconds(len(images), num_clusters, costs)
+        return Part(step.name, "k-means, a head, report", seconds)
     epoch = _epoch_seconds(kind, own, images, costs)
     if epoch is None:
         what = "a stage of your own" if own["streams"] else "heads on stored features"

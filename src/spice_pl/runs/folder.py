@@ -284,8 +284,8 @@ class RunFolder(CheckedFiles):
         if not file.is_file():
             raise UsageError(f"{file} is missing; run its stage again with overwrite=true")
         try:
-            most = self.metrics.get("num_images") if self.finished else None
-            table = read_table(file, most)
+            found = self.metrics if self.finished else {}
+            table = read_table(file, found.get("num_images"), int(found.get("num_neighbors", 0)))
         except (ValueError, KeyError, TypeError, OverflowError, csv.Error) as error:
             raise damaged(file, error) from error
         # Runs made before 0.2 have no digest of their table.

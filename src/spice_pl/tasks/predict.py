@@ -100,7 +100,7 @@ class Predict:
                 bar.advance(len(part))
                 bar.show()
         rate = len(images) / (time.monotonic() - started)
-        meaning = "fewer than half of the most similar known images are in the same cluster"
+        meaning = "too few of the most similar known images are in the same cluster"
         if model.known is None:
             meaning = f"confidence at most {model.threshold:g}"
         for name, count in zip(model.names, counts, strict=True):

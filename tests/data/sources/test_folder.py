@@ -1033,6 +1033,8 @@ def test_a_parquet_table_is_one_too(
         ("path,label\n1.png,a\nx/../1.png,b", r"row 2 of .* which row 1 names as 1\.png"),
         ("label,path\na,b,1.png", r"line 2 of .* has 3 fields and the header 2; put a path with"),
         ("path,label\n" + "x" * 200_000, r"cannot be read: field larger than"),
+        ('path,label\n"a.png,b\n', r"cannot be read: unexpected end .* is each quote closed"),
+        ("path,label\na\0.png,b\n", r"row 1 .* names a\\x00\.png, which no file can be called"),
     ],
 )
 def test_a_table_that_does_not_fit(

@@ -50,6 +50,7 @@ def folder(
     max_decode_mb: float | None = None,
     on_bad_image: str = "skip",
     protocol: str = "whole",
+    found: Note | Found | None = None,
 ) -> ImageSet:
     """Return every image below `root`, in the order of the sorted paths, or those of a table.
 
@@ -76,6 +77,7 @@ def folder(
         max_decode_mb: megabytes of memory that decoding may take; None is 1024.
         on_bad_image: "skip" leaves out what cannot be decoded and reports it, "raise" stops.
         protocol: "whole"; a folder has no test images.
+        found: what a search of root has just found; None searches it.
 
     Raises:
         UsageError: root is missing, is not a folder, or has no image that can be decoded; the
@@ -97,11 +99,11 @@ def folder(
     search = Search(directory, exclude=exclude or (), cache_dir=cache)
     truths: Sequence[str | None] | None = None
     if table is None:
-        found = look(search, scan)
+        found = look(search, scan) if found is None else found
     else:
         paths, truths = read_table(Path(table).expanduser(), directory, labelled=labels == "csv")
         found = _listed(directory, paths)
-    if not (found.num_images if isinstance(found, Note) else len(found.paths)):
+    if not found.num_images:
         raise UsageError(
             f"no image below dataset.root={root}, {len(found.left_out)} other files"
             f"{found.left_out.summary()}; looked for {', '.join(FORMATS)}"
