@@ -22,7 +22,7 @@ from spice_pl.data.datamodule import Stream, Views
 from spice_pl.data.images import ImageSet
 from spice_pl.data.keyed import keyed_generator
 from spice_pl.errors import UsageError
-from spice_pl.functional.device import to_device
+from spice_pl.functional.device import cluster_sizes, to_device
 from spice_pl.functional.losses import double_softmax_floor, mean_prediction_entropy
 from spice_pl.functional.prototypes import prototype_pseudo_labels, prototype_shares
 from spice_pl.nn.heads import ParallelHeads
@@ -31,6 +31,7 @@ from spice_pl.runs.folder import RunFolder, as_tensor
 from spice_pl.stages.base import Prediction, Stage, width_of
 from spice_pl.stages.proto_choice import score_heads
 from spice_pl.stages.proto_settings import check_settings, head_losses, initial_shares
+from spice_pl.stages.proto_start import start_clusters, start_probs
 from spice_pl.stages.proto_views import BankedViews, FrozenViews, MovingEncoder
 
 logger = logging.getLogger(__name__)
@@ -73,6 +74,10 @@ class ProtoHeadModule(Stage):
             favours even clusters.
         prior: shares of the clusters: "uniform", equal as in the paper; K numbers, which all heads
             follow; or "estimated", a moving average of each head's `prototype_shares`. Ours.
+        start: what the first E-step reads: "random", the predictions of heads that were not
+            trained, as in the paper; or "kmeans", `start_clusters` of the first buffer, the same
+            for all heads. Shares that are estimated then start at the sizes of these clusters.
+            Ours.
         seed: seed of the run; head h starts from 1000 · seed + h, so that runs share no head.
     """
 
@@ -106,6 +111,7 @@ class ProtoHeadModule(Stage):
         view_bank: int | None = None,
         selection: str = "loss",
         prior: str | Sequence[float] = "uniform",
+        start: str = "random",
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -114,6 +120,7 @@ class ProtoHeadModule(Stage):
             bn_mode=bn_mode,
             joint=joint,
             selection=selection,
+            start=start,
             select_ratio=select_ratio,
             entropy=entropy,
             view_bank=view_bank,
@@ -153,7 +160,7 @@ class ProtoHeadModule(Stage):
         self.prototype_shares: Callable[..., Tensor] = partial(prototype_shares, **settings)
         shares = initial_shares(prior, num_clusters)
         self.register_buffer("shares", None if shares is None else shares.repeat(num_heads, 1))
-        self.estimated = prior == "estimated"
+        self.estimated, self.start = prior == "estimated", start
         self._cycle: list[tuple[Tensor, Tensor, Tensor]] = []
 
     @property
@@ -179,6 +186,9 @@ class ProtoHeadModule(Stage):
             probs = self.heads(weak)  # (H, M, K)
         # E-step, Eqs. 2-4: prototypes are means of embeddings of the plain images.
         embeddings = self.embeddings[index]
+        first = self.current_epoch == 0 and batch_idx + 1 == self.batches_per_cycle
+        if self.start == "kmeans" and first:
+            probs = self._start(index, embeddings).expand_as(probs)
         if self.estimated and self.shares is not None:
             found = self.prototype_shares(embeddings, probs, shares=self.shares)  # (H, K)
             self.shares.lerp_(found.to(self.shares.dtype), SHARES_RATE)
@@ -287,6 +297,15 @@ class ProtoHeadModule(Stage):
     def across_buffer(self, parts: list[Tensor]) -> Tensor:
         """Join the batches of a cycle from all ranks in the order in which they were drawn."""
         return torch.cat([self.across_ranks(part) for part in parts])
+
+    def _start(self, index: Tensor, embeddings: Tensor) -> Tensor:
+        """Return what the first E-step reads (M, K), and let shares start at its sizes."""
+        clusters = start_clusters(self.features[index.cpu()], self.num_clusters, self.seed)
+        # Sums of k-means can differ in their last bits between processes.
+        clusters = self.trainer.strategy.broadcast(clusters).to(embeddings.device)
+        if self.estimated and self.shares is not None:
+            self.shares.copy_(cluster_sizes(clusters, self.num_clusters) / len(clusters))
+        return start_probs(embeddings, clusters, self.num_clusters)
 
     def _maximise(self, strong: Tensor, slots: Tensor, label: Tensor, batch_idx: int) -> Tensor:
         """M-step, Eq. 5: `repeats` passes over the slots (H, S), in one order for all heads."""
