@@ -2,7 +2,7 @@
 
     python benchmarks/clusters.py [--clusters 200] [--per-cluster 50] [--cycles 10] [--heads 4]
     python benchmarks/clusters.py --unequal [NAME=FEATURES.npy,LABELS.npy ...] [--draws 2]
-                                  [--per-class 150] [--extra 0]
+                                  [--per-class 150] [--extra 0] [--kinds even "10 : 1"]
 
 The first takes synthetic features: K random centres (D = 64) plus noise; weak and strong views add
 noise of their own. The buffer holds all images. Each cycle takes Eqs. 2 to 4 on the weak views and
@@ -70,6 +70,7 @@ def main() -> None:
     parser.add_argument("--unequal", action="store_true")
     parser.add_argument("--draws", type=int, default=2, help="draws of images, with --unequal")
     parser.add_argument("--per-class", type=int, default=150, help="images of the largest class")
+    parser.add_argument("--kinds", nargs="*", default=[*KINDS], choices=[*KINDS])
     parser.add_argument("--extra", type=int, default=0, help="clusters beyond the classes")
     parser.add_argument("--clusters", type=int, default=200)
     parser.add_argument("--per-cluster", type=int, default=50)
@@ -134,7 +135,7 @@ def unequal(args: argparse.Namespace) -> None:
     print(f"| classes | {' | '.join(COLUMNS)} |\n|:--|{'--:|' * len(COLUMNS)}", flush=True)
     figures: dict[str, float] = {}
     sets = list(data_sets(args.sets))
-    for kind in KINDS:
+    for kind in args.kinds:
         found = defaultdict(list)
         for _, features, labels in sets:
             for seed in range(args.draws):
@@ -210,8 +211,12 @@ def network(
         strong = rows + 0.5 * rows.std(dim=0) * noise
         for _ in range(REPEATS):
             for chosen in torch.randperm(slots.shape[1], generator=generator).split(BATCH):
-                probs = heads(F.embedding(slots[:, chosen], strong))
-                loss = double_softmax_cross_entropy_per_head(probs, label[..., chosen])
+                logits = heads.logits(F.embedding(slots[:, chosen], strong))
+                if started and cycle == 0:
+                    loss = tempered_cross_entropy_per_head(logits, label[..., chosen])
+                else:
+                    probs = logits.softmax(dim=-1)
+                    loss = double_softmax_cross_entropy_per_head(probs, label[..., chosen])
                 optimizer.zero_grad()
                 loss.sum().backward()
                 optimizer.step()

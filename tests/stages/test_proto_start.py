@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tests.stages.small import K, fit
-from tests.stages.test_proto import CYCLES, H, M, proto
+from tests.stages.test_proto import CYCLES, B, H, M, proto
 from torch import Tensor
 
 from spice_pl.errors import UsageError
@@ -77,6 +77,20 @@ def test_only_the_first_cycle_reads_kmeans(tmp_path: Path) -> None:
     for later in probs[1:]:
         torch.testing.assert_close(later.sum(dim=-1), torch.ones(H, M))
     assert shares == [None] * len(shares)
+
+
+def test_the_first_m_step_learns_with_a_single_softmax(tmp_path: Path) -> None:
+    module, streams = proto(tmp_path, start="kmeans")
+    original, steps = module.head_losses, []
+
+    def counted(logits: Tensor, label: Tensor) -> Tensor:
+        steps.append(len(label))
+        return original(logits, label)
+
+    module.head_losses = counted
+    fit(module, streams, epochs=2)
+    per_cycle = 2 * (M // K * K // B)  # repeats, and full batches of slots
+    assert len(steps) == (2 * CYCLES - 1) * per_cycle
 
 
 def test_estimated_shares_start_at_the_sizes_of_the_clusters(tmp_path: Path) -> None:
