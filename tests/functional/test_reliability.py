@@ -51,6 +51,18 @@ def test_consistency_by_hand() -> None:
     torch.testing.assert_close(agreement, torch.tensor([2, 2, 1, 3, 3]) / 3)
 
 
+def test_small_clusters_are_compared_with_fewer() -> None:
+    degrees = torch.tensor([0.0, 10, 21, 90, 100])
+    embeddings = torch.stack([degrees.deg2rad().cos(), degrees.deg2rad().sin()], dim=-1)
+    clusters = torch.tensor([0, 0, 1, 1, 1])
+    agreement = local_consistency(embeddings, clusters, num_neighbors=4, by_size=True)
+    # Each with itself and one more; image 2 is nearest to image 1.
+    assert agreement.tolist() == [1, 1, 0.5, 1, 1]
+    # A cluster of N_s images or more is compared with all N_s.
+    agreement = local_consistency(embeddings, clusters, num_neighbors=3, by_size=True)
+    torch.testing.assert_close(agreement, torch.tensor([1, 1, 1 / 3, 1, 1]))
+
+
 def test_the_first_neighbour_is_the_sample_itself() -> None:
     embeddings, probs = random_case()
     assert local_consistency(embeddings, probs.argmax(-1), num_neighbors=1).eq(1).all()

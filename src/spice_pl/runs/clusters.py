@@ -99,7 +99,8 @@ def cluster_table(
     clusters = torch.from_numpy(probs.argmax(axis=1).astype(np.int64))
     confidence = torch.from_numpy(np.array(probs.max(axis=1)))
     num_neighbors = neighbors_for(rule.num_neighbors, len(keys), probs.shape[1])
-    agreement = local_consistency(embeddings, clusters, num_neighbors)  # Eq. 6
+    by_size = rule.balance != "min"  # as in `reliable_labels`
+    agreement = local_consistency(embeddings, clusters, num_neighbors, by_size=by_size)  # Eq. 6
     reliable = select_reliable(  # Eq. 7
         agreement,
         confidence,

@@ -24,6 +24,7 @@ BN_MODES = ("frozen", "reference")
 JOINT = ("none", "single_head", "multi_head")
 SELECTION = ("loss", "mutual_information")
 PRIORS = ("uniform", "estimated")
+STARTS = ("random", "kmeans")
 
 HeadLosses = Callable[[Tensor, Tensor], Tensor]  # logits (H, B, K), label (B,) or (H, B) -> (H,)
 
@@ -34,6 +35,7 @@ def check_settings(
     bn_mode: str,
     joint: str,
     selection: str,
+    start: str,
     select_ratio: float,
     entropy: float,
     view_bank: int | None,
@@ -48,6 +50,7 @@ def check_settings(
     check_word("proto.module.bn_mode", bn_mode, BN_MODES)
     check_word("proto.module.joint", joint, JOINT)
     check_word("proto.module.selection", selection, SELECTION)
+    check_word("proto.module.start", start, STARTS)
     if not 0 < select_ratio <= 1:  # above 1 the slots of Eq. 4 outnumber the images
         raise UsageError(f"proto.module.select_ratio {select_ratio} is not in (0, 1]")
     if entropy < 0:
