@@ -55,13 +55,10 @@ class Answer:
 def choose_answer(features: Tensor, probs: Tensor, seed: int) -> Answer:
     """Choose between the network's clusters, two votes, and k-means on much smoothed embeddings.
 
-    `functional.candidates` has the parts. k-means on embeddings smoothed for 3, 10, 30 and 100
-    steps (`walk_clusters`) gives four clusterings. One vote (`vote_clusters`) is that of the
-    network and of 3 and 10 steps; the other, for unequal clusters, that of 10 and 30 steps. 100
-    steps are for very unequal clusters. `cluster_scores` chooses. The chosen clusters get the
-    numbers of the network's clusters that they share most images with. Their probability is ½ for
-    the image's own cluster and ½ for the clusters of the image and its nearest others, one step of
-    label propagation (Zhou et al. 2004).
+    `cluster_scores` chooses between `candidates`. The chosen clusters get the numbers of the
+    network's clusters that they share most images with. Their probability is ½ for the image's own
+    cluster and ½ for the clusters of the image and its nearest others, one step of label
+    propagation (Zhou et al. 2004).
 
     Args:
         features: (N, D), raw.
@@ -69,23 +66,7 @@ def choose_answer(features: Tensor, probs: Tensor, seed: int) -> Answer:
         seed: seed of k-means.
     """
     num_clusters, own = probs.shape[1], probs.argmax(dim=1)
-    num_neighbors = neighbors_within(len(probs), num_clusters)
-    others = nearest_others(features, num_neighbors)  # (N, k)
-    walked = walk_clusters(features, num_clusters, num_neighbors=num_neighbors, seed=seed)
-    short, middle, long, longest = walked
-    # A choice between the network and each k-means loses more than their votes, and spectral and
-    # Ward's clustering make it worse (benchmarks/choice.py).
-    found = {
-        NETWORK: own,
-        VOTE: vote_clusters(torch.stack([own, short, middle]), others, num_clusters),
-        WALKS_VOTE: vote_clusters(torch.stack([middle, long]), others, num_clusters),
-        f"k-means after {WALKS[-1]} steps": longest,
-    }
-    # Neighbours agree most where everything is in one cluster: no such candidate may win.
-    even = {name: evenness(row, num_clusters) for name, row in found.items()}
-    found = {
-        name: row for name, row in found.items() if even[name] >= max(even.values()) - COLLAPSED
-    }
+    found, others = candidates(features, probs, seed)
     values = cluster_scores(others, torch.stack(list(found.values())), num_clusters)
     scores = dict(zip(found, values.tolist(), strict=True))
     name = max(scores, key=lambda each: scores[each])
@@ -94,6 +75,40 @@ def choose_answer(features: Tensor, probs: Tensor, seed: int) -> Answer:
         return Answer(name, scores, probs)
     clusters = numbered_like(found[name], own, num_clusters)
     return Answer(name, scores, _propagated(clusters, others, num_clusters))
+
+
+def candidates(features: Tensor, probs: Tensor, seed: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Return the clusterings to choose from, and the neighbours that they are scored with.
+
+    k-means on embeddings smoothed for 3, 10, 30 and 100 steps (`walk_clusters`) gives four
+    clusterings. One vote (`vote_clusters`) is that of the network and of 3 and 10 steps; the other,
+    for unequal clusters, that of 10 and 30 steps. 100 steps are for very unequal clusters. A choice
+    between the network and each k-means loses more than these votes, and spectral and Ward's
+    clustering make it worse (benchmarks/choice.py).
+
+    Args:
+        features: (N, D), raw.
+        probs: (N, K), of the network.
+        seed: seed of k-means.
+
+    Returns:
+        Clusters (N,) of each candidate that has not collapsed, by its name; neighbours (N, k).
+    """
+    num_clusters, own = probs.shape[1], probs.argmax(dim=1)
+    num_neighbors = neighbors_within(len(probs), num_clusters)
+    others = nearest_others(features, num_neighbors)
+    walked = walk_clusters(features, num_clusters, num_neighbors=num_neighbors, seed=seed)
+    short, middle, long, longest = walked
+    found = {
+        NETWORK: own,
+        VOTE: vote_clusters(torch.stack([own, short, middle]), others, num_clusters),
+        WALKS_VOTE: vote_clusters(torch.stack([middle, long]), others, num_clusters),
+        f"k-means after {WALKS[-1]} steps": longest,
+    }
+    # Neighbours agree most where everything is in one cluster: no such candidate may win.
+    even = {name: evenness(row, num_clusters) for name, row in found.items()}
+    limit = max(even.values()) - COLLAPSED
+    return {name: row for name, row in found.items() if even[name] >= limit}, others
 
 
 def neighbors_within(num_images: int, num_clusters: int) -> int:
