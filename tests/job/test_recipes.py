@@ -60,7 +60,7 @@ def test_k_is_estimated_once_and_then_that_of_the_run(tiny: Sequence[str]) -> No
     assert shown["num_clusters"] == estimate["estimated_num_clusters"]
     assert (shown["clear"], shown["sentence"]) == (estimate["clear"], estimate["sentence"])
     assert shown["candidates"] == [2, 3, 4]
-    assert shown["scores"] == [point["silhouette"] for point in estimate["curve"]]
+    assert shown["scores"] == estimate["k_estimate"]["scores"]
     assert job.folder("moco").metrics["num_clusters"] == 0  # its features are the same for any K
     begun = job.folder("estimate_k").path.joinpath("metrics.json").stat().st_mtime_ns
     run_stages(make_job(*tiny, *more, "resume=true"))
