@@ -122,22 +122,23 @@ def test_stage_1_on_two_ranks_equals_one_rank_with_two_groups(runs: Runs) -> Non
             torch.testing.assert_close(two[key], value, rtol=1e-3, atol=1e-4, msg=key)
 
 
-def test_simclr_on_two_ranks_equals_one_rank(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("stage", "kind"), [("simclr", "SimCLR"), ("empssl", "EmpSSL")])
+def test_losses_of_a_whole_batch_on_two_ranks_equal_one_rank(
+    stage: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The negatives of a rank's images are those of all ranks, and their gradient comes back."""
+    """The loss sees the images of all ranks, and the gradient comes back to each."""
     monkeypatch.setenv("RANK_DUMPS", str(tmp_path))
     root = write_folder(tmp_path / "photos", classes=False)
     overrides = (
-        *("stage=simclr", "dataset=folder", f"dataset.root={root}"),
+        *(f"stage={stage}", "dataset=folder", f"dataset.root={root}"),
         *(f"cache_dir={tmp_path / 'cache'}", *TINY, "allow_targets=[tests]"),
-        *("simclr.module._target_=tests.ranks.DumpingSimCLR", "simclr.epochs=2"),
-        *("simclr.streams.images.batch_size=30", "simclr.module.lr=0.05"),
+        *(f"{stage}.module._target_=tests.ranks.Dumping{kind}", f"{stage}.epochs=2"),
+        *(f"{stage}.streams.images.batch_size=30", f"{stage}.module.lr=0.05"),
     )
     done = train(*overrides, f"runs_dir={tmp_path / 'two'}", *TWO)
     assert done.returncode == 0, done.stderr
     run_stages(make_job(*overrides, f"runs_dir={tmp_path / 'one'}"))
-    two, one = (torch.load(tmp_path / f"simclr-{n}-0.pt", weights_only=True) for n in (2, 1))
+    two, one = (torch.load(tmp_path / f"{stage}-{n}-0.pt", weights_only=True) for n in (2, 1))
     assert two.keys() == one.keys()
     for key, value in one.items():
         torch.testing.assert_close(two[key], value, rtol=1e-3, atol=1e-5, msg=key)

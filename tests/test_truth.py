@@ -149,6 +149,7 @@ STEPS = (
 SEMI = (*STEPS, "selector=variance")
 LEARNS = {
     "simclr": ("epochs=1", "watch_epochs=1", "streams.images.batch_size=30"),
+    "empssl": ("epochs=1", "watch_epochs=1", "streams.images.batch_size=30"),
     "embed": (),
     "import": ("module.stem=conv3",),
     "scan": ("epochs=2", "streams.images.batch_size=30"),

@@ -11,12 +11,16 @@ import pytest
 import torch
 from tests.conftest import Finished
 from tests.process import ROOT
+from tests.stages.small import MEAN, STD, backbone, image_set
 from torch import nn
 
+from spice_pl.data.augment import PatchView
+from spice_pl.data.datamodule import Stream
 from spice_pl.errors import UsageError
 from spice_pl.job import memory
 from spice_pl.job.memory import saved_bytes
 from spice_pl.job.run import run_stages
+from spice_pl.stages.empssl import EmpSSLModule
 from spice_pl.system.memory import free_memory
 
 
@@ -43,6 +47,23 @@ def test_a_network_that_looks_at_values_has_no_estimate() -> None:
             return images * float(images.mean())
 
     assert saved_bytes(Looks(), (2, 3, 8, 8)) == 0
+
+
+def test_all_patches_of_a_view_are_counted_at_their_own_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One image of 8 pixels: 192 bytes, and per patch float32 pixels and what is kept for it."""
+    module, free = EmpSSLModule(backbone()), 0
+    kept = saved_bytes(module.encoder, (4, 3, 8, 8)) // 4
+    views = {str(side): PatchView(MEAN, STD, num_patches=5, side=side) for side in (4, 8)}
+    need = 192 + 5 * (4 * 192 + kept)  # of the larger one: they are shown in turn
+    monkeypatch.setattr(memory, "free_memory", lambda: free)
+    streams = {"images": Stream(views, 10, turns=["4", "8"])}
+    free = 10 * need
+    memory.check_memory(module, streams, image_set(), 1)
+    free = 10 * need - 1
+    with pytest.raises(UsageError, match="empssl: a training step takes at least"):
+        memory.check_memory(module, streams, image_set(), 1)
 
 
 @pytest.mark.parametrize("stage", ["moco", "fixmatch"])

@@ -26,6 +26,7 @@ from spice_pl.nn.thresholds import (
     Threshold,
 )
 from spice_pl.stages.base import Stage
+from spice_pl.stages.empssl import EmpSSLModule
 from spice_pl.stages.moco import MoCoModule
 from spice_pl.stages.scan import ScanModule
 from spice_pl.stages.selflabel import SelfLabelModule
@@ -53,6 +54,10 @@ def stage_and_batch(name: str) -> tuple[Stage, Any]:
         return MoCoModule(backbone(), projection_dim=4, queue_size=12), views("query", "key")
     if name == "simclr":
         return SimCLRModule(backbone(), projection_dim=4, hidden_dim=8), views("query", "key")
+    if name == "empssl":
+        patches = torch.rand(B, 3, 3, S, S, generator=torch.Generator().manual_seed(0))
+        batch = Views(torch.arange(B), {"patches": patches})
+        return EmpSSLModule(backbone(), projection_dim=4, hidden_dim=8), batch
     if name == "scan":
         return ScanModule(backbone(), K), views("strong")
     if name == "selflabel":
@@ -65,7 +70,7 @@ def stage_and_batch(name: str) -> tuple[Stage, Any]:
     return module, {"labelled": views("weak"), "unlabelled": views("weak", "strong", seed=1)}
 
 
-@pytest.mark.parametrize("name", ["moco", "simclr", "scan", "selflabel", *THRESHOLDS])
+@pytest.mark.parametrize("name", ["moco", "simclr", "empssl", "scan", "selflabel", *THRESHOLDS])
 def test_a_training_step_is_traced_whole(name: str) -> None:
     module, batch = stage_and_batch(name)
     module.trainer = SimpleNamespace(  # type: ignore[assignment]

@@ -298,7 +298,9 @@ class MoCoView(PlainView):
     Args:
         mean: as in `PlainView`.
         std: as in `PlainView`.
-        min_scale: smallest share of the image's area that a crop covers; the largest is 1.
+        min_scale: smallest share of the image's area that a crop covers.
+        max_scale: largest share of the image's area that a crop covers.
+        side: s, side of the view in pixels; None makes it as large as the image.
         ratio: range of the crop's width / height, log-uniform.
         jitter: strengths of brightness, contrast, saturation (factor in 1 ± strength) and hue
             (shift in ± strength, share of the colour circle).
@@ -316,6 +318,8 @@ class MoCoView(PlainView):
     """
 
     min_scale: float = 0.2
+    max_scale: float = 1.0
+    side: int | None = None
     ratio: Sequence[float] = (3 / 4, 4 / 3)
     jitter: Sequence[float] = (0.4, 0.4, 0.4, 0.1)
     jitter_prob: float = 0.8
@@ -329,6 +333,9 @@ class MoCoView(PlainView):
     def __post_init__(self) -> None:
         super().__post_init__()
         _require(0 < self.min_scale <= 1, "min_scale", self.min_scale, "an area share in (0, 1]")
+        rule = f"an area share from min_scale, {self.min_scale}, to 1"
+        _require(self.min_scale <= self.max_scale <= 1, "max_scale", self.max_scale, rule)
+        _require(self.side is None or self.side > 0, "side", self.side, "1 pixel or more")
         for name, pair in (("ratio", self.ratio), ("blur_sigma", self.blur_sigma)):
             _require(len(pair) == 2 and 0 < pair[0] <= pair[1], name, pair, "(low, high), above 0")
         _require(
@@ -359,9 +366,9 @@ class MoCoView(PlainView):
         )
         probabilities = switch.new_tensor((self.flip, self.gray_prob, self.blur_prob))
         flip, gray, blur = (switch[:, :3] < probabilities).unbind(1)
-        box = ops.random_boxes(boxes, images.shape[-1], self.min_scale, self.ratio)
+        box = self._boxes(boxes, images.shape[-1])
         images = images.index_select(0, order).to(torch.float32)
-        views = ops.crop_resize(images, box, flip, self._warp_matrix(warp))
+        views = ops.crop_resize(images, box, flip, self._warp_matrix(warp), self.side)
         self._jitter_(views, steps[:, 2:], ends)
         rows = gray.nonzero().squeeze(1)
         views.index_copy_(0, rows, ops.grayscale(views.index_select(0, rows)))
@@ -371,7 +378,7 @@ class MoCoView(PlainView):
         sigma = low + (high - low) * switch[rows, 3]
         blurred = ops.gaussian_blur(views.index_select(0, rows), sigma, radius)
         views.index_copy_(0, rows, blurred)
-        return images.index_copy_(0, order, self._normalise(views))
+        return torch.empty_like(views).index_copy_(0, order, self._normalise(views))
 
     def _parameters(self, uniforms: Tensor, size: int) -> Tensor:
         steps, switch, warp, boxes = uniforms.split_with_sizes(
@@ -386,18 +393,22 @@ class MoCoView(PlainView):
             factor=factors.gather(1, kinds),
             kind=kinds,
             shift=shift,
-            box=ops.random_boxes(boxes, size, self.min_scale, self.ratio),
+            box=self._boxes(boxes, size),
             flip=flip < self.flip,
             gray=gray < self.gray_prob,
             sigma=torch.where(blur < self.blur_prob, low + (high - low) * sharpness, 0.0),
             normal=on_device.normalisation(self.mean, self.std),
             warp=self._warp_matrix(warp),
             size=size,
-            radius=on_device.blur_radius(high, size),
+            radius=on_device.blur_radius(high, self.side or size),
         )
 
     def _on_device(self, images: Tensor, parameters: Tensor) -> Tensor:
-        return on_device.moco(images, parameters, warped=self.rotate_degrees > 0 or self.shear > 0)
+        warped = self.rotate_degrees > 0 or self.shear > 0
+        return on_device.moco(images, parameters, warped=warped, side=self.side)
+
+    def _boxes(self, uniforms: Tensor, size: int) -> Tensor:
+        return ops.random_boxes(uniforms, size, self.min_scale, self.ratio, self.max_scale)
 
     def _warp_matrix(self, uniforms: Tensor) -> Tensor | None:
         if self.rotate_degrees == 0 and self.shear == 0:
@@ -430,3 +441,48 @@ class MoCoView(PlainView):
         orders = torch.tensor(_ORDERS, device=uniforms.device)
         kinds = orders[_integers(uniforms[:, 4], len(_ORDERS))]  # (B, 3)
         return factors, shift, kinds
+
+
+@dataclass(frozen=True)
+class PatchView(MoCoView):
+    """Many crops of each image, each a view as `MoCoView` makes it.
+
+    Tong et al. 2023 (EMP-SSL), Section 3, which crops a quarter of the area. Here a crop may keep
+    its native size, so that it costs the network less than an image does.
+
+    Args:
+        mean: as in `PlainView`.
+        std: as in `PlainView`.
+        num_patches: n, number of crops per image.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    num_patches: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.num_patches >= 2, "num_patches", self.num_patches, "2 or more")
+
+    @property
+    def num_uniforms(self) -> int:
+        """Number of uniform random numbers that the views of one image need."""
+        return self.num_patches * super().num_uniforms
+
+    def _view(self, images: Tensor, uniforms: Tensor) -> Tensor:
+        patches = super()._view(self._repeated(images), self._per_patch(uniforms))  # (B n, 3, s, s)
+        return patches.view(-1, self.num_patches, *patches.shape[1:])
+
+    def _parameters(self, uniforms: Tensor, size: int) -> Tensor:
+        return super()._parameters(self._per_patch(uniforms), size)  # (B n, P)
+
+    def _on_device(self, images: Tensor, parameters: Tensor) -> Tensor:
+        patches = super()._on_device(self._repeated(images), parameters)
+        return patches.view(-1, self.num_patches, *patches.shape[1:])
+
+    def _repeated(self, images: Tensor) -> Tensor:
+        return images.repeat_interleave(self.num_patches, dim=0)  # (B n, 3, S, S)
+
+    def _per_patch(self, uniforms: Tensor) -> Tensor:
+        return uniforms.reshape(len(uniforms) * self.num_patches, -1)  # (B n, U / n)

@@ -35,15 +35,17 @@ def _sample(images: Tensor, matrix: Tensor, x: Tensor, y: Tensor, mode: str) -> 
     Args:
         images: (B, 3, S, S).
         matrix: (B, 2, 3), output to source.
-        x: (B, S) or (1, S), x coordinates, the same in every row.
-        y: (B, S) or (1, S), y coordinates, the same in every column.
+        x: (B, s) or (1, s), x coordinates, the same in every row.
+        y: (B, s) or (1, s), y coordinates, the same in every column.
         mode: interpolation, "nearest" or "bilinear".
+
+    Returns:
+        (B, 3, s, s).
     """
-    size = images.shape[-1]
-    matrix = matrix * (2 / size)  # grid_sample's unit is half the image
-    across = matrix[:, :, 0:1] * x[:, None] + matrix[:, :, 2:3]  # (B, 2, S)
-    down = matrix[:, :, 1:2] * y[:, None]  # (B, 2, S)
-    grid = images.new_empty(len(images), size, size, 2)
+    matrix = matrix * (2 / images.shape[-1])  # grid_sample's unit is half the image
+    across = matrix[:, :, 0:1] * x[:, None] + matrix[:, :, 2:3]  # (B, 2, s)
+    down = matrix[:, :, 1:2] * y[:, None]  # (B, 2, s)
+    grid = images.new_empty(len(images), y.shape[-1], x.shape[-1], 2)
     torch.add(across[:, :, None], down[..., None], out=grid.permute(0, 3, 1, 2))
     return F.grid_sample(images, grid, mode=mode, padding_mode="zeros", align_corners=False)
 
@@ -101,20 +103,23 @@ def translate_y(images: Tensor, fraction: Tensor) -> Tensor:
 CROP_ATTEMPTS = 10  # as in torchvision's RandomResizedCrop
 
 
-def random_boxes(uniforms: Tensor, size: int, min_scale: float, ratio: Sequence[float]) -> Tensor:
+def random_boxes(
+    uniforms: Tensor, size: int, min_scale: float, ratio: Sequence[float], max_scale: float = 1.0
+) -> Tensor:
     """Choose boxes as torchvision's RandomResizedCrop.get_params does.
 
     Args:
         uniforms: (B, 22) in [0, 1): ten areas, ten ratios, two positions.
         size: side S of the image in pixels.
-        min_scale: smallest area, as a share of the image's; the largest is 1.
+        min_scale: smallest area, as a share of the image's.
         ratio: range of width / height, log-uniform.
+        max_scale: largest area, as a share of the image's.
 
     Returns:
         (B, 4) float32, integer pixels: top, left, height, width.
     """
     areas, ratios, position = uniforms.split_with_sizes((CROP_ATTEMPTS, CROP_ATTEMPTS, 2), dim=1)
-    root_area = size * (min_scale + (1 - min_scale) * areas).sqrt()
+    root_area = size * (min_scale + (max_scale - min_scale) * areas).sqrt()
     low, high = (math.log(bound) for bound in ratio)
     root_ratio = torch.exp(0.5 * (low + (high - low) * ratios))
     sides = torch.stack((root_area / root_ratio, root_area * root_ratio), dim=2).round_()
@@ -131,25 +136,35 @@ def random_boxes(uniforms: Tensor, size: int, min_scale: float, ratio: Sequence[
 
 
 def crop_resize(
-    images: Tensor, box: Tensor, flip: Tensor | None = None, matrix: Tensor | None = None
+    images: Tensor,
+    box: Tensor,
+    flip: Tensor | None = None,
+    matrix: Tensor | None = None,
+    side: int | None = None,
 ) -> Tensor:
-    """Crop a box from each image and enlarge it to the size of the image, bilinear.
+    """Crop a box from each image and scale it to a square, bilinear, without antialiasing.
 
-    A box is never larger than the image, so antialiasing (off here) would change nothing.
+    A box is never larger than the image, so at the size of the image, the default, antialiasing
+    would change nothing. It would change little down to half of that size.
 
     Args:
         images: (B, 3, S, S).
         box: (B, 4), integer pixels: top, left, height, width.
         flip: (B,) bool, whether to mirror the result left to right.
         matrix: (B, 2, 3), warp of the image before the crop, within the same interpolation.
+        side: s, side of the result in pixels; S if None.
+
+    Returns:
+        (B, 3, s, s).
     """
     size = images.shape[-1]
+    side = side or size
     top, left, height, width = box[:, :, None].unbind(1)  # (B, 1) each
-    centre = (torch.arange(size, device=images.device) + 0.5) / size  # (S,)
+    centre = (torch.arange(side, device=images.device) + 0.5) / side  # (s,)
     # Outside the outermost pixel centres of the box its edge is repeated, not its surroundings.
     zero = torch.zeros_like(width)
-    x = torch.clamp(centre * width - 0.5, zero, width - 1) + left - (size - 1) / 2  # (B, S)
-    y = torch.clamp(centre * height - 0.5, zero, height - 1) + top - (size - 1) / 2  # (B, S)
+    x = torch.clamp(centre * width - 0.5, zero, width - 1) + left - (size - 1) / 2  # (B, s)
+    y = torch.clamp(centre * height - 0.5, zero, height - 1) + top - (size - 1) / 2  # (B, s)
     if flip is not None:
         x = torch.where(flip[:, None], x.flip(1), x)
     if matrix is None:

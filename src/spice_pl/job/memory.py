@@ -25,7 +25,7 @@ def check_memory(
     """Refuse batches for which a step on a CPU takes more memory than there is.
 
     The estimate is a lower bound: pixels and views of all streams, and what the backward pass needs
-    of one view of the largest stream. What it lets through may still not fit.
+    of one view of the largest stream, with all its patches. What it lets through may still not fit.
 
     Args:
         module: the stage; its encoder counts if it is trained.
@@ -41,11 +41,16 @@ def check_memory(
         return
     sizes = {name: -(-each.batch_size // num_ranks) for name, each in streams.items()}
     largest = max(sizes, key=lambda name: sizes[name])
-    views = {name: 3 * size**2 * (1 + 4 * len(each.views)) for name, each in streams.items()}
+    shown = {name: _shown(each, size) for name, each in streams.items()}  # (patches, side)
+    views = {
+        name: 3 * (size**2 + 4 * sum(count * side**2 for count, side in each))
+        for name, each in shown.items()
+    }
     fixed = sum(views[name] * sizes[name] for name in sizes if name != largest)
     each = views[largest]
     if module.trains_encoder and any(one.requires_grad for one in module.encoder.parameters()):
-        each += saved_bytes(module.encoder, (4, 3, size, size)) // 4
+        count, side = (shown[largest] or [(1, size)])[0]
+        each += count * (saved_bytes(module.encoder, (4, 3, side, side)) // 4)
     need = fixed + each * sizes[largest]
     if need <= free:
         return
@@ -55,6 +60,19 @@ def check_memory(
         f"{free / 1e9:.1f} GB are free; lower {module.name}.streams.{largest}.batch_size="
         f"{streams[largest].batch_size}, for example to {fits}, or dataset.image_size={size}"
     )
+
+
+def _shown(stream: Stream, size: int) -> list[tuple[int, int]]:
+    """Return the number and the side of the patches of each view of a step; the most pixels first.
+
+    Of views that are shown in turn it is the one with the most pixels.
+    """
+    views = [
+        (int(getattr(view, "num_patches", 1)), getattr(view, "side", None) or size)
+        for view in stream.views.values()
+    ]
+    views.sort(key=lambda view: view[0] * view[1] ** 2, reverse=True)
+    return views[:1] if stream.turns else views
 
 
 def saved_bytes(network: nn.Module, shape: tuple[int, ...]) -> int:

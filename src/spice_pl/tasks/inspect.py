@@ -147,7 +147,9 @@ class Inspect:
                 key = zlib.crc32(f"inspect/{name}".encode())
                 uniforms = keyed_uniform(seed, draw, index, key, view.num_uniforms)
                 title = f"{name} {draw + 1}" if view.num_uniforms else name
-                made[title] = as_picture(view(pixels.clone(), uniforms), view)
+                shown = view(pixels.clone(), uniforms)
+                shown = shown if shown.ndim == 4 else shown[:, 0]  # the first of many patches
+                made[title] = as_picture(shown, view)
         return made
 
 
