@@ -15,8 +15,10 @@ from spice_pl.callbacks import checkpoints
 from spice_pl.callbacks.checkpoints import Checkpoints
 from spice_pl.data.datamodule import Views
 from spice_pl.stages.base import Stage
+from spice_pl.stages.cc import ContrastiveClusteringModule
 from spice_pl.stages.fixmatch import ReliableFixMatchModule
 from spice_pl.stages.moco import MoCoModule
+from spice_pl.stages.propos import ProPosModule
 from spice_pl.stages.proto import ProtoHeadModule
 from spice_pl.stages.semi import SemiSupervisedModule
 from spice_pl.stages.simclr import SimCLRModule
@@ -40,19 +42,48 @@ class DumpingMoCo(MoCoModule):
         dump(self, "moco")
 
 
+def without_batchnorm(module: nn.Module) -> None:
+    """Take BatchNorm out of a stage: its statistics differ between ranks."""
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.modules.batchnorm._BatchNorm):
+                setattr(parent, name, nn.Identity())
+
+
 class DumpingSimCLR(SimCLRModule):
-    """Stage 1 without BatchNorm, whose statistics differ between ranks."""
+    """Stage 1 without BatchNorm."""
 
     def __init__(self, backbone: nn.Module, **settings: Any) -> None:
         super().__init__(backbone, **settings)
-        for parent in list(self.modules()):
-            for name, child in parent.named_children():
-                if isinstance(child, nn.modules.batchnorm._BatchNorm):
-                    setattr(parent, name, nn.Identity())
+        without_batchnorm(self)
 
     def on_train_end(self) -> None:
         super().on_train_end()
         dump(self, "simclr")
+
+
+class DumpingCC(ContrastiveClusteringModule):
+    """Contrastive clustering without BatchNorm."""
+
+    def __init__(self, backbone: nn.Module, num_clusters: int, **settings: Any) -> None:
+        super().__init__(backbone, num_clusters, **settings)
+        without_batchnorm(self)
+
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        dump(self, "cc")
+
+
+class DumpingProPos(ProPosModule):
+    """ProPos without BatchNorm."""
+
+    def __init__(self, backbone: nn.Module, num_clusters: int, **settings: Any) -> None:
+        super().__init__(backbone, num_clusters, **settings)
+        without_batchnorm(self)
+
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        dump(self, "propos")
 
 
 class DumpingProto(ProtoHeadModule):

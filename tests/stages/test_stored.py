@@ -34,7 +34,7 @@ from spice_pl.stages.stored import StoredFeaturesStage
 from spice_pl.stages.temi import TemiModule
 from spice_pl.stages.turtle import LinearMaps, TurtleModule, _take_step
 
-SIZES: dict[str, Any] = {"num_heads": 3, "batch_size": 40, "steps_per_epoch": 20}
+SIZES: dict[str, Any] = {"num_heads": 3, "batch_size": 40, "steps_per_epoch": 20, "seed": 0}
 STAGES = (TemiModule, TurtleModule)
 
 

@@ -22,6 +22,7 @@ from spice_pl.job.plan import Step
 from spice_pl.job.settings import current_target, flat, masked
 from spice_pl.runs.edited import write_edited
 from spice_pl.runs.edits import Edits
+from spice_pl.system.building import locate
 from spice_pl.system.files import atomic
 
 logger = logging.getLogger(__name__)
@@ -204,7 +205,7 @@ def _changed(saved: Mapping[str, Any], step: Step) -> dict[str, tuple[Any, Any]]
     old |= {key: current_target(str(old[key])) for key in targets}
     free = ["dataset.cache_dir", "dataset.on_bad_image"]
     free.append(f"{step.name}.checkpoint_epochs")  # a setting of before 0.2, without effect
-    if not step.upstream or old.get("dataset.num_clusters") is None:  # features need no K
+    if not _needs_count(step) or old.get("dataset.num_clusters") is None:
         free += ["dataset.num_clusters", f"{step.name}.module.num_clusters"]
     changed = {
         key: (old.get(key), new.get(key))
@@ -215,6 +216,15 @@ def _changed(saved: Mapping[str, Any], step: Step) -> dict[str, tuple[Any, Any]]
     if changed and minutes[0] != minutes[1]:  # which chose some of these
         changed = {"minutes": minutes, **changed}
     return changed
+
+
+def _needs_count(step: Step) -> bool:
+    """Return whether what a step makes depends on K: features alone do not."""
+    module = step.own.get("module", {})
+    if step.upstream or "num_clusters" not in module:
+        return bool(step.upstream)
+    kind = locate(current_target(str(module.get("_target_"))), ("spice_pl.stages.",))
+    return bool(getattr(kind, "has_clusters", False))
 
 
 def _take_edits(job: Job, edits: Edits, steps: Sequence[Step]) -> None:

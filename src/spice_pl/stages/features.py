@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spice_pl.data.augment import View
 from spice_pl.data.datamodule import Stream, Views
 from spice_pl.data.images import ImageSet
 from spice_pl.data.keyed import keyed_uniform
@@ -111,7 +112,7 @@ class FeatureStage(Stage):
     def configure_optimizers(self) -> Any:
         """Return SGD, and its cosine per epoch after the warm-up."""
         optimizer = torch.optim.SGD(
-            [*self.encoder.parameters(), *self.projection.parameters()],
+            [each for each in self.parameters() if each.requires_grad],
             lr=self.lr,
             momentum=self.sgd_momentum,
             weight_decay=self.weight_decay,
@@ -138,14 +139,7 @@ class FeatureStage(Stage):
     ) -> Mapping[str, Stream]:
         """Fit the stem to some of the images, if the encoder has one that must be fitted."""
         self.check(images, streams)
-        fit_stem = getattr(self.encoder, "fit_stem", None)
-        if fit_stem is not None:
-            view = streams["images"].views["query"]
-            index = images.train_index[:: math.ceil(len(images.train_index) / NUM_STEM_IMAGES)]
-            pixels = torch.from_numpy(np.asarray(images.images[index]))  # (n, 3, S, S)
-            rows = torch.from_numpy(index)
-            uniforms = keyed_uniform(0, torch.zeros_like(rows), rows, 0, view.num_uniforms)
-            fit_stem(view(pixels, uniforms))
+        fit_stem(self.encoder, images, streams["images"].views["query"])
         return streams
 
     def weights(self) -> Mapping[str, nn.Module]:
@@ -181,6 +175,18 @@ class FeatureStage(Stage):
             return (epoch + 1) / (self.warmup_epochs + 1)
         epochs = max(1, (self.trainer.max_epochs or 1) - self.warmup_epochs)
         return 0.5 * (1 + math.cos(math.pi * (epoch - self.warmup_epochs) / epochs))
+
+
+def fit_stem(encoder: nn.Module, images: ImageSet, view: View) -> None:
+    """Fit the stem of an encoder to views of some training images, if it has one to be fitted."""
+    fit = getattr(encoder, "fit_stem", None)
+    if fit is None:
+        return
+    index = images.train_index[:: math.ceil(len(images.train_index) / NUM_STEM_IMAGES)]
+    pixels = torch.from_numpy(np.asarray(images.images[index]))  # (n, 3, S, S)
+    rows = torch.from_numpy(index)
+    uniforms = keyed_uniform(0, torch.zeros_like(rows), rows, 0, view.num_uniforms)
+    fit(view(pixels, uniforms))
 
 
 def _scaled(images: Tensor, size: int) -> Tensor:

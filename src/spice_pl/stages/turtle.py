@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Unpack
 
 import torch
 from pytorch_lightning.core.optimizer import LightningOptimizer
@@ -25,7 +26,7 @@ from spice_pl.nn.heads import LinearHead
 from spice_pl.runs.evidence import check_features, read_array
 from spice_pl.runs.folder import RunFolder, as_tensor
 from spice_pl.stages.base import Prediction, width_of
-from spice_pl.stages.stored import StoredFeaturesStage, moments
+from spice_pl.stages.stored import Sizes, StoredFeaturesStage, moments
 
 NUM_SCORED = 5000  # evenly spaced training images that the generalization score is computed on
 
@@ -43,14 +44,11 @@ class TurtleModule(StoredFeaturesStage):
         num_clusters: K.
         features_files: features (N, D) of the same images by other networks: .npy, .safetensors or
             .csv; each is one more feature space.
-        num_heads: H.
         gamma: γ, weight of the entropy of the mean label.
         inner_steps: steps of the classifiers per step of the labels; they continue from where they
             were (warm start).
-        batch_size: B.
-        steps_per_epoch: steps of the labels in an epoch.
         lr: learning rate of both Adam optimizers, constant.
-        seed: seed of the run.
+        sizes: as in `StoredFeaturesStage`; H are labelings, and a step is one of the labels.
     """
 
     name = "turtle"
@@ -63,22 +61,12 @@ class TurtleModule(StoredFeaturesStage):
         num_clusters: int,
         *,
         features_files: Sequence[str] = (),
-        num_heads: int = 5,
         gamma: float = 10.0,
         inner_steps: int = 10,
-        batch_size: int = 500,
-        steps_per_epoch: int = 50,
         lr: float = 1e-3,
-        seed: int = 0,
+        **sizes: Unpack[Sizes],
     ) -> None:
-        super().__init__(
-            backbone,
-            num_clusters,
-            num_heads=num_heads,
-            batch_size=batch_size,
-            steps_per_epoch=steps_per_epoch,
-            seed=seed,
-        )
+        super().__init__(backbone, num_clusters, **sizes)
         self.features_files = list(features_files)
         self.gamma, self.inner_steps, self.lr = gamma, inner_steps, lr
         self.selected = LinearHead(width_of(backbone), num_clusters).requires_grad_(False)
