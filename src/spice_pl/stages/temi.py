@@ -60,7 +60,7 @@ class TemiModule(StoredFeaturesStage):
         hidden_dim: int = 128,
         num_neighbors: int = 25,
         beta: float = 0.6,
-        teacher_momentum: float = 0.99,
+        teacher_momentum: float = 0.92,
         share_momentum: float = 0.9,
         lr: float = 1e-3,
         weight_decay: float = 1e-4,
