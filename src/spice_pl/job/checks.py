@@ -72,23 +72,23 @@ def check_folders(job: Job, steps: Sequence[Step]) -> None:
 def check_chain(step: Step) -> None:
     """Refuse to reuse a run whose upstream has been run again since."""
     if step.upstream and step.upstream[0].finished:
-        step.folder.check_upstream(step.upstream[0])
+        step.folder.check_upstream(step.upstream[0], step.more)
 
 
 def check_upstream(job: Job, step: Step, images: ImageSet) -> None:
     """Refuse an upstream that does not exist or was made from other images."""
-    if not step.upstream:
-        return
-    upstream = step.upstream[0]
-    if not upstream.finished:
-        stage = upstream.path.parent.name
-        command = job.command(f"stage={stage}", without=("stage", "overwrite"))
-        raise UsageError(
-            f"stage={step.name} reads what stage={stage} writes to {upstream.path}, and that "
-            f"does not exist; make it with\n  {command}\nor run all stages with stage=all"
-        )
-    upstream.check_dataset(images.fingerprint, len(images))
-    upstream.check_digests()
+    for upstream in (*step.upstream[:1], *step.more):
+        if not upstream.finished:
+            stage, run = upstream.path.parent.name, upstream.path.name
+            named = [f"stage={stage}", *([f"run={run}"] if run != step.folder.path.name else [])]
+            without = ("stage", "overwrite", *(["run"] if named[1:] else []))
+            raise UsageError(
+                f"stage={step.name} reads what stage={stage} writes to {upstream.path}, and that "
+                f"does not exist; make it with\n  {job.command(*named, without=without)}\n"
+                "or run all stages with stage=all"
+            )
+        upstream.check_dataset(images.fingerprint, len(images))
+        upstream.check_digests()
 
 
 def stamp(step: Step, *, keep: bool) -> None:

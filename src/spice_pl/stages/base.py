@@ -53,6 +53,8 @@ class Stage(pl.LightningModule):
     name = ""  # key of its settings, such as moco, for messages; the job may set another
     has_clusters = True
     trains_encoder = True  # for the estimate of memory
+    reads_many = False  # whether `upstream` may name several stages
+    more_upstream: Sequence[RunFolder] = ()  # those after the first; the job sets it
     oracle = False  # whether it trains on true labels, which every result must say
     chosen_head: int | None = None  # of many, the one chosen without labels after the last epoch
     encoder: nn.Module

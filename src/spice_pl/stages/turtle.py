@@ -42,8 +42,8 @@ class TurtleModule(StoredFeaturesStage):
     Args:
         backbone: (B, 3, S, S) -> (B, D), with `num_features`.
         num_clusters: K.
-        features_files: features (N, D) of the same images by other networks: .npy, .safetensors or
-            .csv; each is one more feature space.
+        features_files: features (N, D) of the same images from elsewhere: .npy, .safetensors or
+            .csv; each is one more feature space, as is each further stage that `upstream` names.
         gamma: γ, weight of the entropy of the mean label.
         inner_steps: steps of the classifiers per step of the labels; they continue from where they
             were (warm start).
@@ -52,6 +52,7 @@ class TurtleModule(StoredFeaturesStage):
     """
 
     name = "turtle"
+    reads_many = True
     labelings: LinearMaps  # θ; made in `prepare`, where the widths of all spaces are known
     classifiers: LinearMaps  # w
 
@@ -67,7 +68,7 @@ class TurtleModule(StoredFeaturesStage):
         **sizes: Unpack[Sizes],
     ) -> None:
         super().__init__(backbone, num_clusters, **sizes)
-        self.features_files = list(features_files)
+        self.features_files, self.more_features = list(features_files), list[Tensor]()
         self.gamma, self.inner_steps, self.lr = gamma, inner_steps, lr
         self.selected = LinearHead(width_of(backbone), num_clusters).requires_grad_(False)
 
@@ -107,7 +108,10 @@ class TurtleModule(StoredFeaturesStage):
 
     def prepare_heads(self, images: ImageSet, upstream: RunFolder) -> None:
         """Read further feature spaces; make the maps of each space."""
-        self.more_features = self._read(images)
+        for folder in self.more_upstream:
+            check_features(folder.features, len(images), f"{folder.path}/features.npy")
+            self.more_features.append(as_tensor(folder.features))
+        self.more_features += self._read(images)
         widths = [features.shape[1] for features in (self.features, *self.more_features)]
         generator = keyed_generator(self.seed)
         self.labelings, self.classifiers = (
@@ -120,14 +124,14 @@ class TurtleModule(StoredFeaturesStage):
 
     def state_of_head(self, head: int) -> Mapping[str, Tensor]:
         """Return a labeling, or its classifier, that reads raw features: it standardises them."""
-        maps = self.classifiers if self.features_files else self.labelings
+        maps = self.classifiers if self.more_features else self.labelings
         weight = maps.weights[0][head] / self.scale  # (K, D)
         return {"weight": weight, "bias": maps.biases[0][head] - weight @ self.mean}
 
     def predict(self, batch: Views) -> Prediction:
         """Return stored features, and the labels τ of the kept labeling."""
         prediction = super().predict(batch)
-        if not self.features_files:
+        if not self.more_features:
             return prediction
         return replace(prediction, probs=self._labels(batch.index)[int(self.kept)])
 
@@ -136,7 +140,7 @@ class TurtleModule(StoredFeaturesStage):
         super().on_fit_start()
         self.spaces = [self.inputs]
         for features in self.more_features:
-            mean, scale = moments(features[self.train_index], "features_files")
+            mean, scale = moments(features[self.train_index], "a further feature space")
             self.spaces.append(((features - mean) / scale).to(self.device))
 
     def _step(self, index: Tensor) -> Tensor:
