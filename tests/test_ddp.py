@@ -122,18 +122,27 @@ def test_stage_1_on_two_ranks_equals_one_rank_with_two_groups(runs: Runs) -> Non
             torch.testing.assert_close(two[key], value, rtol=1e-3, atol=1e-4, msg=key)
 
 
-@pytest.mark.parametrize(("stage", "kind"), [("simclr", "SimCLR"), ("empssl", "EmpSSL")])
-def test_losses_of_a_whole_batch_on_two_ranks_equal_one_rank(
-    stage: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+MORE = {  # settings beside epochs and batch size
+    "SimCLR": ("module.lr=0.05",),
+    "EmpSSL": ("module.lr=0.05",),
+    "CC": (),
+    "ProPos": ("module.warmup_epochs=1", "module.hidden_dim=16", "module.momentum=0.9"),
+}
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_a_loss_of_the_whole_batch_on_two_ranks_equals_one_rank(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The loss sees the images of all ranks, and the gradient comes back to each."""
+    """Images and clusters of all ranks are contrasted, and their gradient comes back."""
+    stage = name.lower()
     monkeypatch.setenv("RANK_DUMPS", str(tmp_path))
     root = write_folder(tmp_path / "photos", classes=False)
     overrides = (
         *(f"stage={stage}", "dataset=folder", f"dataset.root={root}"),
         *(f"cache_dir={tmp_path / 'cache'}", *TINY, "allow_targets=[tests]"),
-        *(f"{stage}.module._target_=tests.ranks.Dumping{kind}", f"{stage}.epochs=2"),
-        *(f"{stage}.streams.images.batch_size=30", f"{stage}.module.lr=0.05"),
+        *(f"{stage}.module._target_=tests.ranks.Dumping{name}", f"{stage}.epochs=2"),
+        *(f"{stage}.streams.images.batch_size=30", *(f"{stage}.{more}" for more in MORE[name])),
     )
     done = train(*overrides, f"runs_dir={tmp_path / 'two'}", *TWO)
     assert done.returncode == 0, done.stderr

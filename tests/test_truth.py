@@ -150,6 +150,11 @@ SEMI = (*STEPS, "selector=variance")
 LEARNS = {
     "simclr": ("epochs=1", "watch_epochs=1", "streams.images.batch_size=30"),
     "empssl": ("epochs=1", "watch_epochs=1", "streams.images.batch_size=30"),
+    "cc": ("epochs=1", "watch_epochs=1", "streams.images.batch_size=30"),
+    "propos": (
+        *("epochs=2", "watch_epochs=1", "streams.images.batch_size=30"),
+        *("module.warmup_epochs=1", "module.hidden_dim=16"),
+    ),
     "embed": (),
     "import": ("module.stem=conv3",),
     "scan": ("epochs=2", "streams.images.batch_size=30"),

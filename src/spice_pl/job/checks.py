@@ -23,6 +23,7 @@ from spice_pl.job.settings import current_target, flat, masked
 from spice_pl.runs.edited import write_edited
 from spice_pl.runs.edits import Edits
 from spice_pl.runs.folder import RunFolder
+from spice_pl.system.building import locate
 from spice_pl.system.files import atomic
 
 logger = logging.getLogger(__name__)
@@ -72,23 +73,23 @@ def check_folders(job: Job, steps: Sequence[Step], opened: JobImages) -> None:
 def check_chain(step: Step) -> None:
     """Refuse to reuse a run whose upstream has been run again since."""
     if step.upstream and step.upstream[0].finished:
-        step.folder.check_upstream(step.upstream[0])
+        step.folder.check_upstream(step.upstream[0], step.more)
 
 
 def check_upstream(job: Job, step: Step, images: ImageSet) -> None:
     """Refuse an upstream that does not exist or was made from other images."""
-    if not step.upstream:
-        return
-    upstream = step.upstream[0]
-    if not upstream.finished:
-        stage = upstream.path.parent.name
-        command = job.command(f"stage={stage}", without=("stage", "overwrite"))
-        raise UsageError(
-            f"stage={step.name} reads what stage={stage} writes to {upstream.path}, and that "
-            f"does not exist; make it with\n  {command}\nor run all stages with stage=all"
-        )
-    upstream.check_dataset(images.fingerprint, len(images))
-    upstream.check_digests()
+    for upstream in (*step.upstream[:1], *step.more):
+        if not upstream.finished:
+            stage, run = upstream.path.parent.name, upstream.path.name
+            named = [f"stage={stage}", *([f"run={run}"] if run != step.folder.path.name else [])]
+            without = ("stage", "overwrite", *(["run"] if named[1:] else []))
+            raise UsageError(
+                f"stage={step.name} reads what stage={stage} writes to {upstream.path}, and that "
+                f"does not exist; make it with\n  {job.command(*named, without=without)}\n"
+                "or run all stages with stage=all"
+            )
+        upstream.check_dataset(images.fingerprint, len(images))
+        upstream.check_digests()
 
 
 def same_features(step: Step, images: ImageSet) -> RunFolder | None:
@@ -239,7 +240,7 @@ def _changed(saved: Mapping[str, Any], step: Step) -> dict[str, tuple[Any, Any]]
     old |= {key: current_target(str(old[key])) for key in targets}
     free = ["dataset.cache_dir", "dataset.on_bad_image"]
     free.append(f"{step.name}.checkpoint_epochs")  # a setting of before 0.2, without effect
-    if not step.upstream or old.get("dataset.num_clusters") is None:  # features need no K
+    if not _needs_count(step) or old.get("dataset.num_clusters") is None:
         free += ["dataset.num_clusters", f"{step.name}.module.num_clusters"]
     changed = {
         key: (old.get(key), new.get(key))
@@ -250,6 +251,15 @@ def _changed(saved: Mapping[str, Any], step: Step) -> dict[str, tuple[Any, Any]]
     if changed and minutes[0] != minutes[1]:  # which chose some of these
         changed = {"minutes": minutes, **changed}
     return changed
+
+
+def _needs_count(step: Step) -> bool:
+    """Return whether what a step makes depends on K: features alone do not."""
+    module = step.own.get("module", {})
+    if step.upstream or "num_clusters" not in module:
+        return bool(step.upstream)
+    kind = locate(current_target(str(module.get("_target_"))), ("spice_pl.stages.",))
+    return bool(getattr(kind, "has_clusters", False))
 
 
 def _take_edits(job: Job, edits: Edits, steps: Sequence[Step]) -> None:

@@ -147,6 +147,8 @@ def _epoch_seconds(
         "MoCoModule": (1 + bool(module.get("symmetric"))) * (costs.train + costs.encode),
         "SimCLRModule": 2 * costs.train,
         "EmpSSLModule": patches * costs.train,
+        "ContrastiveClusteringModule": 2 * costs.train,
+        "ProPosModule": 2 * (costs.train + costs.encode) + costs.encode,  # and the E-step
         "ScanModule": 2 * costs.train + views,  # an image and its partner
         "SelfLabelModule": 2 * costs.train,
     }

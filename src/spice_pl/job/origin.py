@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from spice_pl.job.job import upstream_names
 from spice_pl.nn.encoders import trained_by
 
 EMBED = "embed"
@@ -26,7 +27,8 @@ def titled(name: str, settings: Mapping[str, Any], recorded: str | None = None) 
     title = str(settings[name]["title"])
     if name == EMBED:
         return origin(settings[EMBED]["module"])
-    if settings[name].get("upstream") == EMBED and "module" in settings[name]:
+    reads = upstream_names(settings[name].get("upstream"))[:1]
+    if reads == [EMBED] and "module" in settings[name]:
         return f"{title} on {recorded or origin(settings[EMBED]['module'])}"
     return title
 

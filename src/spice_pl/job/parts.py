@@ -129,6 +129,12 @@ def build_stage(job: Job, step: Step, images: ImageSet) -> tuple[Stage, dict[str
             f"{without_network(backbone)}"
         ) from error
     module.name = step.name
+    if step.more and not module.reads_many:
+        raise UsageError(
+            f"{step.name}.upstream names {1 + len(step.more)} stages and this stage reads one; "
+            "give one (stage=turtle reads several)"
+        )
+    module.more_upstream = step.more
     module.check(images, streams)
     return module, streams
 

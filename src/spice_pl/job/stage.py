@@ -64,7 +64,7 @@ def run_stage(
         step.folder.clear_temporary()
         stamp(step, keep=continues)
         upstream = step.upstream[0] if step.upstream else None
-        step.folder.stamp(images.fingerprint, len(images), upstream)
+        step.folder.stamp(images.fingerprint, len(images), upstream, step.more)
         verb = "continues in" if continues else "starts in"
         logger.info("%s: %s %s", step.name, verb, step.folder.path)
     if trainer.max_epochs:  # a stage of no epochs only predicts

@@ -377,7 +377,7 @@ def _line(key: GroupKey, group: Group, settings: Mapping[str, str]) -> Line:
 def _published(dataset: str, row: PublishedRow) -> Line:
     return Line(
         dataset=dataset,
-        method=row.method,
+        method=row.title,
         settings={},
         protocol=row.protocol,
         seeds=(),

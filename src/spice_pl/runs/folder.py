@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -294,16 +294,22 @@ class RunFolder(CheckedFiles):
             raise self._changed(CLUSTERS, "its rows do not fit those of probs.npy")
         return table
 
-    def stamp(self, fingerprint: str, num_images: int, upstream: RunFolder | None) -> None:
-        """Write dataset.json: the data set and the upstream run behind the artifacts."""
-        self.write_json(
-            "dataset.json",
-            {
-                "fingerprint": fingerprint,
-                "num_images": num_images,
-                "upstream": upstream.metrics["digest"] if upstream else None,
-            },
-        )
+    def stamp(
+        self,
+        fingerprint: str,
+        num_images: int,
+        upstream: RunFolder | None,
+        more: Sequence[RunFolder] = (),
+    ) -> None:
+        """Write dataset.json: the data set and the upstream runs behind the artifacts."""
+        facts: dict[str, Any] = {
+            "fingerprint": fingerprint,
+            "num_images": num_images,
+            "upstream": upstream.metrics["digest"] if upstream else None,
+        }
+        if more:
+            facts["more"] = [each.metrics["digest"] for each in more]
+        self.write_json("dataset.json", facts)
 
     def fits(self, fingerprint: str) -> bool:
         """Return whether a finished run is of the images with this fingerprint."""
@@ -334,18 +340,22 @@ class RunFolder(CheckedFiles):
             reason = ValueError(f"the number of images is not the data set's, {num_images}")
             raise damaged(self.path / name, reason)
 
-    def check_upstream(self, upstream: RunFolder) -> None:
-        """Compare dataset.json with the upstream run as it is now.
+    def check_upstream(self, upstream: RunFolder, more: Sequence[RunFolder] = ()) -> None:
+        """Compare dataset.json with the upstream runs as they are now.
 
         Raises:
             UsageError: the upstream run was run again since.
         """
         stamp = self._stamp()
-        if stamp["upstream"] != upstream.metrics.get("digest"):
-            raise UsageError(
-                f"{self.path} was made from an earlier {upstream.path}, which was run again since; "
-                "run this stage again too with overwrite=true, or use another run=NAME"
-            )
+        others = stamp.get("more")
+        found = [stamp["upstream"], *(others if isinstance(others, list) else [])]
+        found += [None] * (1 + len(more) - len(found))
+        for each, digest in zip((upstream, *more), found, strict=False):
+            if digest != each.metrics.get("digest"):
+                raise UsageError(
+                    f"{self.path} was made from an earlier {each.path}, which was run again since; "
+                    "run this stage again too with overwrite=true, or use another run=NAME"
+                )
 
     def _stamp(self) -> dict[str, Any]:
         stamp = self._json("dataset.json", STAMP)

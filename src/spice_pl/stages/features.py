@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spice_pl.data.augment import View
 from spice_pl.data.datamodule import Stream, Views, in_turn
 from spice_pl.data.images import ImageSet
 from spice_pl.data.keyed import keyed_uniform
@@ -112,7 +113,7 @@ class FeatureStage(Stage):
     def configure_optimizers(self) -> Any:
         """Return SGD, and its cosine per epoch after the warm-up."""
         optimizer = torch.optim.SGD(
-            [*self.encoder.parameters(), *self.projection.parameters()],
+            [each for each in self.parameters() if each.requires_grad],
             lr=self.lr,
             momentum=self.sgd_momentum,
             weight_decay=self.weight_decay,
@@ -140,15 +141,7 @@ class FeatureStage(Stage):
     ) -> Mapping[str, Stream]:
         """Fit the stem to some of the images, if the encoder has one that must be fitted."""
         self.check(images, streams)
-        fit_stem = getattr(self.encoder, "fit_stem", None)
-        if fit_stem is not None:
-            view = next(iter(streams["images"].views.values()))
-            index = images.train_index[:: math.ceil(len(images.train_index) / NUM_STEM_IMAGES)]
-            pixels = torch.from_numpy(np.asarray(images.images[index]))  # (n, 3, S, S)
-            rows = torch.from_numpy(index)
-            uniforms = keyed_uniform(0, torch.zeros_like(rows), rows, 0, view.num_uniforms)
-            views = view(pixels, uniforms)
-            fit_stem(views if views.ndim == 4 else views[:, 0])  # one patch per image is enough
+        fit_stem(self.encoder, images, next(iter(streams["images"].views.values())))
         return streams
 
     def weights(self) -> Mapping[str, nn.Module]:
@@ -183,6 +176,19 @@ class FeatureStage(Stage):
             return (epoch + 1) / (self.warmup_epochs + 1)
         epochs = max(1, (self.trainer.max_epochs or 1) - self.warmup_epochs)
         return 0.5 * (1 + math.cos(math.pi * (epoch - self.warmup_epochs) / epochs))
+
+
+def fit_stem(encoder: nn.Module, images: ImageSet, view: View) -> None:
+    """Fit the stem of an encoder to views of some training images, if it has one to be fitted."""
+    fit = getattr(encoder, "fit_stem", None)
+    if fit is None:
+        return
+    index = images.train_index[:: math.ceil(len(images.train_index) / NUM_STEM_IMAGES)]
+    pixels = torch.from_numpy(np.asarray(images.images[index]))  # (n, 3, S, S)
+    rows = torch.from_numpy(index)
+    uniforms = keyed_uniform(0, torch.zeros_like(rows), rows, 0, view.num_uniforms)
+    views = view(pixels, uniforms)
+    fit(views if views.ndim == 4 else views[:, 0])  # one patch per image is enough
 
 
 def _scaled(images: Tensor, size: int) -> Tensor:
