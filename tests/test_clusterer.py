@@ -138,6 +138,7 @@ def test_flattened_grey_images_of_any_numbers() -> None:
         (np.zeros((5, 4, 4, 2)), r"X \(5, 4, 4, 2\) are not images"),
         (np.zeros((5, 2, 4, 4, 3)), "are not images"),
         (np.zeros((1, 4, 4)), "minimum of 2 is required"),
+        (np.zeros((40, 40, 3)), "minimum of 2 is required"),  # one image
         ("/not/there", r"dataset\.root=/not/there does not exist"),
     ],
 )
@@ -182,6 +183,26 @@ def test_all_forms_of_the_same_images_are_alike(
         np.testing.assert_array_equal(fitted.predict(form), fitted.labels_, err_msg=name)
         assert len(fitted.predict_proba(form)) == NUM_IMAGES
     assert len(fitted.predict(forms["PIL"][0])) == 1
+    np.testing.assert_array_equal(fitted.predict(images[0]), fitted.labels_[:1])
+    np.testing.assert_array_equal(fitted.predict(each for each in images), fitted.labels_)
+    grey = images.max(axis=3)
+    expected = fitted.predict(grey)
+    for name, form in {"(N, 1, H, W)": grey[:, None], "(N, H, W, 1)": grey[..., None]}.items():
+        np.testing.assert_array_equal(fitted.predict(form), expected, err_msg=name)
+
+
+def test_floats_are_scaled_alike_in_every_order_of_channels(images: Any) -> None:
+    clusterer = SpiceClusterer(NUM_CLASSES)
+    as_levels = clusterer._prepared(images.astype(np.float32) / images.max(), reset=True)
+    expected = np.round(images * (255 / images.max()))  # the smallest level is 0
+    assert images.min() == 0
+    np.testing.assert_allclose(as_levels, expected, atol=1)
+    half = torch.from_numpy(images[:9].copy()).permute(0, 3, 1, 2) / images.max()
+    np.testing.assert_array_equal(clusterer._prepared(half, reset=False), as_levels[:9])
+
+
+def test_undecodable_files_are_named(fitted: SpiceClusterer, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "photos", classes=False)
     (folder / "000.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"000\.png cannot be decoded .* leave it out"):
         fitted.predict_proba(folder)

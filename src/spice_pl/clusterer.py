@@ -39,10 +39,10 @@ class SpiceClusterer(ClusterMixin, TransformerMixin, BaseEstimator):  # type: ig
     """Cluster images as `python train.py` does, with fit and predict.
 
     `fit` and all other methods take the same images: a folder, searched with its subfolders; a list
-    of paths, PIL images or uint8 arrays of any sizes; or one array or tensor (N, H, W),
-    (N, H, W, 3), (N, 3, H, W), or (N, P) of flattened square grey images. uint8 is used as it is.
-    Other numbers are scaled to 0 to 255, so that the smallest and the largest number given to `fit`
-    become 0 and 255.
+    of paths, PIL images or uint8 arrays of any sizes; or one array or tensor (N, H, W), (N, H, W, c),
+    (N, c, H, W) with c = 1 or 3, or (N, P) of flattened square grey images. An array (H, W, 3) is
+    one image. uint8 is used as it is. Other numbers are scaled to 0 to 255, so that the smallest
+    and the largest number given to `fit` become 0 and 255.
 
     Args:
         n_clusters: K.
@@ -197,6 +197,8 @@ class SpiceClusterer(ClusterMixin, TransformerMixin, BaseEstimator):  # type: ig
 
     def _prepared(self, X: Any, *, reset: bool) -> Any:  # noqa: N803
         """Return a folder or a list of images as it is, anything else as (N, H, W, 3) uint8."""
+        if isinstance(X, Iterator):
+            X = list(X)
         if not hasattr(X, "__array__") and (_is_folder(X) or _is_list_of_images(X)):
             return X
         if isinstance(X, Image.Image):
@@ -205,6 +207,8 @@ class SpiceClusterer(ClusterMixin, TransformerMixin, BaseEstimator):  # type: ig
 
     def _pixels(self, X: Any, *, reset: bool) -> NDArray[np.uint8]:  # noqa: N803
         """Check an array of images; return it as (N, H, W, 3) uint8."""
+        if getattr(X, "ndim", 0) == 3 and X.shape[2] == 3:
+            X = X[None]
         least = 2 if reset else 1
         given: NDArray[Any] = check_array(
             X, ensure_2d=False, allow_nd=True, dtype=None, ensure_min_samples=least
@@ -218,14 +222,17 @@ class SpiceClusterer(ClusterMixin, TransformerMixin, BaseEstimator):  # type: ig
                     "give images as (N, H, W) or (N, H, W, 3), or flattened square ones"
                 )
             given = given.reshape(-1, side, side)
-        if given.ndim == 4 and given.shape[1] == 3 != given.shape[3]:
-            given = given.transpose(0, 2, 3, 1)
         if given.ndim == 3:
-            given = np.repeat(given[..., None], 3, axis=3)  # (N, H, W, 3)
-        if given.ndim != 4 or given.shape[3] != 3:
+            given = given[..., None]
+        if given.ndim == 4 and given.shape[1] in (1, 3) and given.shape[3] not in (1, 3):
+            given = given.transpose(0, 2, 3, 1)  # (N, H, W, c)
+        if given.ndim != 4 or given.shape[3] not in (1, 3):
             raise ValueError(
-                f"X {given.shape} are not images; give (N, H, W), (N, H, W, 3) or (N, 3, H, W)"
+                f"X {given.shape} are not images; give (N, H, W), (N, H, W, 3) or (N, 3, H, W); one "
+                "channel in place of 3 is grey"
             )
+        if given.shape[3] == 1:
+            given = np.repeat(given, 3, axis=3)  # (N, H, W, 3)
         if given.dtype == np.uint8:
             return given
         numbers = given.astype(np.float64)
