@@ -237,3 +237,42 @@ def test_importing_it_loads_neither_torch_nor_hydra() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert found.stdout.strip() == "[]"
+
+
+def test_edits_name_merge_and_move_without_training(fitted: SpiceClusterer, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "photos", classes=False)
+    more = {"runs_dir": str(tmp_path / "runs"), "image_size": 8}
+    edited = clone(fitted).set_params(**more).fit(folder)
+    before = edited.labels_.copy()
+    kept, gone, other = np.argsort(-np.bincount(before, minlength=3))
+    kept, gone = sorted((int(kept), int(gone)))
+    moved = edited.keys_[int(np.flatnonzero(before == kept)[0])]
+    edited.edit(names={kept: "left"}, merge=[[gone, kept]], move={moved: int(other)})
+    expected = np.where(before == gone, kept, before)
+    expected[edited.keys_.index(moved)] = other
+    np.testing.assert_array_equal(edited.labels_, expected)
+    assert edited.model_.names[kept] == "left"
+    # The model follows merges and names; an image that was moved by hand is not learnt.
+    found = edited.predict(folder)
+    assert gone not in found
+    assert np.delete(found == expected, edited.keys_.index(moved)).mean() > 0.95
+    assert Path(edited.report_ or "").is_file()
+    first = edited.run_
+    edited.edit(names={int(other): "right"})  # keeps the first edits
+    np.testing.assert_array_equal(edited.labels_, expected)
+    assert edited.run_ != first
+    assert (edited.model_.names[kept], edited.model_.names[other]) == ("left", "right")
+
+
+def test_edits_that_cannot_be_made_are_refused(fitted: SpiceClusterer, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"are not in .* any more; .* give fit a folder"):
+        fitted.edit(names={0: "left"})
+    folder = write_folder(tmp_path / "photos", classes=False)
+    edited = clone(fitted).set_params(runs_dir=str(tmp_path / "runs"), image_size=8).fit(folder)
+    with pytest.raises(ValueError, match=r"move names 'no\.png', which is not in keys_"):
+        edited.edit(move={"no.png": 0})
+    with pytest.raises(ValueError, match="edits name cluster 7, and there are 0 to 2"):
+        edited.edit(merge=[[0, 7]])
+    edited.run_ = None
+    with pytest.raises(ValueError, match="fit with runs_dir=FOLDER"):
+        edited.edit(names={0: "left"})
