@@ -138,6 +138,7 @@ def test_flattened_grey_images_of_any_numbers() -> None:
         (np.zeros((5, 4, 4, 2)), r"X \(5, 4, 4, 2\) are not images"),
         (np.zeros((5, 2, 4, 4, 3)), "are not images"),
         (np.zeros((1, 4, 4)), "minimum of 2 is required"),
+        (np.zeros((40, 40, 3)), "minimum of 2 is required"),  # one image
         ("/not/there", r"dataset\.root=/not/there does not exist"),
     ],
 )
@@ -182,6 +183,26 @@ def test_all_forms_of_the_same_images_are_alike(
         np.testing.assert_array_equal(fitted.predict(form), fitted.labels_, err_msg=name)
         assert len(fitted.predict_proba(form)) == NUM_IMAGES
     assert len(fitted.predict(forms["PIL"][0])) == 1
+    np.testing.assert_array_equal(fitted.predict(images[0]), fitted.labels_[:1])
+    np.testing.assert_array_equal(fitted.predict(each for each in images), fitted.labels_)
+    grey = images.max(axis=3)
+    expected = fitted.predict(grey)
+    for name, form in {"(N, 1, H, W)": grey[:, None], "(N, H, W, 1)": grey[..., None]}.items():
+        np.testing.assert_array_equal(fitted.predict(form), expected, err_msg=name)
+
+
+def test_floats_are_scaled_alike_in_every_order_of_channels(images: Any) -> None:
+    clusterer = SpiceClusterer(NUM_CLASSES)
+    as_levels = clusterer._prepared(images.astype(np.float32) / images.max(), reset=True)
+    expected = np.round(images * (255 / images.max()))  # the smallest level is 0
+    assert images.min() == 0
+    np.testing.assert_allclose(as_levels, expected, atol=1)
+    half = torch.from_numpy(images[:9].copy()).permute(0, 3, 1, 2) / images.max()
+    np.testing.assert_array_equal(clusterer._prepared(half, reset=False), as_levels[:9])
+
+
+def test_undecodable_files_are_named(fitted: SpiceClusterer, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "photos", classes=False)
     (folder / "000.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"000\.png cannot be decoded .* leave it out"):
         fitted.predict_proba(folder)
@@ -216,3 +237,42 @@ def test_importing_it_loads_neither_torch_nor_hydra() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert found.stdout.strip() == "[]"
+
+
+def test_edits_name_merge_and_move_without_training(fitted: SpiceClusterer, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "photos", classes=False)
+    more = {"runs_dir": str(tmp_path / "runs"), "image_size": 8}
+    edited = clone(fitted).set_params(**more).fit(folder)
+    before = edited.labels_.copy()
+    kept, gone, other = np.argsort(-np.bincount(before, minlength=3))
+    kept, gone = sorted((int(kept), int(gone)))
+    moved = edited.keys_[int(np.flatnonzero(before == kept)[0])]
+    edited.edit(names={kept: "left"}, merge=[[gone, kept]], move={moved: int(other)})
+    expected = np.where(before == gone, kept, before)
+    expected[edited.keys_.index(moved)] = other
+    np.testing.assert_array_equal(edited.labels_, expected)
+    assert edited.model_.names[kept] == "left"
+    # The model follows merges and names; an image that was moved by hand is not learnt.
+    found = edited.predict(folder)
+    assert gone not in found
+    assert np.delete(found == expected, edited.keys_.index(moved)).mean() > 0.95
+    assert Path(edited.report_ or "").is_file()
+    first = edited.run_
+    edited.edit(names={int(other): "right"})  # keeps the first edits
+    np.testing.assert_array_equal(edited.labels_, expected)
+    assert edited.run_ != first
+    assert (edited.model_.names[kept], edited.model_.names[other]) == ("left", "right")
+
+
+def test_edits_that_cannot_be_made_are_refused(fitted: SpiceClusterer, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"are not in .* any more; .* give fit a folder"):
+        fitted.edit(names={0: "left"})
+    folder = write_folder(tmp_path / "photos", classes=False)
+    edited = clone(fitted).set_params(runs_dir=str(tmp_path / "runs"), image_size=8).fit(folder)
+    with pytest.raises(ValueError, match=r"move names 'no\.png', which is not in keys_"):
+        edited.edit(move={"no.png": 0})
+    with pytest.raises(ValueError, match="edits name cluster 7, and there are 0 to 2"):
+        edited.edit(merge=[[0, 7]])
+    edited.run_ = None
+    with pytest.raises(ValueError, match="fit with runs_dir=FOLDER"):
+        edited.edit(names={0: "left"})

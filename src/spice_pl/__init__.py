@@ -4,12 +4,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from spice_pl.clusterer import SpiceClusterer
+    from spice_pl.models.hub import pull
     from spice_pl.models.portable import load
 
 __version__ = "0.1.0"
-__all__ = ["SpiceClusterer", "__version__", "load"]
+__all__ = ["SpiceClusterer", "__version__", "load", "pull"]
 
-_HOMES = {"SpiceClusterer": "clusterer", "load": "models.portable"}
+_HOMES = {"SpiceClusterer": "clusterer", "load": "models.portable", "pull": "models.hub"}
 
 
 def __getattr__(name: str) -> Any:

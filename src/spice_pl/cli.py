@@ -69,6 +69,8 @@ def with_verb(arguments: list[str]) -> list[str]:
 
     >>> with_verb(["trust", "photos", "seed=1"])
     ['stage=trust', "of='photos'", 'seed=1']
+    >>> with_verb(["predict", "hf://ann/birds", "/"])[1]
+    "predict.model='hf://ann/birds'"
     """
     verb, *rest = arguments
     words = [word for word in rest if not word.startswith(("-", "+", "~")) and "=" not in word]
@@ -78,6 +80,9 @@ def with_verb(arguments: list[str]) -> list[str]:
         _say_words(verb, words)
     settings = [f"stage={about.stage}"]
     for name, word in zip(about.words, words, strict=True):
+        if verb == "predict" and word.startswith("hf://"):  # a model of the Hub has no run here
+            settings.append(f"predict.model={quoted(word)}")
+            continue
         if name in ("NEW", "DIR") and not Path(word).is_dir():
             _stop(f"{name}={word} is not a folder that exists; give a folder of images")
         settings += [text.format(quoted(word)) for text in about.settings[name]]

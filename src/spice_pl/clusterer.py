@@ -11,11 +11,12 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import json
 import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -40,9 +41,9 @@ class SpiceClusterer(ClusterMixin, TransformerMixin, BaseEstimator):  # type: ig
 
     `fit` and all other methods take the same images: a folder, searched with its subfolders; a list
     of paths, PIL images or uint8 arrays of any sizes; or one array or tensor (N, H, W),
-    (N, H, W, 3), (N, 3, H, W), or (N, P) of flattened square grey images. uint8 is used as it is.
-    Other numbers are scaled to 0 to 255, so that the smallest and the largest number given to `fit`
-    become 0 and 255.
+    (N, H, W, c), (N, c, H, W) with c = 1 or 3, or (N, P) of flattened square grey images. An array
+    (H, W, 3) is one image. uint8 is used as it is. Other numbers are scaled to 0 to 255, so that
+    the smallest and the largest number given to `fit` become 0 and 255.
 
     Args:
         n_clusters: K.
@@ -53,11 +54,14 @@ class SpiceClusterer(ClusterMixin, TransformerMixin, BaseEstimator):  # type: ig
         verbose: whether to print what the command prints.
 
     Attributes:
-        labels_: (N,) clusters of the images given to `fit`.
+        labels_: (N,) clusters of the images given to `fit`. They are those of `predict`, unless
+            settings choose the clusters among several (answer=auto, part of recipe=pretrained) or
+            images were moved by `edit`.
         model_: the trained model, see `spice_pl.load`; `model_.save(path)` writes it.
         keys_: (N,) the image of each label: its path below the folder, or its position. Files that
             cannot be decoded have no label and no key.
-        report_: path of the report page, or None if `runs_dir` is None.
+        run_: path of the run's folder, or None if `runs_dir` is None.
+        report_: path of the report page in it, or None.
         n_features_in_: P, after `fit` on flattened images.
 
     Examples:
@@ -121,11 +125,80 @@ class SpiceClusterer(ClusterMixin, TransformerMixin, BaseEstimator):  # type: ig
             from spice_pl.models.portable import load
 
             folder = self._run(_job(overrides))
-            self.model_ = load(folder)
+            from spice_pl.runs.folder import RunFolder
+
+            run = RunFolder(folder)
+            self.model_, self.run_ = load(folder), str(folder) if self.runs_dir else None
             self.report_ = str(folder / "report.html") if self.runs_dir else None
             # The same model predicts new images, so that fit_predict and predict agree.
             found = self.model_.predict(images)
-        self.labels_, self.keys_ = found.clusters, list(found.keys)
+            self.labels_, self.keys_ = found.clusters, list(found.keys)
+            if run.metrics.get("answer") is not None:
+                self.labels_ = run.read_clusters().clusters.astype(np.int64)
+        return self
+
+    def edit(
+        self,
+        *,
+        names: Mapping[int, str] | None = None,
+        merge: Sequence[Sequence[int]] = (),
+        split: Mapping[int, int] | None = None,
+        move: Mapping[str, int] | None = None,
+    ) -> Self:
+        """Name, merge and split clusters and move images, as a review does; nothing is trained.
+
+        Clusters keep their numbers. A merged cluster has the smallest number of its group, and the
+        others of the group are empty. labels_, model_, run_ and report_ become those of the edited
+        clusters, and another call edits these.
+
+        Args:
+            names: name by cluster.
+            merge: groups of clusters; each group becomes one cluster.
+            split: number of parts by cluster.
+            move: new cluster by image, as named in keys_.
+
+        Raises:
+            ValueError: no run was kept, its images are not files that are still there, or the edits
+                contradict themselves.
+        """
+        check_is_fitted(self, "model_")
+        if self.run_ is None:
+            raise ValueError("edit needs the files of the run; fit with runs_dir=FOLDER")
+        from spice_pl.models.portable import load
+        from spice_pl.runs.edits import Edits
+        from spice_pl.runs.folder import RunFolder
+        from spice_pl.tasks.edit import edited_folder
+
+        run = RunFolder(Path(self.run_))
+        root, metrics = run.metrics["settings"].get("dataset.root"), run.metrics
+        if root is None or not Path(root).is_dir():
+            raise ValueError(
+                f"the images of {run.path} are not in {root} any more; edit needs images that are "
+                "files: give fit a folder, or a list of paths"
+            )
+        places = {key: i for i, key in enumerate(self.keys_)}
+        if absent := [key for key in move or {} if key not in places]:
+            raise ValueError(f"move names {absent[0]!r}, which is not in keys_")
+        keys = run.read_clusters().keys
+        edits = Edits(
+            reviewed=f"{run.path.parent.name}/{run.path.name}",
+            fingerprint=metrics["fingerprint"],
+            digest=metrics["digest"],
+            num_clusters=int(metrics["num_clusters"]),
+            names={**run.names, **(names or {})},
+            merge=[list(map(int, group)) for group in merge],
+            split=dict(split or {}),
+            move={keys[places[key]]: int(cluster) for key, cluster in (move or {}).items()},
+        )
+        with tempfile.TemporaryDirectory(prefix="spice-pl-") as temporary:
+            file = Path(temporary, "edits.json")
+            file.write_text(json.dumps(edits.as_json()), encoding="utf-8")
+            given = [f"cache_dir={quoted(Path(temporary, 'cache'))}", "open=false"]
+            self._run(_job(["stage=edit", f"edit.file={quoted(file)}", *given], of=run.path))
+        edited = edited_folder(run)
+        self.model_, self.run_ = load(edited.path), str(edited.path)
+        self.report_ = str(edited.path / "report.html")
+        self.labels_ = edited.read_clusters().clusters.astype(np.int64)
         return self
 
     def _run(self, job: Job) -> Path:
@@ -197,11 +270,16 @@ class SpiceClusterer(ClusterMixin, TransformerMixin, BaseEstimator):  # type: ig
 
     def _prepared(self, X: Any, *, reset: bool) -> Any:  # noqa: N803
         """Return a folder or a list of images as it is, anything else as (N, H, W, 3) uint8."""
-        if not hasattr(X, "__array__") and (_is_folder(X) or _is_list_of_images(X)):
-            return X
-        if isinstance(X, Image.Image):
-            return [X]
-        return self._pixels(X.numpy(force=True) if hasattr(X, "detach") else X, reset=reset)
+        images: Any = list(X) if isinstance(X, Iterator) else X
+        if not hasattr(images, "__array__") and (_is_folder(images) or _is_list_of_images(images)):
+            return images
+        if isinstance(images, Image.Image):
+            return [images]
+        if hasattr(images, "detach"):
+            images = images.numpy(force=True)
+        if getattr(images, "ndim", 0) == 3 and images.shape[2] == 3:
+            images = images[None]
+        return self._pixels(images, reset=reset)
 
     def _pixels(self, X: Any, *, reset: bool) -> NDArray[np.uint8]:  # noqa: N803
         """Check an array of images; return it as (N, H, W, 3) uint8."""
@@ -218,14 +296,17 @@ class SpiceClusterer(ClusterMixin, TransformerMixin, BaseEstimator):  # type: ig
                     "give images as (N, H, W) or (N, H, W, 3), or flattened square ones"
                 )
             given = given.reshape(-1, side, side)
-        if given.ndim == 4 and given.shape[1] == 3 != given.shape[3]:
-            given = given.transpose(0, 2, 3, 1)
         if given.ndim == 3:
-            given = np.repeat(given[..., None], 3, axis=3)  # (N, H, W, 3)
-        if given.ndim != 4 or given.shape[3] != 3:
+            given = given[..., None]
+        if given.ndim == 4 and given.shape[1] in (1, 3) and given.shape[3] not in (1, 3):
+            given = given.transpose(0, 2, 3, 1)  # (N, H, W, c)
+        if given.ndim != 4 or given.shape[3] not in (1, 3):
             raise ValueError(
-                f"X {given.shape} are not images; give (N, H, W), (N, H, W, 3) or (N, 3, H, W)"
+                f"X {given.shape} are not images; give (N, H, W), (N, H, W, 3) or (N, 3, H, W), "
+                "with 1 in place of 3 for grey"
             )
+        if given.shape[3] == 1:
+            given = np.repeat(given, 3, axis=3)  # (N, H, W, 3)
         if given.dtype == np.uint8:
             return given
         numbers = given.astype(np.float64)
@@ -237,13 +318,21 @@ class SpiceClusterer(ClusterMixin, TransformerMixin, BaseEstimator):  # type: ig
         return levels
 
 
-def _job(overrides: Sequence[str]) -> Job:
+def _job(overrides: Sequence[str], of: Path | None = None) -> Job:
+    """Return the job of a command line; with `of`, a task with the settings of that run."""
     from hydra import compose, initialize_config_dir
+    from hydra.core.override_parser.overrides_parser import OverridesParser
 
     from spice_pl.job.job import Job
+    from spice_pl.job.of_run import with_settings_of_run
 
+    given = [*overrides, *([] if of is None else [f"of={quoted(of)}"])]
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        return Job(compose("config", list(overrides)), tuple(overrides), "none", sweep=False)
+        cfg = compose("config", given)
+        if of is not None:
+            parser = OverridesParser.create()
+            cfg = with_settings_of_run(cfg, parser.parse_overrides(list(overrides)))
+        return Job(cfg, tuple(given), "none", sweep=False)
 
 
 def write_images(images: Sequence[Any], root: Path) -> None:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from tests.conftest import NUM_CLASSES, NUM_IMAGES, Finished
+from tests.conftest import NUM_CLASSES, NUM_IMAGES, Finished, compose, make_job
 from tests.process import train
 from tests.wandb_file import read_run
 
 from spice_pl.callbacks.dashboards import assignments, cluster_pictures, confusion, run_id
 from spice_pl.data.images import ImageSet
+from spice_pl.job.run import run_stages
 from spice_pl.runs.clusters import ClusterTable
 from spice_pl.runs.folder import RunFolder
 
@@ -165,3 +168,72 @@ def test_pictures_and_tables_stay_small() -> None:
     assert columns == ["cluster", "0", "1", "2", "3", "4", "5"]
     assert len(rows) == num_clusters
     assert sum(sum(row[1:]) for row in rows) == int((np.arange(size) % 7 > 0).sum())
+
+
+class FakeMlflow:
+    """What Lightning's MLFlowLogger uses of mlflow; the package is an extra with many parts."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.uri, self.names = "", dict[str, str]()
+        self.metrics: dict[str, dict[str, list[float]]] = {}
+        self.params: dict[str, dict[str, str]] = {}
+        self.ended: dict[str, str] = {}
+        entities = SimpleNamespace(Metric=SimpleNamespace, Param=SimpleNamespace)
+        tags = SimpleNamespace(MLFLOW_RUN_NAME="mlflow.runName")
+        context = SimpleNamespace(resolve_tags=lambda given: given)
+        modules = {
+            "mlflow": SimpleNamespace(set_tracking_uri=lambda uri: None),
+            "mlflow.entities": entities,
+            "mlflow.utils": SimpleNamespace(mlflow_tags=tags),
+            "mlflow.utils.mlflow_tags": tags,
+            "mlflow.tracking": SimpleNamespace(MlflowClient=self.client, context=context),
+            "mlflow.tracking.context": context,
+        }
+        for name, module in modules.items():
+            monkeypatch.setitem(sys.modules, name, module)
+        monkeypatch.setattr("pytorch_lightning.loggers.mlflow._MLFLOW_AVAILABLE", True)
+
+    def client(self, uri: str) -> FakeMlflow:
+        self.uri = uri
+        return self
+
+    def get_experiment_by_name(self, name: str) -> Any:
+        return SimpleNamespace(lifecycle_stage="active", experiment_id=name)
+
+    def create_run(self, *, experiment_id: str, tags: dict[str, str]) -> Any:
+        name = f"{experiment_id}/{tags['mlflow.runName']}"
+        self.metrics[name], self.params[name] = {}, {}
+        return SimpleNamespace(info=SimpleNamespace(run_id=name))
+
+    def log_batch(self, *, run_id: str, metrics: Any = (), params: Any = ()) -> None:
+        for each in metrics:
+            self.metrics[run_id].setdefault(each.key, []).append(float(each.value))
+        self.params[run_id].update({each.key: each.value for each in params})
+
+    def get_run(self, run_id: str) -> str:
+        return run_id
+
+    def set_terminated(self, run_id: str, status: str) -> None:
+        self.ended[run_id] = status
+
+
+def test_mlflow_gets_settings_curves_and_final_scores(
+    tiny: Sequence[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    fake = FakeMlflow(monkeypatch)
+    job = make_job(*tiny, "logger=mlflow", "stages=[moco,proto]")
+    run_stages(job)
+    assert fake.uri == f"sqlite:///{tmp_path / 'runs'}/mlflow.db"
+    assert fake.ended == {"photos/moco-seed0": "FINISHED", "photos/proto-seed0": "FINISHED"}
+    assert len(fake.metrics["photos/moco-seed0"]["train/loss"]) == 2  # epochs
+    found = fake.metrics["photos/proto-seed0"]
+    assert STAGE_KEYS["proto"] <= set(found)
+    row = job.folder("proto").metrics["rows"][-1]
+    assert found["truth/final_acc"] == [pytest.approx(row["acc"])]
+    assert fake.params["photos/proto-seed0"]["proto.epochs"] == "3"
+
+
+def test_mlflow_talks_to_the_server_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://mlflow.example")
+    assert compose("logger=mlflow").logger.mlflow.tracking_uri == "https://mlflow.example"

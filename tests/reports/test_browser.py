@@ -280,3 +280,17 @@ def test_edits_are_saved_as_json_and_read_again(browser: Any, tmp_path: Path) ->
     page.click("#undo")
     assert "Nothing changed yet" in page.inner_text("#summary")
     assert opened.said == []
+
+
+def test_the_name_of_a_folder_is_taken_by_a_click_and_undone(browser: Any, tmp_path: Path) -> None:
+    keys = [f"{EVIL if i % 3 == 0 else 'trip'}/{i}.png" for i in range(60)]
+    opened = Opened(browser, replace(hostile(), labels=None, names={}, keys=keys), tmp_path)
+    page = opened.page
+    title = page.locator("#cluster-0-title")
+    assert title.text_content() == "Cluster 0"
+    page.click("#edit")
+    page.locator("#cluster-0 .edit button", has_text="Use folder name").click()
+    assert title.text_content() == EVIL.rpartition("/")[2]
+    page.click("#undo")
+    assert title.text_content() == "Cluster 0"
+    assert opened.said == []

@@ -506,3 +506,21 @@ def test_nearest_images_and_addresses_are_handed_to_the_script() -> None:
 def test_lengths_are_checked_once() -> None:
     with pytest.raises(ValueError, match="confidence has 3 entries for num_images 60"):
         report(confidence=np.zeros(3))
+
+
+def test_folders_are_proposed_as_names_and_given_to_no_cluster() -> None:
+    num = 60
+    keys = [f"{'<b>cats' if i % 3 == 0 else 'trip'}/{i}.png" for i in range(num)]
+    text = render_report(unlabelled(keys=keys))
+    page = Page(text)
+    assert "“<b>cats”" in "".join(page.text)
+    assert "Most images, 100%, are in folders called" in "".join(page.text)
+    articles = {
+        attrs["data-id"]: attrs.get("data-folder")
+        for tag, attrs in page.tags
+        if tag == "article" and attrs.get("class") == "cluster"
+    }
+    assert articles == {"0": "<b>cats", "1": "trip", "2": "trip"}
+    assert {heading for level, heading in page.headings if level == 3} >= {"Cluster 0", "Cluster 1"}
+    assert "data-folder" not in render_report(report(keys=keys))  # with labels
+    assert "data-folder" not in render_report(unlabelled())  # one folder

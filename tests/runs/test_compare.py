@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import statistics
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from tests.conftest import Finished
 from spice_pl.errors import UsageError
 from spice_pl.job.sweep import TRIALS, CompareTrials
 from spice_pl.runs.compare import compare, finished_runs, main, markdown, page, show, table_csv
+from spice_pl.runs.folder import RunFolder
 
 
 def run(seed: int, acc: float | None, lr: str = "0.1", **more: Any) -> dict[str, Any]:
@@ -174,10 +176,27 @@ def test_a_sweep_ends_in_a_table(
     monkeypatch.setenv(TRIALS, "")  # so that pytest restores it
     callback = CompareTrials()
     callback.on_multirun_start(config)
-    import os
-
     folders = [str(straight.folder(stage).path) for stage in ("moco", "proto", "proto")]
     Path(os.environ[TRIALS]).write_text("\n".join(folders))
     callback.on_multirun_end(config)
     assert capsys.readouterr().out.count("SPICE stage 2") == 1
     assert (tmp_path / "compare.html").is_file()
+
+
+def test_a_sweep_over_a_task_ends_in_one_line_per_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path / "sweeps")}}})
+    monkeypatch.setenv(TRIALS, "")
+    callback = CompareTrials()
+    callback.on_multirun_start(config)
+    trust, predict = tmp_path / "d/trust/seed0", tmp_path / "d/predict/seed1"
+    for folder in (trust, predict):
+        folder.mkdir(parents=True)
+    RunFolder(trust).write_json("metrics.json", {"stage": "trust", "verdict": "Real clusters."})
+    Path(os.environ[TRIALS]).write_text(f"{trust}\n{predict}\n")  # the second left no metrics
+    callback.on_multirun_end(config)
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert said.out.splitlines()[-2:] == [f"  {predict}: done", f"  {trust}: Real clusters."]
+    assert not (tmp_path / "sweeps").exists()

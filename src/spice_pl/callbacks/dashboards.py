@@ -1,4 +1,4 @@
-"""Add pictures, tables and artifacts of a finished stage to W&B and TensorBoard.
+"""Add scores, pictures, tables and artifacts of a finished stage to W&B, TensorBoard and MLflow.
 
 Shapes: N images, K clusters, S pixels a side.
 """
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
+from pytorch_lightning.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
 from spice_pl.data.images import ImageSet
 from spice_pl.functional.assignment import count_table
@@ -47,18 +47,20 @@ def log_results(
     """Add the results of a finished stage.
 
     Args:
-        logger: W&B or TensorBoard; nothing is added to another.
+        logger: W&B or TensorBoard; MLflow gets the final scores alone, another one nothing.
         folder: folder of the finished run.
         upstream: folders of the stages before it, the nearest first.
         images: data set.
         step: optimizer steps so far.
     """
-    if not isinstance(logger, WandbLogger | TensorBoardLogger):
+    if not isinstance(logger, WandbLogger | TensorBoardLogger | MLFlowLogger):
         return
     metrics = folder.metrics
     last = metrics["rows"][-1] if metrics["rows"] else {}  # no rows where K is unknown
     scores = {f"truth/final_{name}": last.get(name) for name in ("acc", "nmi", "ari")}
     logger.log_metrics({key: value for key, value in scores.items() if value is not None}, step)
+    if isinstance(logger, MLFlowLogger):
+        return
     if (folder.path / "clusters.csv").is_file():
         table = folder.read_clusters()
         pictures = cluster_pictures(table, images, int(metrics["num_clusters"]))

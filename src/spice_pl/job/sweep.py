@@ -75,12 +75,20 @@ class CompareTrials(Callback):
 
 
 def _show_table(folders: Sequence[str], target: Path) -> None:
+    """Show the table of the trials; one line per trial where they were tasks without scores."""
     from spice_pl.errors import UsageError
     from spice_pl.runs.compare import compare, finished_runs, show
+    from spice_pl.runs.folder import RunFolder
 
     try:
-        lines = compare(finished_runs(folders))
+        runs = [RunFolder(Path(folder)) for folder in folders]
+        found = [run.metrics if run.finished else {} for run in runs]
+        if any("rows" in metrics for metrics in found):
+            show(compare(finished_runs(folders)), target)
+            return
+        print("\nThese trials have no scores for a table:")
+        for run, metrics in zip(runs, found, strict=True):
+            said = metrics.get("verdict") or metrics.get("sentence") or "done"
+            print(f"  {run.path}: {said}")
     except UsageError as error:
         print(f"no table of this sweep: {error}", file=sys.stderr)
-    else:
-        show(lines, target)

@@ -243,6 +243,10 @@ def load(
         UsageError: the file does not exist or is damaged, a newer release wrote it, or it asks for
             a network or an argument that is not allowed.
     """
+    if str(path).startswith("hf://"):
+        raise UsageError(
+            f"load opens no connection; fetch the file first: load(spice_pl.pull({str(path)!r}))"
+        )
     file = Path(path).expanduser()
     if file.is_dir():
         file = file / FILE_NAME

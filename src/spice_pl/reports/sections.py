@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
+from spice_pl.reports.folders import folder_names
 from spice_pl.reports.oddities import num_odd
 from spice_pl.reports.pictures import Picture
 from spice_pl.reports.report_data import IntArray, ReportData
@@ -57,6 +58,8 @@ class ClusterSection:
     reliable: str
     truth: str | None
     truth_share: str | None
+    folder: str | None  # a name to propose; None with labels, which may be these folders
+    folder_share: str | None
     walls: Mapping[str, Sequence[Picture]]
 
 
@@ -150,6 +153,9 @@ def cluster_sections(
     sizes = _sizes(data)
     reliable = np.bincount(data.clusters[data.reliable], minlength=data.num_clusters)
     largest = max(sizes.max(), 1)
+    folders = (
+        folder_names([str(key) for key in data.keys], data.clusters) if data.labels is None else {}
+    )
     sections = []
     for cluster, (chosen, shown) in enumerate(zip(wall.clusters, pictures, strict=True)):
         members = data.clusters == cluster
@@ -159,6 +165,7 @@ def cluster_sections(
         size = int(sizes[cluster])
         if not size:
             continue
+        folder, share = folders.get(cluster, (None, 0.0))
         bins = np.histogram(data.confidence[members], BINS, (0, 1))[0]
         sections.append(
             ClusterSection(
@@ -174,6 +181,8 @@ def cluster_sections(
                 reliable=f"{reliable[cluster] / size:.0%}",
                 truth=None if majority is None else data.class_name(majority),
                 truth_share=None if majority is None else f"{(truth == majority).mean():.0%}",
+                folder=folder,
+                folder_share=None if folder is None else f"{share:.0%}",
                 walls=_by_wall(chosen, shown),
             )
         )

@@ -40,7 +40,7 @@ def report_data(
     images: ImageSet,
     metrics: Mapping[str, Any],
     table: ClusterTable,
-    map_method: str = "pca",
+    map_method: str = "tsne",
 ) -> ReportData:
     """Return what the page of a run shows.
 
@@ -50,10 +50,10 @@ def report_data(
         images: the data set.
         metrics: content of metrics.json, which may not be written yet.
         table: clusters of the run.
-        map_method: "pca" or "tsne".
+        map_method: "tsne" or "pca".
 
     Raises:
-        UsageError: a package for the map is missing, or an artifact is damaged.
+        UsageError: there is no such map, or an artifact is damaged.
     """
     num_clusters = int(metrics["num_clusters"])
     upstream = [each for each in upstream if each.finished]
@@ -109,6 +109,7 @@ class _Derived:
 
 # That of the page made last: a review makes the same page at every visit.
 _last: dict[tuple[str, ...], _Derived] = {}
+_last_map: dict[tuple[str | None, str, int], Map] = {}
 
 
 def _derived(
@@ -122,7 +123,7 @@ def _derived(
     digests = metrics.get("digests", {})
     key = (str(folder.path), images.fingerprint, map_method, *map(str, digests.items()))
     if key not in _last or not digests:
-        drawn = _map(folder, map_method, int(metrics["seed"]))
+        drawn = _map(folder, map_method, int(metrics["seed"]), digests.get("features.npy"))
         title = str(metrics.get("title", folder.path.parent.name))
         made = _Derived(
             map=drawn,
@@ -157,11 +158,17 @@ def _neighbors(folder: RunFolder, images: ImageSet, index: NDArray[np.intp]) -> 
     return nearest_others(rows, NEIGHBORS).numpy()
 
 
-def _map(folder: RunFolder, method: str, seed: int) -> Map:
-    try:
-        return feature_map(folder.features, method, seed)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+def _map(folder: RunFolder, method: str, seed: int, digest: str | None) -> Map:
+    """Return the map of a run; edits and other heads on the same features get the same one."""
+    key = (digest, method, seed)
+    if key not in _last_map or digest is None:
+        try:
+            made = feature_map(folder.features, method, seed)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        _last_map.clear()
+        _last_map[key] = made
+    return _last_map[key]
 
 
 def _cost(metrics: Mapping[str, Any], upstream: Sequence[RunFolder]) -> dict[str, str]:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from spice_pl.errors import UsageError
-from spice_pl.models.portable import ClusterNetwork, load
+from spice_pl.models.hub import check_repo, push
+from spice_pl.models.portable import FILE_NAME, ClusterNetwork, load
 from spice_pl.runs.folder import RunFolder
 from spice_pl.runs.labels import write_labels
 from spice_pl.tasks.base import Context
@@ -37,6 +38,9 @@ class Export:
         model: path of a `model.spice`, or of the folder of a run that has one.
         formats: "torch", "onnx" or both.
         allow_targets: names of your own packages that define the model's network.
+        repo: repository of the Hugging Face Hub, owner/name, that gets the model and a card; None
+            sends nothing.
+        private: whether a repository that is made for it is private.
     """
 
     def __init__(
@@ -44,18 +48,23 @@ class Export:
         model: str | None,
         formats: Sequence[str] = ("torch",),
         allow_targets: Sequence[str] = (),
+        repo: str | None = None,
+        private: bool = True,
     ) -> None:
+        if repo is not None:
+            check_repo(repo, f"export.repo={repo}")
         if not formats or not set(formats) <= set(FORMATS):
             raise UsageError(
                 f"export.task.formats {list(formats)} must be one or more of {list(FORMATS)}"
             )
         self.model, self.formats, self.allow_targets = model, formats, allow_targets
+        self.repo, self.private = repo, private
 
     def __call__(self, context: Context) -> None:
         """Export the model in every format.
 
         Raises:
-            UsageError: no model is given, or a package is missing.
+            UsageError: no model is given, a package is missing, or the Hub refuses.
             RuntimeError: an exported model gives other answers than the model.
         """
         if self.model is None:
@@ -93,6 +102,10 @@ class Export:
         if run.finished:
             for path in write_labels(run, context.folder.path):
                 logger.info("%s  the clusters, for an annotation tool", path)
+        if self.repo is not None:
+            metrics = run.metrics if run.finished else {}
+            url = push(model, metrics, self.repo, private=self.private)
+            logger.info("%s  %s and a model card are there", url, FILE_NAME)
 
 
 def write_torch(network: ClusterNetwork, images: Tensor, path: Path) -> None:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from spice_pl.data.images import ImageSet
 from spice_pl.errors import UsageError
+from spice_pl.models.hub import is_on_hub, pull
 from spice_pl.models.pixels import fitting_batch
 from spice_pl.models.portable import PortableModel, Predictions, load
 from spice_pl.runs.sorting import PLACE, Sorter
@@ -32,7 +33,8 @@ class Predict:
     """Write predictions.csv, and predictions.parquet where pyarrow is installed.
 
     Args:
-        model: path of a `model.spice`, or of the folder of a run that has one.
+        model: path of a `model.spice`, of the folder of a run that has one, or hf://owner/name to
+            fetch it from the Hugging Face Hub.
         sort: "copy", "hardlink" or "symlink" also puts every file into a folder of its cluster;
             files that are not sure go one folder deeper. "none" does not. Nothing is ever moved,
             replaced or deleted.
@@ -71,7 +73,8 @@ class Predict:
                 "stage=predict needs a trained model; give predict.model=FILE, a model.spice or "
                 "the folder of a run that has one"
             )
-        model = load(self.model, device=self.device, allow_targets=self.allow_targets)
+        file = pull(self.model) if is_on_hub(self.model) else self.model
+        model = load(file, device=self.device, allow_targets=self.allow_targets)
         levels = {}
         if model.levels is not None:
             levels = {"levels": tuple(model.levels)}

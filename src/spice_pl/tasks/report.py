@@ -25,14 +25,14 @@ class Report:
     """Write report.html and attention.npz of the upstream run; metrics.json stays as it is.
 
     Args:
-        map_method: layout of the map, "pca" or "tsne".
+        map_method: layout of the map, "tsne" or "pca".
         allow_targets: names of your own packages that define the model's network.
         opened: whether the page opens in the browser; "auto" where there is a desktop.
     """
 
     def __init__(
         self,
-        map_method: str = "pca",
+        map_method: str = "tsne",
         allow_targets: Sequence[str] = (),
         opened: bool | str = False,
     ) -> None:

@@ -15,6 +15,12 @@ function panel(article) {
   const id = Number(article.dataset.id), box = make("div", undefined, {className: "edit"});
   const field = (text, input) => { const wrap = make("label", text + " "); wrap.append(input); box.append(wrap); return input; };
   const name = field("Name", make("input", undefined, {type: "text", maxLength: 80}));
+  const proposed = article.dataset.folder;
+  if (proposed) {
+    const use = make("button", "Use folder name", {type: "button", title: proposed});
+    use.addEventListener("click", () => change(() => { edits.names[id] = proposed; }));
+    box.append(use);
+  }
   const merge = field("Merge into", make("select"));
   const split = field("Split into", make("input", undefined, {type: "number", min: 1, max: 20, value: 1}));
   const becomes = make("p", "", {className: "becomes"});
