@@ -72,6 +72,14 @@ def test_an_image_looks_the_same_in_any_batch(view: View) -> None:
     assert view(images[:0], uniforms[:0]).shape == (0, 3, 16, 16)
 
 
+@pytest.mark.parametrize("view", VIEWS, ids=IDS)
+def test_large_batches_are_made_in_parts(view: View, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, uniforms = _images(9, 16), _uniforms(view, 9)
+    whole = view(images, uniforms)
+    monkeypatch.setattr("spice_pl.data.augment.LEVELS_AT_ONCE", 3 * 16 * 16 * 2)  # 5 parts of 2
+    torch.testing.assert_close(view(images, uniforms), whole)
+
+
 @pytest.mark.parametrize("view", VIEWS[1:], ids=IDS[1:])
 def test_epochs_differ(view: View) -> None:
     images = _images(40, 16)

@@ -9,7 +9,7 @@ Shape letters: B images, S side in pixels, U uniform numbers per image.
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,6 +22,9 @@ from spice_pl.functional.device import to_device
 
 RANDAUGMENT = ops.RANDAUGMENT
 ALL_14 = tuple(RANDAUGMENT)
+# 8 MB of float32 stay in a processor's cache. Larger buffers are fetched from the system and
+# returned to it at every operation.
+LEVELS_AT_ONCE = 2**21
 
 
 def _require(holds: bool, name: str, value: object, rule: str) -> None:
@@ -31,6 +34,19 @@ def _require(holds: bool, name: str, value: object, rule: str) -> None:
 
 def _require_share(name: str, value: float) -> None:
     _require(0 <= value <= 1, name, value, "a probability between 0 and 1")
+
+
+def _in_parts(view: Callable[[Tensor, Tensor], Tensor], images: Tensor, uniforms: Tensor) -> Tensor:
+    """Make views of at most `LEVELS_AT_ONCE` levels at a time, in equal parts."""
+    num_parts = math.ceil(images.numel() / LEVELS_AT_ONCE)
+    if num_parts == 1:
+        return view(images, uniforms)
+    size = math.ceil(len(images) / num_parts)
+    views = torch.empty(images.shape, dtype=torch.float32, device=images.device)
+    parts = (torch.split(each, size) for each in (images, uniforms, views))
+    for part, numbers, result in zip(*parts, strict=True):
+        result.copy_(view(part, numbers))
+    return views
 
 
 def _integers(uniform: Tensor, count: int) -> Tensor:
@@ -226,6 +242,9 @@ class StrongView(WeakView):
         return 3 + 3 + 2 * self.num_ops
 
     def _view(self, images: Tensor, uniforms: Tensor) -> Tensor:
+        return _in_parts(self._part, images, uniforms)
+
+    def _part(self, images: Tensor, uniforms: Tensor) -> Tensor:
         weak, square, chosen, magnitude = uniforms.split_with_sizes(
             (3, 3, self.num_ops, self.num_ops), dim=1
         )
@@ -262,16 +281,27 @@ class StrongView(WeakView):
 
     def _randaugment(self, images: Tensor, chosen: Tensor, magnitude: Tensor) -> Tensor:
         """Apply operations number `chosen` at `magnitude` in [0, 1), both (B, num_ops)."""
-        for operation, strength in zip(chosen.unbind(1), magnitude.unbind(1), strict=True):
+        # Images stay sorted by their last operation, which saves copying each group back to its
+        # rows: image i is at place[i].
+        place = torch.arange(len(images), device=images.device)
+        ranges = [RANDAUGMENT[name][1:] for name in self.operations]
+        spans = magnitude.new_tensor([(low, high - low) for low, high in ranges])
+        low, span = spans[chosen].unbind(-1)
+        amounts = low + span * magnitude  # (B, num_ops)
+        for operation, amount in zip(chosen.unbind(1), amounts.unbind(1), strict=True):
             counts = torch.bincount(operation, minlength=len(self.operations)).tolist()
-            groups = operation.argsort().split_with_sizes(counts)
-            for name, rows in zip(self.operations, groups, strict=True):
-                if name == "Identity" or len(rows) == 0:
-                    continue
-                apply, low, high = RANDAUGMENT[name]
-                amount = low + (high - low) * strength[rows]
-                images.index_copy_(0, rows, apply(images.index_select(0, rows), amount).floor_())
-        return images
+            order = operation.argsort()
+            rows = place[order].split_with_sizes(counts)
+            parts = [
+                RANDAUGMENT[name][0](images.index_select(0, part), strength).floor_()
+                for name, part, strength in zip(
+                    self.operations, rows, amount[order].split_with_sizes(counts), strict=True
+                )
+                if len(part)
+            ]
+            images = torch.cat(parts)
+            place[order] = torch.arange(len(images), device=images.device)
+        return images.index_select(0, place)
 
     def _cutout(self, images: Tensor, square: Tensor) -> Tensor:
         """Cover a square given by uniforms (B, 3) for side, row and column."""
@@ -355,6 +385,9 @@ class MoCoView(PlainView):
         return 2 * ops.CROP_ATTEMPTS + 2 + 13
 
     def _view(self, images: Tensor, uniforms: Tensor) -> Tensor:
+        return _in_parts(self._part, images, uniforms)
+
+    def _part(self, images: Tensor, uniforms: Tensor) -> Tensor:
         # Position of the hue step among the four steps; 4 means no jitter. Images are sorted by
         # it, so that each step works on a slice.
         when, gate = uniforms[:, 0], uniforms[:, 1]
@@ -378,7 +411,7 @@ class MoCoView(PlainView):
         sigma = low + (high - low) * switch[rows, 3]
         blurred = ops.gaussian_blur(views.index_select(0, rows), sigma, radius)
         views.index_copy_(0, rows, blurred)
-        return torch.empty_like(views).index_copy_(0, order, self._normalise(views))
+        return self._normalise(views.index_select(0, order.argsort()))
 
     def _parameters(self, uniforms: Tensor, size: int) -> Tensor:
         steps, switch, warp, boxes = uniforms.split_with_sizes(
