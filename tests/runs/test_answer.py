@@ -142,9 +142,9 @@ def test_unequal_groups_are_not_cut_where_the_network_cuts_them() -> None:
     assert clustering_scores(found, group)["recall"] > 0.97
 
 
-@pytest.mark.parametrize(("num_images", "num_clusters", "used"), [(300, 10, 5), (420, 10, 7)])
-def test_small_clusters_have_fewer_neighbours(
-    num_images: int, num_clusters: int, used: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("num_images", "graphs"), [(300, [5, 10]), (420, [7, 10]), (600, [10])])
+def test_short_walks_in_small_clusters_have_fewer_neighbours(
+    num_images: int, graphs: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
 
@@ -152,11 +152,10 @@ def test_small_clusters_have_fewer_neighbours(
         asked.append(num_neighbors)
         return nearest_others(embeddings, num_neighbors)
 
-    monkeypatch.setattr("spice_pl.runs.answer.nearest_others", noted)
     monkeypatch.setattr("spice_pl.functional.embeddings.nearest_others", noted)
     rows = torch.randn(num_images, 8, generator=torch.Generator().manual_seed(0))
-    choose_answer(rows, torch.full((num_images, num_clusters), 1 / num_clusters), seed=0)
-    assert asked == [used, used]  # for the votes and for the walk
+    choose_answer(rows, torch.full((num_images, 10), 0.1), seed=0)
+    assert asked == graphs
 
 
 SMALL = torch.eye(4)[torch.arange(40) % 4]  # ten copies of each of four images

@@ -82,9 +82,11 @@ def candidates(features: Tensor, probs: Tensor, seed: int) -> tuple[dict[str, Te
 
     k-means on embeddings smoothed for 3, 10, 30 and 100 steps (`walk_clusters`) gives four
     clusterings. One vote (`vote_clusters`) is that of the network and of 3 and 10 steps; the other,
-    for unequal clusters, that of 10 and 30 steps. 100 steps are for very unequal clusters. A choice
-    between the network and each k-means loses more than these votes, and spectral and Ward's
-    clustering make it worse (benchmarks/choice.py).
+    for unequal clusters, that of 10 and 30 steps. 100 steps are for very unequal clusters. Votes
+    and short walks use few neighbours where clusters are small (`neighbors_within`); long walks use
+    10, since a large cluster may be cut if it has fewer. A choice between the network and each
+    k-means loses more than these votes, and spectral and Ward's clustering make it worse
+    (benchmarks/choice.py).
 
     Args:
         features: (N, D), raw.
@@ -95,14 +97,21 @@ def candidates(features: Tensor, probs: Tensor, seed: int) -> tuple[dict[str, Te
         Clusters (N,) of each candidate that has not collapsed, by its name; neighbours (N, k).
     """
     num_clusters, own = probs.shape[1], probs.argmax(dim=1)
-    num_neighbors = neighbors_within(len(probs), num_clusters)
-    others = nearest_others(features, num_neighbors)
-    walked = walk_clusters(features, num_clusters, num_neighbors=num_neighbors, seed=seed)
-    short, middle, long, longest = walked
+    few, many = neighbors_within(len(probs), num_clusters)
+    walks = {few: WALKS[:2], many: WALKS[2:]} if few < many else {many: WALKS}
+    short, middle, long, longest = (
+        row
+        for num_neighbors, steps in walks.items()
+        for row in walk_clusters(
+            features, num_clusters, walks=steps, num_neighbors=num_neighbors, seed=seed
+        )
+    )
+    others = nearest_others(features, many)  # nearest first
+    near = others[:, :few]
     found = {
         NETWORK: own,
-        VOTE: vote_clusters(torch.stack([own, short, middle]), others, num_clusters),
-        WALKS_VOTE: vote_clusters(torch.stack([middle, long]), others, num_clusters),
+        VOTE: vote_clusters(torch.stack([own, short, middle]), near, num_clusters),
+        WALKS_VOTE: vote_clusters(torch.stack([middle, long]), near, num_clusters),
         f"k-means after {WALKS[-1]} steps": longest,
     }
     # Neighbours agree most where everything is in one cluster: no such candidate may win.
@@ -111,19 +120,19 @@ def candidates(features: Tensor, probs: Tensor, seed: int) -> tuple[dict[str, Te
     return {name: row for name, row in found.items() if even[name] >= limit}, others
 
 
-def neighbors_within(num_images: int, num_clusters: int) -> int:
-    """Return how many neighbours of an image are used, so that most are in its cluster.
+def neighbors_within(num_images: int, num_clusters: int) -> tuple[int, int]:
+    """Return how many neighbours the short and the long walks use.
 
-    A sixth of the mean size N/K of a cluster, but 5 to 10; never more than the other images of a
-    cluster of mean size.
+    A sixth of the mean size N/K of a cluster, but 5 to 10, so that most neighbours are in the
+    image's cluster; and 10. Neither is more than the other images of a cluster of mean size.
 
     Examples:
         >>> [neighbors_within(*each) for each in ((2_500, 10), (420, 10), (300, 10), (40, 10))]
-        [10, 7, 5, 3]
+        [(10, 10), (7, 10), (5, 10), (3, 3)]
     """
     sixth = num_images // (CLUSTER_PER_NEIGHBOR * num_clusters)
-    inside = max(1, num_images // num_clusters - 1)
-    return min(max(sixth, FEWEST_NEIGHBORS), NUM_NEIGHBORS, inside)
+    many = min(NUM_NEIGHBORS, max(1, num_images // num_clusters - 1))
+    return min(max(sixth, FEWEST_NEIGHBORS), many), many
 
 
 def _propagated(clusters: Tensor, others: Tensor, num_clusters: int) -> Tensor:
