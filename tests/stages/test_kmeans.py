@@ -50,7 +50,7 @@ def test_settings_that_do_not_fit_are_refused() -> None:
 def test_another_number_of_clusters_keeps_the_result_and_reads_its_features(
     finished: Finished,
 ) -> None:
-    with pytest.raises(UsageError, match=r"stage=kmeans dataset\.num_clusters=4 keeps it too"):
+    with pytest.raises(UsageError, match=r"stage=kmeans dataset\.num_clusters=4 keeps it and"):
         run_stages(finished.job("stages=[moco,proto]", "dataset.num_clusters=4"))
     before = (finished.folder("proto").path / "clusters.csv").read_bytes()
     run_stages(finished.job("stage=kmeans", "dataset.num_clusters=4", "answer=network"))

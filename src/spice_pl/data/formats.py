@@ -52,6 +52,7 @@ OTHER_SUFFIXES = {
     *(".icns", ".svg", ".svgz", ".eps", ".ai", ".pdf", ".wmf", ".emf", ".dcm", ".dicom", ".nii"),
     *(".fits", ".fit", ".jxr", ".wdp", ".hdp", ".pfm", ".xbm", ".xpm", ".ras", ".djvu", ".czi"),
 }
+ARCHIVE_SUFFIXES = {".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".zst"}
 HEAD_BYTES = 32  # of a file, enough to tell its format
 # The first bytes of the formats above. BMP's two letters may begin a text, so the size of its
 # second header counts too; HEIF and AVIF have brands. The last line is JPEG 2000, JPEG XL and QOI.

@@ -204,7 +204,7 @@ def _quick(step: Step, changed: Mapping[str, Any]) -> str:
         return ""
     number = step.settings["dataset"]["num_clusters"]
     return (
-        f"; stage=kmeans dataset.num_clusters={number} keeps it too and makes {number} clusters of "
+        f"; stage=kmeans dataset.num_clusters={number} keeps it and makes {number} clusters of "
         "the stored features within seconds"
     )
 

@@ -18,9 +18,9 @@ LEFT = {"Name", "Protocol"}
 COMPARED = ("Clusters", "Sizes", "Neighbours", "Sure", "Evenness", "Score")
 COMPARED_NOTE = (
     "No labels were given, so no accuracy can be computed. Neighbours: share of the ten most alike "
-    "images that are in the same cluster. Sure: share of images with at least half of them there. "
-    "Score: rises with Neighbours and Evenness; the kept clusters have the largest of all "
-    "candidates."
+    "images that are in the same cluster. Sure: share of images with at least half of them there, "
+    "or of as many as a small cluster has. Score: rises with Neighbours and Evenness; the kept "
+    "clusters have the largest of all candidates."
 )
 
 

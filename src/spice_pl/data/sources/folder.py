@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -88,8 +89,8 @@ def folder(
     if labels == "csv" and table is None:
         raise UsageError("dataset.labels=csv reads the column `label` of dataset.table; give it")
     directory = Path(root).expanduser()
-    if not directory.is_dir():
-        state = "is a file, not a folder" if directory.exists() else "does not exist"
+    if not os.path.isdir(directory):  # False, too, for a name that no file can have
+        state = "is a file, not a folder" if os.path.exists(directory) else "does not exist"
         raise UsageError(f"dataset.root={root} {state}; give the folder that holds the images")
     if isinstance(exclude, str):
         raise UsageError(

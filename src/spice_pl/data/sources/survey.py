@@ -58,7 +58,7 @@ def survey(settings: Mapping[str, Any]) -> Survey | None:
     """
     root, cache = Path(settings["root"]).expanduser(), Path(settings["cache_dir"]).expanduser()
     exclude = settings.get("exclude") or ()
-    if settings.get("table") is not None or not root.is_dir() or isinstance(exclude, str):
+    if settings.get("table") is not None or not os.path.isdir(root) or isinstance(exclude, str):
         return None
     search = Search(root, exclude=exclude, cache_dir=cache)
     found = look(search, str(settings["scan"]))
