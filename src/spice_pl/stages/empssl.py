@@ -137,5 +137,10 @@ class EmpSSLModule(FeatureStage):
         return {**streams, "images": replace(stream, views=views, turns=turns)}
 
     def _everyone(self, rows: Tensor) -> Tensor:
-        """Gather (b, n, P) to (B, n, P); the gradient flows back to the rank that they are from."""
-        return cast(Tensor, self.all_gather(rows, sync_grads=True)).flatten(0, 1)  # (R, b, n, P)
+        """Gather (b, n, P) to (B, n, P); the gradient flows back to the rank that they are from.
+
+        As a matrix, so that its gradient is contiguous: torch's backward of gathering mixes up the
+        entries of one that is not, and the loss transposes images and patches.
+        """
+        gathered = cast(Tensor, self.all_gather(rows.flatten(1), sync_grads=True))  # (R, b, n P)
+        return gathered.view(-1, *rows.shape[1:])
