@@ -191,8 +191,8 @@ class ProPosModule(FeatureStage):
         self.target_encoder.train(training)
         generator = keyed_generator(self.seed, self.current_epoch)
         found, centres = cosine_kmeans(features, self.head.out_features, generator=generator)
-        length = features.norm(dim=1).mean()
-        self.head.weight.copy_(centres / (HEAD_TEMPERATURE * length))
+        weight = centres / (HEAD_TEMPERATURE * features.norm(dim=1).mean())
+        self.head.weight.copy_(self.gathered(weight[None])[0].view_as(weight))
         self.head.bias.zero_()
         self.clusters[self.train_index.to(self.device)] = found
         self.share_buffers()
