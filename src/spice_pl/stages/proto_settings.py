@@ -69,7 +69,7 @@ def head_losses(loss: str, temperature: float) -> HeadLosses:
     """
 
     def double_softmax(logits: Tensor, label: Tensor) -> Tensor:
-        # Along the clusters of (H, K, B), the layout of the heads' logits: no copy, and vectors of B.
+        # Along the clusters of (H, K, B), which is contiguous: no copy, and vectors of B.
         return double_softmax_cross_entropy_per_head(logits.mT.softmax(dim=-2).mT, label)
 
     by_word: Mapping[str, HeadLosses] = {
