@@ -72,7 +72,8 @@ def head_losses(loss: str, temperature: float) -> HeadLosses:
     """
 
     def double_softmax(logits: Tensor, label: Tensor) -> Tensor:
-        return double_softmax_cross_entropy_per_head(logits.softmax(dim=-1), label)
+        # Along the clusters of (H, K, B), which is contiguous: no copy, and vectors of B.
+        return double_softmax_cross_entropy_per_head(logits.mT.softmax(dim=-2).mT, label)
 
     by_word: Mapping[str, HeadLosses] = {
         "double_softmax": double_softmax,
