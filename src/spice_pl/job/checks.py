@@ -22,7 +22,7 @@ from spice_pl.job.plan import Step
 from spice_pl.job.settings import current_target, flat, masked
 from spice_pl.runs.edited import write_edited
 from spice_pl.runs.edits import Edits
-from spice_pl.system.files import atomic
+from spice_pl.system.files import atomic, check_folder
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,9 @@ def check(job: Job, steps: Sequence[Step]) -> None:
     if job.edits is not None:
         _take_edits(job, job.edits, steps)
     check_folders(job, steps)
+    for step in steps:
+        if not step.reused:  # before hours of work
+            check_folder("runs_dir", str(job.cfg.runs_dir), step.folder.path)
 
 
 def check_folders(job: Job, steps: Sequence[Step]) -> None:
