@@ -8,6 +8,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -78,7 +79,7 @@ def test_a_runs_dir_that_cannot_be_written_is_refused_before_work(
     def read_only(dir: Path, prefix: str) -> str:  # noqa: A002
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), f"{dir}/{prefix}")
 
-    monkeypatch.setattr(files.tempfile, "mkdtemp", read_only)
+    monkeypatch.setattr(tempfile, "mkdtemp", read_only)
     runs = tmp_path / "runs"
     with pytest.raises(UsageError, match=rf"runs_dir={runs} cannot be .*Read-only file system"):
         run_stages(make_job(*straight.overrides, "stage=moco", f"runs_dir={runs}"))
@@ -90,7 +91,7 @@ def test_a_temporary_folder_that_cannot_be_written_is_one_message(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     check_temporary()
-    monkeypatch.setattr(files.tempfile, "tempdir", "/proc/x")
+    monkeypatch.setattr(tempfile, "tempdir", "/proc/x")
     with pytest.raises(UsageError, match=r"TMPDIR=/proc/x cannot be written to .*TMPDIR=PATH"):
         check_temporary()
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import reprlib
 import sys
 import warnings
 from collections.abc import Iterator
@@ -69,6 +71,11 @@ def full_disk_as_usage_error(job: Job) -> Iterator[None]:
                 f"no space left to write {error.filename or 'a file'} under {job.cfg.runs_dir} "
                 f"({error.strerror}); files that are there are complete. Free some space, then "
                 "continue with resume=true"
+            ) from error
+        if error.errno == errno.ENAMETOOLONG:
+            name = reprlib.repr(os.fsdecode(error.filename or ""))
+            raise UsageError(
+                f"{name} is too long for the name of a file on this system; give a shorter one"
             ) from error
         if isinstance(error, BrokenPipeError):  # in a rank; the command has an `Output`
             end_output(error)

@@ -77,8 +77,8 @@ def open_output() -> None:
             _occupy(number)
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
         elif type(before) is io.TextIOWrapper and before is getattr(sys, f"__{name}__"):
-            about = {"encoding": before.encoding, "errors": before.errors}
-            made = kind(before.buffer, **about, line_buffering=before.line_buffering)
+            lines = before.line_buffering
+            made = kind(before.buffer, before.encoding, before.errors, line_buffering=lines)
             setattr(sys, name, made)
 
 

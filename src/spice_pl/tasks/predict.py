@@ -88,6 +88,7 @@ class Predict:
         images = context.images(image_size=model.image_size, **levels)
         sorter = self._sorter(context, images, model)
         counts, doubtful = np.zeros(model.num_clusters, dtype=np.int64), 0
+        compared = Compared(model, images)
         started = time.monotonic()
         batches = pixel_batches(images, self.batch_size)
         with ExitStack() as stack:
@@ -99,6 +100,7 @@ class Predict:
                 write(part)
                 if sorter is not None:
                     sorter(part)
+                compared(part)
                 counts += np.bincount(part.clusters, minlength=model.num_clusters)
                 doubtful += int(part.not_sure.sum())
                 bar.advance(len(part))
@@ -114,6 +116,7 @@ class Predict:
             *(len(images), rate, doubtful, meaning),
             context.folder.path / "predictions.csv",
         )
+        compared.say()
 
     def _sorter(
         self, context: Context, images: ImageSet, model: PortableModel
@@ -137,6 +140,44 @@ class Predict:
                 "remove it yourself, or use another run=NAME"
             )
         return Sorter(images.root, target, folder_names(model.names), PLACE[self.sort])
+
+
+class Compared:
+    """Compare predictions of the images that a model was made from with the clusters of its run.
+
+    Args:
+        model: its known images have the clusters of the run.
+        images: images to predict; others than those of the run are not compared.
+    """
+
+    def __init__(self, model: PortableModel, images: ImageSet) -> None:
+        self.same = self.others = 0
+        self.precision = str(model.about.get("precision", "another precision"))
+        self.clusters: dict[str, int] = {}
+        if model.known is not None and model.about.get("fingerprint") == images.fingerprint:
+            pairs = zip(model.known.keys, model.known.clusters.tolist(), strict=True)
+            self.clusters = dict(pairs)
+
+    def __call__(self, part: Predictions) -> None:
+        """Count the images of a batch that are in the cluster of the run, and the others."""
+        for key, cluster in zip(part.keys, part.clusters.tolist(), strict=True):
+            if key in self.clusters:
+                equal = self.clusters[key] == cluster
+                self.same, self.others = self.same + equal, self.others + (not equal)
+
+    def say(self) -> None:
+        """Log both numbers, if these are the images of the run."""
+        if not self.clusters:
+            return
+        logger.info(
+            "these are the images of the run; of %d compared, %d are in another cluster than in "
+            "its clusters.csv%s",
+            *(self.same + self.others, self.others),
+            f", which was computed in {self.precision} and with answer= as set there, and this "
+            "with the network in 32-true; clusters.csv is the result"
+            if self.others
+            else "",
+        )
 
 
 class Sorter:
