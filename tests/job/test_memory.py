@@ -6,7 +6,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tests.conftest import Finished
@@ -74,13 +77,45 @@ def test_a_batch_that_cannot_fit_is_refused_before_it_is_killed(
     size = {"moco": 30, "fixmatch": 10}[stage]
     monkeypatch.setattr(memory, "free_memory", lambda: 20_000)
     message = (
-        rf"{stage}: a training step takes at least .* GB of memory and 0\.0 GB are free; lower "
+        rf"{stage}: a training step takes at least \d+ kB of memory and 20 kB are free; lower "
         rf"{stage}\.streams\.{key}\.batch_size={size}, for example to \d, or dataset\.image_size=8"
     )
     with pytest.raises(UsageError, match=message):
         run_stages(finished.job(f"stage={stage}", "overwrite=true"))
     monkeypatch.setattr(memory, "free_memory", lambda: None)  # unknown
     run_stages(finished.job(f"stage={stage}", "overwrite=true"))
+
+
+@pytest.mark.parametrize(("precision", "share"), [("32-true", 1.0), ("bf16-mixed", 0.5)])
+def test_a_batch_that_cannot_fit_on_a_gpu_is_refused(
+    monkeypatch: pytest.MonkeyPatch, precision: str, share: float
+) -> None:
+    """A device of 100 MB of which 60 are taken, 20 of them kept by torch and not in use.
+
+    Per image: 8 x 8 pixels of 3 channels, two views of 4 bytes per number, and the input and output
+    of one convolution with 3 and ReLU with 5 channels, which backward needs.
+    """
+    found = {"mem_get_info": (40_000_000, 100_000_000), "memory_reserved": 30_000_000}
+    for name, value in {**found, "memory_allocated": 10_000_000}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    network = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.ReLU())
+    module = SimpleNamespace(name="mine", trains_encoder=True, encoder=network)
+    images = SimpleNamespace(images=np.zeros((1, 3, 8, 8), np.uint8))
+    device = torch.device("cuda:0")
+    views: Any = ("a", "b")
+    per_image = 3 * 64 + int(share * (2 * 4 * 3 * 64 + 4 * 64 * (3 + 5)))
+    fits = 60_000_000 // per_image
+    for size in (fits, fits + 1, 10 * fits):
+        streams = {"images": Stream(views, batch_size=size)}
+        given: Any = (module, streams, images, 1, device, precision)
+        if size == fits:
+            memory.check_memory(*given)
+            continue
+        with pytest.raises(UsageError) as raised:
+            memory.check_memory(*given)
+        said = f"{size * per_image / 1e6:,.1f} MB of memory of cuda:0 and 60.0 MB are free"
+        assert f"mine: a training step takes at least {said}" in str(raised.value)
+        assert f"batch_size={size}, for example to {fits // 2}, or" in str(raised.value)
 
 
 def test_the_estimate_is_a_lower_bound() -> None:

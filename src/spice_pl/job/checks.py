@@ -24,7 +24,7 @@ from spice_pl.runs.edited import write_edited
 from spice_pl.runs.edits import Edits
 from spice_pl.runs.folder import RunFolder
 from spice_pl.system.building import locate
-from spice_pl.system.files import atomic
+from spice_pl.system.files import atomic, check_folder
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,9 @@ def check(job: Job, steps: Sequence[Step], opened: JobImages) -> None:
     if job.edits is not None:
         _take_edits(job, job.edits, steps)
     check_folders(job, steps, opened)
+    for step in steps:
+        if not step.reused:  # before hours of work
+            check_folder("runs_dir", str(job.cfg.runs_dir), step.folder.path)
 
 
 def check_folders(job: Job, steps: Sequence[Step], opened: JobImages) -> None:

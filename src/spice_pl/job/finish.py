@@ -82,7 +82,7 @@ def finish_stage(
         for part, weights in module.weights().items():
             step.folder.write_weights(f"{part}.safetensors", weights)
         if table is not None:
-            write_portable(job, step, module, images, table)
+            write_portable(job, step, module, images, table, str(trainer.precision))
         cost = Cost(
             seconds=time.monotonic() - started + progress(trainer).seconds_before,
             data_wait_fraction=progress(trainer).data_wait_fraction,
@@ -154,7 +154,7 @@ def keep_numbers(step: Step, module: Stage, images: ImageSet) -> None:
 
 
 def write_portable(
-    job: Job, step: Step, module: Stage, images: ImageSet, table: ClusterTable
+    job: Job, step: Step, module: Stage, images: ImageSet, table: ClusterTable, precision: str
 ) -> None:
     """Write model.spice, which clusters new images without this run's folder."""
     parts, plain = dict(module.weights()), step.settings["augment"]["plain"]
@@ -180,6 +180,7 @@ def write_portable(
             "protocol": images.protocol,
             "stage": step.name,
             "seed": step.seed,
+            "precision": precision,
             "versions": versions(),
         },
         known=choose_known(

@@ -58,8 +58,9 @@ def run_stage(
     trainer = make_trainer(job, step, callbacks, interrupts)
     continues = step.continues
     _check_space(step.folder, shapes, module)
-    if trainer.max_epochs and trainer.strategy.root_device.type == "cpu":
-        check_memory(module, streams, images, trainer.world_size)
+    if trainer.max_epochs:
+        device, ranks = trainer.strategy.root_device, trainer.world_size
+        check_memory(module, streams, images, ranks, device, str(trainer.precision))
     if trainer.is_global_zero:
         step.folder.clear_temporary()
         stamp(step, keep=continues)

@@ -43,7 +43,7 @@ from spice_pl.runs.checked_files import (
 from spice_pl.runs.clusters import FILE_NAME as CLUSTERS
 from spice_pl.runs.clusters import ClusterTable, fits_probs, read_table, write_table
 from spice_pl.runs.small_files import STAMP
-from spice_pl.system.files import allocate, atomic, sync_file, sync_folder
+from spice_pl.system.files import allocate, atomic, size_text, sync_file, sync_folder
 from spice_pl.system.locks import hold
 from spice_pl.system.schema import read_names
 
@@ -184,8 +184,8 @@ class RunFolder(CheckedFiles):
         free = shutil.disk_usage(self.path).free
         if free < num_bytes:
             raise UsageError(
-                f"{self.path} needs about {num_bytes / 1e6:,.0f} MB and its disk has "
-                f"{free / 1e6:,.0f} MB left; free some, or give another runs_dir"
+                f"{self.path} needs about {size_text(num_bytes)} and its disk has "
+                f"{size_text(free)} left; free some, or give another runs_dir"
             )
 
     @property

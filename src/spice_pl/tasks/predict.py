@@ -87,6 +87,7 @@ class Predict:
             target = context.folder.path / "sorted"
             sorter = Sorter(images, target, model.names, self.sort, "predict.sort")
         counts, doubtful = np.zeros(model.num_clusters, dtype=np.int64), 0
+        compared = Compared(model, images)
         started = time.monotonic()
         batches = pixel_batches(images, self.batch_size)
         with ExitStack() as stack:
@@ -98,6 +99,7 @@ class Predict:
                 write(part)
                 if sorter is not None:
                     sorter.place(part.keys, part.clusters, part.not_sure)
+                compared(part)
                 counts += np.bincount(part.clusters, minlength=model.num_clusters)
                 doubtful += int(part.not_sure.sum())
                 bar.advance(len(part))
@@ -115,6 +117,46 @@ class Predict:
         )
         if sorter is not None:
             logger.info("%s  one folder per cluster", sorter.target)
+        compared.say()
+
+
+class Compared:
+    """Compare predictions of the images that a model was made from with the clusters of its run.
+
+    Args:
+        model: its known images have the clusters of the run.
+        images: images to predict; others than those of the run are not compared.
+    """
+
+    def __init__(self, model: PortableModel, images: ImageSet) -> None:
+        self.same = self.others = 0
+        self.precision = str(model.about.get("precision", "another precision"))
+        self.clusters: dict[str, int] = {}
+        if model.known is not None and model.about.get("fingerprint") == images.fingerprint:
+            pairs = zip(model.known.keys, model.known.clusters.tolist(), strict=True)
+            self.clusters = dict(pairs)
+
+    def __call__(self, part: Predictions) -> None:
+        """Count the images of a batch that are in the cluster of the run, and the others."""
+        for key, cluster in zip(part.keys, part.clusters.tolist(), strict=True):
+            if key in self.clusters:
+                equal = self.clusters[key] == cluster
+                self.same, self.others = self.same + equal, self.others + (not equal)
+
+    def say(self) -> None:
+        """Log both numbers, if these are the images of the run."""
+        if not self.clusters:
+            return
+        logger.info(
+            "these are the images of the run; of %d compared, %d are in another cluster than in "
+            "its clusters.csv%s",
+            *(self.same + self.others, self.others),
+            f", which was computed in {self.precision} and with answer= as set there, and this "
+            "with the network in 32-true; clusters.csv is the result, and the verb sort copies "
+            "files by it"
+            if self.others
+            else "",
+        )
 
 
 def pixel_batches(
