@@ -34,10 +34,10 @@ def test_files_are_where_the_table_says(finished: Finished) -> None:
     expected = sorted(
         (
             "red_green" if row["cluster"] == "0" else f"cluster {row['cluster']}",
-            float(row["agreement"]) < 0.5,
+            bool(doubtful),
             digest(root / row["image"]),
         )
-        for row in rows
+        for row, doubtful in zip(rows, proto.read_clusters().not_sure, strict=True)
     )
     assert placed == expected
     with pytest.raises(UsageError, match="holds sorted files already and nothing is replaced"):

@@ -12,8 +12,6 @@ from spice_pl.tasks.base import Context
 
 logger = logging.getLogger(__name__)
 
-NOT_SURE = 0.5  # agreement below which the report page calls an image not sure
-
 
 class Sort:
     """Copy or link the files of the upstream run as clusters.csv says.
@@ -41,12 +39,11 @@ class Sort:
         names = [run.names.get(cluster, f"cluster {cluster}") for cluster in range(num_clusters)]
         target = context.folder.path / "sorted"
         sorter = Sorter(images, target, names, self.how, "sort.how")
-        not_sure = table.agreement < NOT_SURE
-        sorter.place(table.keys, table.clusters, not_sure)
+        sorter.place(table.keys, table.clusters, table.not_sure)
         for name, count in zip(names, table.sizes(num_clusters), strict=True):
             if count:
                 logger.info("%8d  %s", count, name)
         logger.info(
-            "%d images, %d not sure (fewer than half of their neighbours are in their cluster): %s",
-            *(len(table.keys), int(np.count_nonzero(not_sure)), target),
+            "%d images, %d not sure (most of their neighbours are in other clusters): %s",
+            *(len(table.keys), int(np.count_nonzero(table.not_sure)), target),
         )
