@@ -42,7 +42,7 @@ from spice_pl.functional.losses import (
 )
 from spice_pl.functional.prototypes import prototype_pseudo_labels, prototype_shares
 from spice_pl.nn.heads import ParallelHeads
-from spice_pl.stages.proto import SHARES_RATE
+from spice_pl.stages.proto import EMPTY_COST, SHARES_RATE
 from spice_pl.stages.proto_start import start_clusters, start_probs
 
 DIM, REPEATS, BATCH = 64, 8, 128
@@ -226,6 +226,7 @@ def network(
         label = label.expand(slots.shape)
         losses = [
             double_softmax_cross_entropy(one[at], own, balanced=started)
+            + started * EMPTY_COST * (num_clusters - len(one.argmax(dim=1).unique()))
             for one, at, own in zip(probs, slots, label, strict=True)
         ]
     return probs[int(torch.stack(losses).argmin())].argmax(dim=1)

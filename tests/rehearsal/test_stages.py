@@ -135,6 +135,14 @@ def test_a_stage_runs_on_rank_0_of_two_gpus(
         assert rehearse(*overrides).launches
 
 
+def test_stage_2_starts_at_kmeans_on_a_gpu(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = runs_of("proto", request)
+    with pretended_gpu(monkeypatch):
+        assert rehearse(*overrides, "proto.module.start=kmeans").launches
+
+
 @pytest.mark.parametrize("stage", ["moco", "propos", "proto", "fixmatch", "clusmatch"])
 def test_a_stage_continues_inside_an_epoch(
     stage: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch

@@ -13,6 +13,7 @@ from tests.stages.test_proto import CYCLES, B, H, M, proto
 from torch import Tensor
 
 from spice_pl.errors import UsageError
+from spice_pl.stages.proto_choice import HeadScores
 from spice_pl.stages.proto_start import start_clusters, start_probs
 
 SIZES = [300, 60, 30, 15, 15]  # 20 : 1
@@ -101,6 +102,22 @@ def test_estimated_shares_start_at_the_sizes_of_the_clusters(tmp_path: Path) -> 
     assert int(sizes.sum()) == M
     for each in shares:
         torch.testing.assert_close(each, (sizes / M).expand(H, K))
+
+
+@pytest.mark.parametrize(("start", "kept"), [("random", 1), ("kmeans", 0)])
+def test_heads_without_an_empty_cluster_come_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: str, kept: int
+) -> None:
+    found = HeadScores(
+        losses=torch.tensor([0.9, 0.7, 1.0]),
+        information=torch.zeros(3),
+        num_empty=torch.tensor([0, 1, 0]),
+    )
+    monkeypatch.setattr("spice_pl.stages.proto.score_heads", lambda *_: found)
+    module, streams = proto(tmp_path, start=start)
+    fit(module, streams, epochs=1)
+    assert int(module.best_head) == kept
+    assert float(module.best_loss) == pytest.approx(float(found.losses[kept]))
 
 
 def test_random_is_the_paper(tmp_path: Path) -> None:

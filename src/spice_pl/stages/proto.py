@@ -45,6 +45,7 @@ from spice_pl.stages.proto_views import BankedViews, FrozenViews, MovingEncoder
 
 logger = logging.getLogger(__name__)
 
+EMPTY_COST = 100.0  # nats per empty cluster; more than any loss or information
 SHARES_RATE = 0.1  # weight of a cycle in the moving average of estimated shares
 
 
@@ -86,11 +87,12 @@ class ProtoHeadModule(Stage):
         start: what the first E-step reads: "random", the predictions of heads that were not
             trained, as in the paper; or "kmeans", `start_clusters` of the first buffer, the same
             for all heads, which the first M-step learns with a single softmax. Shares that are
-            estimated then start at the sizes of these clusters. Ours.
+            estimated then start at the sizes of these clusters, and heads with the fewest empty
+            clusters come first in the choice. Ours.
         seed: seed of the run; head h starts from 1000 · seed + h, so that runs share no head.
     """
 
-    best_cost: Tensor  # of the kept head: its loss, or minus its information, by `selection`
+    best_cost: Tensor  # of the kept head: its loss, or minus its information; see `_choose`
     best_loss: Tensor  # of the kept head
     best_head: Tensor  # number of the kept head
     best_epoch: Tensor  # epoch of the kept head
@@ -356,7 +358,8 @@ class ProtoHeadModule(Stage):
     def _choose(self) -> None:
         """Keep head and epoch of the lowest loss on all training images (Section III-B, Remark).
 
-        Or, with `selection="mutual_information"`, those of the highest information.
+        Or, with `selection="mutual_information"`, those of the highest information. With
+        `start="kmeans"`, those with the fewest empty clusters come first.
         """
         scores = score_heads(
             self.heads,
@@ -366,7 +369,10 @@ class ProtoHeadModule(Stage):
             self.shares,
         )
         by_loss = self.selection == "loss"
-        cost, chosen = (scores.losses if by_loss else -scores.information).min(dim=0)
+        costs = scores.losses if by_loss else -scores.information  # (H,)
+        if self.start == "kmeans":  # every cluster had images; a head that lost some comes last
+            costs = costs + EMPTY_COST * scores.num_empty
+        cost, chosen = costs.min(dim=0)
         loss, num_empty = scores.losses[chosen], scores.num_empty[chosen]
         read = torch.stack((chosen, num_empty, cost < self.best_cost))  # the only wait of a choice
         self.chosen_head, empty, better = read.tolist()
