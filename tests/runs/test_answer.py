@@ -17,7 +17,7 @@ from spice_pl.functional.assignment import clustering_scores
 from spice_pl.job.finish import write_answer
 from spice_pl.job.plan import plan
 from spice_pl.job.run import run_stages
-from spice_pl.runs.answer import NETWORK, VOTE, choose_answer
+from spice_pl.runs.answer import NETWORK, VOTE, candidates, choose_answer
 from spice_pl.runs.folder import RunFolder
 
 GROUPS = torch.arange(200) % 4
@@ -139,6 +139,13 @@ def test_unequal_groups_are_not_cut_where_the_network_cuts_them() -> None:
     assert answer.name != NETWORK
     found = answer.probs.argmax(dim=1)
     assert clustering_scores(found, group)["recall"] > 0.97
+
+
+def test_the_vote_of_longer_walks_has_to_be_about_as_even(monkeypatch: pytest.MonkeyPatch) -> None:
+    evenness = iter([1.0, 0.95, 0.87, 0.75])  # of the network, two votes, 100 steps
+    monkeypatch.setattr("spice_pl.runs.answer.evenness", lambda *_: next(evenness))
+    found, _ = candidates(features(), probs_of(GROUPS), seed=0)
+    assert list(found) == [NETWORK, VOTE, "k-means after 100 steps"]
 
 
 SMALL = torch.eye(4)[torch.arange(40) % 4]  # ten copies of each of four images

@@ -33,6 +33,8 @@ NETWORK = "network"
 VOTE = "vote of network and k-means"
 WALKS_VOTE = f"vote of k-means after {WALKS[1]} and {WALKS[2]} steps"
 COLLAPSED = 0.3  # less even than the evenest candidate by this much; classes 10:1 are even to 0.1
+# For the vote of longer walks: in small sets it merges even classes, and neighbours agree.
+COLLAPSED_VOTE = 0.12
 
 
 @dataclass(frozen=True)
@@ -107,8 +109,9 @@ def candidates(features: Tensor, probs: Tensor, seed: int) -> tuple[dict[str, Te
     }
     # Neighbours agree most where everything is in one cluster: no such candidate may win.
     even = {name: evenness(row, num_clusters) for name, row in found.items()}
-    limit = max(even.values()) - COLLAPSED
-    return {name: row for name, row in found.items() if even[name] >= limit}, others
+    limits = dict.fromkeys(found, max(even.values()) - COLLAPSED)
+    limits[WALKS_VOTE] = max(even.values()) - COLLAPSED_VOTE
+    return {name: row for name, row in found.items() if even[name] >= limits[name]}, others
 
 
 def _propagated(clusters: Tensor, others: Tensor, num_clusters: int) -> Tensor:
