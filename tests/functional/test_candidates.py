@@ -292,7 +292,7 @@ def test_the_score_by_hand() -> None:
     features = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.1, 0.9], [0.0, 1.0]])
     candidates = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]])  # agreement 1 and 1/2
     even = (0.25 * np.log(4) + 0.75 * np.log(4 / 3)) / np.log(2)
-    wanted = [1.5 - np.log(0.04), 1.5 * even - np.log(0.54)]
+    wanted = [1.75 - np.log(0.04), 1.75 * even - np.log(0.54)]
     np.testing.assert_allclose(scores(features, candidates, 2, 1).numpy(), wanted)
 
 

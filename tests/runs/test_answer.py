@@ -14,11 +14,10 @@ from torch.nn import functional as F
 
 from spice_pl.data.images import ImageSet
 from spice_pl.functional.assignment import clustering_scores
-from spice_pl.functional.embeddings import nearest_others
 from spice_pl.job.finish import write_answer
 from spice_pl.job.plan import plan
 from spice_pl.job.run import run_stages
-from spice_pl.runs.answer import NETWORK, VOTE, choose_answer
+from spice_pl.runs.answer import NETWORK, VOTE, candidates, choose_answer
 from spice_pl.runs.folder import RunFolder
 
 GROUPS = torch.arange(200) % 4
@@ -142,20 +141,11 @@ def test_unequal_groups_are_not_cut_where_the_network_cuts_them() -> None:
     assert clustering_scores(found, group)["recall"] > 0.97
 
 
-@pytest.mark.parametrize(("num_images", "graphs"), [(300, [5, 10]), (420, [7, 10]), (600, [10])])
-def test_short_walks_in_small_clusters_have_fewer_neighbours(
-    num_images: int, graphs: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = []
-
-    def noted(embeddings: Tensor, num_neighbors: int) -> Tensor:
-        asked.append(num_neighbors)
-        return nearest_others(embeddings, num_neighbors)
-
-    monkeypatch.setattr("spice_pl.functional.embeddings.nearest_others", noted)
-    rows = torch.randn(num_images, 8, generator=torch.Generator().manual_seed(0))
-    choose_answer(rows, torch.full((num_images, 10), 0.1), seed=0)
-    assert asked == graphs
+def test_the_vote_of_longer_walks_has_to_be_about_as_even(monkeypatch: pytest.MonkeyPatch) -> None:
+    evenness = iter([1.0, 0.95, 0.87, 0.75])  # of the network, two votes, 100 steps
+    monkeypatch.setattr("spice_pl.runs.answer.evenness", lambda *_: next(evenness))
+    found, _ = candidates(features(), probs_of(GROUPS), seed=0)
+    assert list(found) == [NETWORK, VOTE, "k-means after 100 steps"]
 
 
 SMALL = torch.eye(4)[torch.arange(40) % 4]  # ten copies of each of four images

@@ -29,7 +29,7 @@ from spice_pl.functional.kmeans import kmeans_clusters
 from spice_pl.functional.neighbors import SIMILARITIES_PER_CHUNK, similarities, unit_rows
 
 WALKS = (3, 10, 30, 100)  # steps; few suit even classes, many suit unequal ones
-EVENNESS_WEIGHT = 1.5  # 1.25 to 2 choose about alike
+EVENNESS_WEIGHT = 1.75  # 1.5 to 2 choose about alike
 DISAGREEMENT_FLOOR = 0.04  # 0.03 to 0.05 choose alike; where few disagree, evenness decides
 DENSE_UP_TO = 200  # samples whose eigenvectors are found without iteration
 
@@ -300,7 +300,7 @@ def evenness(clusters: Tensor, num_clusters: int) -> float:
 def cluster_scores(others: Tensor, candidates: Tensor, num_clusters: int) -> Tensor:
     """Score candidates without labels; the largest is the one to keep.
 
-    Ours: score = 1.5 h − log(1 − a + 0.04), with the agreement a of `neighbor_agreement` and the
+    Ours: score = 1.75 h − log(1 − a + 0.04), with the agreement a of `neighbor_agreement` and the
     evenness h of `evenness`. The agreement alone favours candidates that split off a small odd
     group and merge two classes in its place. The product a h rejects classes that are truly
     unequal: a of good candidates differs by hundredths only, and h by tenths. The logarithm

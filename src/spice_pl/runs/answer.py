@@ -29,12 +29,12 @@ from spice_pl.functional.embeddings import nearest_others
 logger = logging.getLogger(__name__)
 
 NUM_NEIGHBORS = 10
-FEWEST_NEIGHBORS = 5
-CLUSTER_PER_NEIGHBOR = 6  # images of a mean cluster for each neighbour
 NETWORK = "network"
 VOTE = "vote of network and k-means"
 WALKS_VOTE = f"vote of k-means after {WALKS[1]} and {WALKS[2]} steps"
 COLLAPSED = 0.3  # less even than the evenest candidate by this much; classes 10:1 are even to 0.1
+# For the vote of longer walks: in small sets it merges even classes, and neighbours agree.
+COLLAPSED_VOTE = 0.12
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,9 @@ def candidates(features: Tensor, probs: Tensor, seed: int) -> tuple[dict[str, Te
 
     k-means on embeddings smoothed for 3, 10, 30 and 100 steps (`walk_clusters`) gives four
     clusterings. One vote (`vote_clusters`) is that of the network and of 3 and 10 steps; the other,
-    for unequal clusters, that of 10 and 30 steps. 100 steps are for very unequal clusters. Votes
-    and short walks use few neighbours where clusters are small (`neighbors_within`); long walks use
-    10, since a large cluster may be cut if it has fewer. A choice between the network and each
-    k-means loses more than these votes, and spectral and Ward's clustering make it worse
-    (benchmarks/choice.py).
+    for unequal clusters, that of 10 and 30 steps. 100 steps are for very unequal clusters. A choice
+    between the network and each k-means loses more than these votes, and spectral and Ward's
+    clustering make it worse (benchmarks/choice.py).
 
     Args:
         features: (N, D), raw.
@@ -97,42 +95,23 @@ def candidates(features: Tensor, probs: Tensor, seed: int) -> tuple[dict[str, Te
         Clusters (N,) of each candidate that has not collapsed, by its name; neighbours (N, k).
     """
     num_clusters, own = probs.shape[1], probs.argmax(dim=1)
-    few, many = neighbors_within(len(probs), num_clusters)
-    walks = {few: WALKS[:2], many: WALKS[2:]} if few < many else {many: WALKS}
-    short, middle, long, longest = (
-        row
-        for num_neighbors, steps in walks.items()
-        for row in walk_clusters(
-            features, num_clusters, walks=steps, num_neighbors=num_neighbors, seed=seed
-        )
+    inside = max(1, len(probs) // num_clusters - 1)  # other images of a cluster of mean size
+    num_neighbors = min(NUM_NEIGHBORS, inside)
+    others = nearest_others(features, num_neighbors)
+    short, middle, long, longest = walk_clusters(
+        features, num_clusters, num_neighbors=num_neighbors, seed=seed
     )
-    others = nearest_others(features, many)  # nearest first
-    near = others[:, :few]
     found = {
         NETWORK: own,
-        VOTE: vote_clusters(torch.stack([own, short, middle]), near, num_clusters),
-        WALKS_VOTE: vote_clusters(torch.stack([middle, long]), near, num_clusters),
+        VOTE: vote_clusters(torch.stack([own, short, middle]), others, num_clusters),
+        WALKS_VOTE: vote_clusters(torch.stack([middle, long]), others, num_clusters),
         f"k-means after {WALKS[-1]} steps": longest,
     }
     # Neighbours agree most where everything is in one cluster: no such candidate may win.
     even = {name: evenness(row, num_clusters) for name, row in found.items()}
-    limit = max(even.values()) - COLLAPSED
-    return {name: row for name, row in found.items() if even[name] >= limit}, others
-
-
-def neighbors_within(num_images: int, num_clusters: int) -> tuple[int, int]:
-    """Return how many neighbours the short and the long walks use.
-
-    A sixth of the mean size N/K of a cluster, but 5 to 10, so that most neighbours are in the
-    image's cluster; and 10. Neither is more than the other images of a cluster of mean size.
-
-    Examples:
-        >>> [neighbors_within(*each) for each in ((2_500, 10), (420, 10), (300, 10), (40, 10))]
-        [(10, 10), (7, 10), (5, 10), (3, 3)]
-    """
-    sixth = num_images // (CLUSTER_PER_NEIGHBOR * num_clusters)
-    many = min(NUM_NEIGHBORS, max(1, num_images // num_clusters - 1))
-    return min(max(sixth, FEWEST_NEIGHBORS), many), many
+    limits = dict.fromkeys(found, max(even.values()) - COLLAPSED)
+    limits[WALKS_VOTE] = max(even.values()) - COLLAPSED_VOTE
+    return {name: row for name, row in found.items() if even[name] >= limits[name]}, others
 
 
 def _propagated(clusters: Tensor, others: Tensor, num_clusters: int) -> Tensor:
