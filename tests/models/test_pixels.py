@@ -76,3 +76,11 @@ def test_batches_keep_the_order_and_name_what_is_skipped(tmp_path: Path, batch_s
 def test_an_array_that_is_not_an_image_is_refused(array: Any) -> None:
     with pytest.raises(UsageError, match="give uint8 levels 0 to 255 as"):
         pixels_of(array, 8)
+
+
+@pytest.mark.parametrize("images", [None, 3, 0.5])
+def test_what_is_no_image_is_named(images: Any) -> None:
+    with pytest.raises(
+        UsageError, match=rf"{type(images).__name__} is not an image; give a folder"
+    ):
+        list(named_images(images))

@@ -6,7 +6,7 @@ Shapes: N images, B images of a batch, S pixels a side.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain, islice
 from pathlib import Path
@@ -84,7 +84,7 @@ def named_images(images: Any) -> Iterator[tuple[str, Any]]:
     """
     if isinstance(images, str | os.PathLike):
         path = Path(images).expanduser()
-        if path.is_dir():
+        if os.path.isdir(path):  # False, too, for a name that no file can have
             yield from ((name, path / name) for name in image_files(path))
         else:
             yield str(path), path
@@ -94,6 +94,11 @@ def named_images(images: Any) -> Iterator[tuple[str, Any]]:
         array = images.numpy(force=True) if isinstance(images, Tensor) else images
         one = array.ndim == 2 or (array.ndim == 3 and 3 in (array.shape[0], array.shape[-1]))
         yield from ((str(i), image) for i, image in enumerate(array[None] if one else array))
+    elif not isinstance(images, Iterable):
+        raise UsageError(
+            f"{type(images).__name__} is not an image; give a folder, a path, a PIL image, an "
+            "array or a list of these"
+        )
     else:
         for i, image in enumerate(images):
             is_path = isinstance(image, str | os.PathLike)
