@@ -28,7 +28,7 @@ from spice_pl.job.parts import JobImages
 from spice_pl.job.plan import plan
 from spice_pl.job.run import run_stages
 
-VIEWS = dict.fromkeys(("plain", "weak", "strong", "query", "key"), 0.0)
+VIEWS = dict.fromkeys(("plain", "weak", "strong", "query", "key", "patches"), 0.0)
 FREE = Costs(encode=0, train=0, views=VIEWS, head_step=0, head_row=0, rows=(0, 0))
 
 
@@ -57,6 +57,16 @@ def test_an_epoch_of_moco_is_forward_and_backward_of_each_image() -> None:
     # 1050 images: 10 whole batches of 100, in 7 epochs.
     assert told(costs, *sizes, "moco.epochs=7", number=1050) == 7 * 1000
     assert told(costs, *sizes, "moco.epochs=7", "moco.module.symmetric=true") == 2 * 7 * 1000
+
+
+def test_an_epoch_of_empssl_is_all_patches_at_their_size() -> None:
+    costs = replace(FREE, train=1.0, views=VIEWS | {"patches": 6.0})
+    sizes = ("stage=empssl", "empssl.epochs=7", "empssl.streams.images.batch_size=100")
+    patches = "augment.patches.num_patches=5"
+    assert told(costs, *sizes, patches, number=1050) == 7 * 1000 * (5 + 6)
+    # The images have 8 pixels a side: half of the epochs at a quarter of the cost.
+    found = told(costs, *sizes, patches, "empssl.module.sizes=[4,8]")
+    assert found == 7 * 1000 * (5 + 6) * (0.25 + 1) / 2
 
 
 def test_a_bank_embeds_its_views_once_and_fresh_views_each_epoch() -> None:

@@ -86,6 +86,10 @@ def test_patches_have_their_size_and_the_last_share_of_the_epochs_is_at_full_siz
     images = replace(image_set(), images=np.kron(pixels, np.ones((2, 2), np.uint8)))  # 16 pixels
     streams = module.prepare(images, None, STREAMS)
     assert set(streams["images"].views) == {"8", "16"}
+    small, large = (streams["images"].views[side] for side in ("8", "16"))
+    assert isinstance(small, PatchView)
+    assert (small.min_scale, small.max_scale, small.ratio) == (0.25, 0.25, (1.0, 1.0))
+    assert large == replace(VIEW, side=16)
     watch = Watch(module)
     fit(module, streams, watch, epochs=5, images=images, limit_train_batches=1)
     assert [shape[-1] for shape in watch.shapes] == [8, 8, 8, 8, 16]

@@ -35,8 +35,9 @@ class EmpSSLModule(FeatureStage):
         rate_weight: weight of the coding rate beside the cosines; 1/λ of the paper.
         distortion: ε², squared error that the code allows.
         num_clusters: as in `FeatureStage`.
-        sizes: sides s in pixels of the patches in turn, each for an equal share of the epochs; None
-            makes patches as large as images.
+        sizes: sides s in pixels of the patches in turn, each for an equal share of the epochs.
+            Patches smaller than the images are cut from them and not scaled; others cover the areas
+            of their view, scaled to the side. None scales all to the size of the images.
         lr: as in `FeatureStage`.
         warmup_epochs: as in `FeatureStage`.
         sgd_momentum: as in `FeatureStage`.
@@ -55,17 +56,17 @@ class EmpSSLModule(FeatureStage):
         *,
         projection_dim: int = 128,
         hidden_dim: int = 512,
-        rate_weight: float = 0.02,
+        rate_weight: float = 0.05,
         distortion: float = 0.2,
         num_clusters: int | None = None,
         sizes: Sequence[int] | None = None,
-        lr: float = 0.3,
+        lr: float = 1.0,
         warmup_epochs: int = 1,
         sgd_momentum: float = 0.9,
         weight_decay: float = 1e-4,
     ) -> None:
         for key, value, usual in (
-            ("rate_weight", rate_weight, "our default is 0.02; without it all features are equal"),
+            ("rate_weight", rate_weight, "our default is 0.05; without it all features are equal"),
             ("distortion", distortion, "EMP-SSL uses 0.2"),
         ):
             if value <= 0:
@@ -132,7 +133,8 @@ class EmpSSLModule(FeatureStage):
             return streams
         stream = streams["images"]
         (view,) = stream.views.values()
-        views = {str(side): replace(cast(PatchView, view), side=side) for side in self.sizes}
+        pixels = images.images.shape[-1]
+        views = {str(side): _sized(cast(PatchView, view), side, pixels) for side in self.sizes}
         turns = [str(side) for side in self.sizes]
         return {**streams, "images": replace(stream, views=views, turns=turns)}
 
@@ -144,3 +146,11 @@ class EmpSSLModule(FeatureStage):
         """
         gathered = cast(Tensor, self.all_gather(rows.flatten(1), sync_grads=True))  # (R, b, n P)
         return gathered.view(-1, *rows.shape[1:])
+
+
+def _sized(view: PatchView, side: int, pixels: int) -> PatchView:
+    """Return the view with patches of a side; smaller than the image, they are not scaled."""
+    if side == pixels:
+        return replace(view, side=side)
+    share = (side / pixels) ** 2  # of the area of the image
+    return replace(view, side=side, min_scale=share, max_scale=share, ratio=(1.0, 1.0))
