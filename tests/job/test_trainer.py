@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from pytorch_lightning.strategies import DDPStrategy
 from tests.conftest import compose
+from torch import nn
 
 from spice_pl.errors import UsageError
+from spice_pl.job.stage import check_deterministic
 from spice_pl.job.trainer import auto_precision, num_ranks, trainer_settings
 
 Gpus = Callable[..., None]
@@ -114,6 +117,19 @@ def test_precision_is_what_the_gpu_multiplies_in(
     assert auto_precision("auto") == precision
 
 
+@pytest.mark.parametrize(
+    ("count", "accelerator", "expected"), [(1, "auto", ["high"]), (0, "auto", []), (1, "cpu", [])]
+)
+def test_products_use_tf32_on_a_gpu_only(
+    count: int, accelerator: str, expected: list[str], gpus: Gpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus(count)
+    asked: list[str] = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
+    trainer_settings(settings(f"trainer.accelerator={accelerator}"))
+    assert asked == expected
+
+
 def test_sync_batchnorm_needs_gpus_and_deterministic_turns_the_trial_of_algorithms_off(
     gpus: Gpus,
 ) -> None:
@@ -124,3 +140,14 @@ def test_sync_batchnorm_needs_gpus_and_deterministic_turns_the_trial_of_algorith
     made = trainer_settings(settings("trainer.sync_batchnorm=true", "trainer.deterministic=true"))
     assert made["sync_batchnorm"] is True
     assert made["benchmark"] is False
+
+
+def test_deterministic_refuses_layers_without_a_deterministic_gradient() -> None:
+    def stage(pool: nn.Module, *, trained: bool = True) -> Any:
+        encoder = nn.Sequential(nn.Conv2d(3, 4, 3), pool).requires_grad_(trained)
+        return SimpleNamespace(encoder=encoder)
+
+    with pytest.raises(UsageError, match=r"=true: 1 \(AdaptiveAvgPool2d\) .*=false or"):
+        check_deterministic(stage(nn.AdaptiveAvgPool2d(7)))
+    check_deterministic(stage(nn.AdaptiveAvgPool2d((1, 1))))  # a mean
+    check_deterministic(stage(nn.AdaptiveAvgPool2d(7), trained=False))  # no gradient at all

@@ -275,17 +275,21 @@ def randaugment(images: Tensor, parameters: Tensor) -> Tensor:
     size, level = images.shape[-1], torch.arange(256, device=images.device)
     levels = level.to(torch.float32)
     axis = torch.arange(size, device=images.device) - (size - 1) / 2
-    smooth = images.new_ones(images.shape[1], 1, 3, 3)
-    smooth[:, :, 1, 1] = 5
+    smooth = images.new_full((images.shape[1], 1, 3, 3), 1 / 13)
+    smooth[:, :, 1, 1] = 5 / 13
+    one = level.new_ones(1)
+    drawn = parameters[..., 19:21].to(level.dtype)[..., None]  # 1 where a slot drew the operation
     threshold, step = parameters[..., 21:23, None].unbind(2)  # (B, R, 1) each
     solarized = torch.where(levels >= threshold, 255 - levels, levels)  # (B, R, 256)
     changed = torch.floor(solarized / step).mul_(step).sub_(levels)  # added to each level
-    for slot, change in zip(parameters.unbind(1), changed.unbind(1), strict=True):
-        matrix, light, sharpness, auto, equal, _ = slot.split_with_sizes((6, 12, 1, 1, 1, 2), dim=1)
+    slots = (parameters.unbind(1), drawn.unbind(1), changed.unbind(1))
+    for slot, tables, change in zip(*slots, strict=True):
+        matrix, light, sharpness, _ = slot.split_with_sizes((6, 12, 1, 4), dim=1)
         images = adjust_light(_affine(images, matrix, axis), light)
         images = _sharpen(images, sharpness[..., None, None], smooth)
         rounded = images.flatten(2).long()  # (B, 3, S·S)
-        table = _table(rounded, auto[..., None] > 0, equal[..., None] > 0, level)
+        auto, equal = torch.split(tables, 1, dim=1)  # (B, 1, 1) each
+        table = _table(rounded, auto, equal, levels, one)
         images = table.add_(change[:, None]).gather(2, rounded).floor_().view_as(images)
     return images
 
@@ -300,25 +304,27 @@ def _affine(images: Tensor, matrix: Tensor, axis: Tensor) -> Tensor:
 def _sharpen(images: Tensor, factor: Tensor, smooth: Tensor) -> Tensor:
     if images.shape[-1] < 3:
         return images
-    smoothed = F.conv2d(images, smooth, groups=images.shape[1]).div_(13).round_()
+    # A sum of 13 levels is never half-way between two thirteenths that round differently, so the
+    # division may come first; between two levels no level is out of range.
+    smoothed = F.conv2d(images, smooth, groups=images.shape[1]).round_()
     inner = images[..., 1:-1, 1:-1]
-    inner.copy_(torch.lerp(smoothed, inner, factor).clamp_(0, 255))
+    inner.copy_(torch.lerp(smoothed, inner, factor))
     return images
 
 
-def _table(rounded: Tensor, auto: Tensor, equal: Tensor, level: Tensor) -> Tensor:
+def _table(rounded: Tensor, auto: Tensor, equal: Tensor, levels: Tensor, one: Tensor) -> Tensor:
     """Return the level that each level becomes by autocontrast or equalisation, (B, 3, 256)."""
     low, high = rounded.amin(dim=2, keepdim=True), rounded.amax(dim=2, keepdim=True)
     histogram = rounded.new_zeros(*rounded.shape[:2], 256)
-    histogram.scatter_add_(2, rounded, rounded.new_ones(1).expand_as(rounded))
+    histogram.scatter_add_(2, rounded, one.expand_as(rounded))
     step = rounded.shape[2] - histogram.gather(2, high)
-    step = torch.div(step, 255, rounding_mode="floor")  # (B, 3, 1)
+    step = torch.div(step, 255, rounding_mode="floor").mul_(equal)  # (B, 3, 1)
     below = histogram.cumsum(2) - histogram
-    equalized = ((below + step // 2) // step.clamp(min=1)).clamp_(0, 255)  # (B, 3, 256)
-    span = high - low
-    stretched = (level - low) / (span * (1 / 255)).clamp_min(1e-6)
-    table = torch.where(auto & (span > 0), stretched, level.to(stretched.dtype))
-    return torch.where(equal & (step > 0), equalized.to(table.dtype), table)
+    equalized = ((below + step // 2) // step.clamp(min=1)).clamp_(max=255)  # (B, 3, 256)
+    span = (high - low).mul_(auto)
+    stretched = (levels - low) / (span * (1 / 255)).clamp_min(1e-6)
+    table = torch.where(span > 0, stretched, levels)
+    return torch.where(step > 0, equalized.to(table.dtype), table)
 
 
 # Cutout.
