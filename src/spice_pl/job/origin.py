@@ -16,7 +16,7 @@ EMBED = "embed"
 
 
 def titled(name: str, settings: Mapping[str, Any], recorded: str | None = None) -> str:
-    """Return the title of a stage, with the origin of the features that it begins with.
+    """Return the title of a stage, with the origin of the pretrained network that it begins with.
 
     Args:
         name: name of the stage.
@@ -26,9 +26,20 @@ def titled(name: str, settings: Mapping[str, Any], recorded: str | None = None) 
     title = str(settings[name]["title"])
     if name == EMBED:
         return origin(settings[EMBED]["module"])
-    if settings[name].get("upstream") == EMBED and "module" in settings[name]:
+    own = settings[name].get("module")
+    if own is not None and own.get("init") != "scratch" and EMBED in _before(name, settings):
         return f"{title} on {recorded or origin(settings[EMBED]['module'])}"
     return title
+
+
+def _before(name: str, settings: Mapping[str, Any]) -> list[str]:
+    """Return the stages that a stage is made from, the nearest first."""
+    found: list[str] = []
+    before = settings[name].get("upstream")
+    while before in settings and before not in found:
+        found.append(before)
+        before = settings[before].get("upstream")
+    return found
 
 
 def origin(module: Mapping[str, Any]) -> str:

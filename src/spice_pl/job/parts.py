@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import pytorch_lightning as pl
@@ -15,6 +16,7 @@ from spice_pl.data.sources.subset import subset
 from spice_pl.errors import UsageError
 from spice_pl.job.fit import fitted
 from spice_pl.job.job import Job
+from spice_pl.job.origin import EMBED
 from spice_pl.job.plan import Step
 from spice_pl.job.settings import build
 from spice_pl.nn.pretrained import is_not_fetched, without_network
@@ -75,7 +77,40 @@ def build_stage(job: Job, step: Step, images: ImageSet) -> tuple[Stage, dict[str
         ) from error
     module.name = step.name
     module.check(images, streams)
+    if step.name == EMBED and (said := other_normalisation(own["module"], module, step.settings)):
+        logger.warning(said)
     return module, streams
+
+
+def other_normalisation(
+    own: Mapping[str, Any], module: Stage, settings: Mapping[str, Any]
+) -> str | None:
+    """Return a warning where images are normalised otherwise than a network of timm expects.
+
+    Args:
+        own: settings of the module.
+        module: stage with the network as its encoder.
+        settings: all settings of the job.
+    """
+    backbone = own["backbone"]
+    is_timm = str(backbone["_target_"]).startswith("timm.")
+    if not is_timm or not (backbone.get("pretrained") or own.get("weights")):
+        return None
+    expected = getattr(module.encoder, "pretrained_cfg", None) or {}
+    given = {key: list(map(float, settings["dataset"][key])) for key in ("mean", "std")}
+    other = {
+        key: [float(each) for each in expected[key]]
+        for key in given
+        if key in expected
+        and any(abs(a - b) > 1e-3 for a, b in zip(expected[key], given[key], strict=True))
+    }
+    if not other:
+        return None
+    ways = " ".join(f"dataset.{key}={value}".replace(", ", ",") for key, value in other.items())
+    return (
+        f"embed: {backbone['model_name']} was trained on images of another normalisation; give "
+        f"{ways}, or recipe=pretrained encoder={backbone['model_name']}, which takes its own"
+    )
 
 
 def check_distinct(images: ImageSet, num_clusters: int) -> None:
