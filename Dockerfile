@@ -4,7 +4,7 @@
 FROM python:3.12-slim
 WORKDIR /src
 COPY . .
-RUN pip install --no-cache-dir --extra-index-url https://download.pytorch.org/whl/cpu '.[backbones]' \
+RUN pip install --no-cache-dir --extra-index-url https://download.pytorch.org/whl/cpu . \
     && rm -rf /src/*
 WORKDIR /work
 ENTRYPOINT ["spice"]

@@ -1,15 +1,16 @@
 """How much accuracy does the choice of the clusters at hand lose, and how stable is it?
 
-    python benchmarks/choice.py [NAME=FEATURES.npy,LABELS.npy ...] [--seeds 2]
+    python benchmarks/choice.py [NAME=FEATURES.npy,LABELS.npy ...] [--seeds 2] [--most 100]
 
-Without data sets: the pixels of scikit-learn's digits. Of each data set: as many images of
-each class as the smallest has, five classes, thirty images per class, and classes that fall from 10
-to 1. On each, heads are trained on the fixed
+Without data sets: the pixels of scikit-learn's digits. Of each data set and seed, five kinds of set
+are drawn: as many images of each class, five classes, thirty images per class, classes that fall
+from 10 to 1, and one class with half of the images. On each, heads are trained on the fixed
 features with the steps of stage 2, noise in the place of views; then `choose_answer` chooses.
-Regret is the largest ACC of the candidates of the table minus that of the chosen clusters. Labels
-are read only for it. Prints one line per kind of set with means over seeds, the regret (mean and
-largest), the adjusted Rand index between the chosen clusters of two seeds on the same images, and,
-as its last line, JSON.
+Regret is the largest ACC of the network and of k-means after 3, 10, 30 and 100 steps, minus that of
+the chosen clusters. "Left out" is the regret if the weight of the evenness is the one that loses
+least on the other data sets. Labels are read only for these figures. Prints one line per set, then
+one per kind, with means over data sets and seeds, the regret (mean and largest), the adjusted Rand
+index between the chosen clusters of two seeds on the same images, and, as its last line, JSON.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import os
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,48 +30,106 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spice_pl.functional.assignment import clustering_scores
-from spice_pl.functional.candidates import walk_clusters
-from spice_pl.functional.embeddings import smoothed_embeddings
+from spice_pl.functional.candidates import (
+    DISAGREEMENT_FLOOR,
+    EVENNESS_WEIGHT,
+    evenness,
+    neighbor_agreement,
+    spectral_clusters,
+    walk_clusters,
+)
+from spice_pl.functional.embeddings import (
+    fit_projection,
+    neighbor_graph,
+    project,
+    smoothed_embeddings,
+)
 from spice_pl.functional.losses import double_softmax_cross_entropy_per_head
 from spice_pl.functional.prototypes import prototype_pseudo_labels
 from spice_pl.nn.heads import ParallelHeads
-from spice_pl.runs.answer import choose_answer
+from spice_pl.runs.answer import candidates, choose_answer
 
 HEADS, EPOCHS, REPEATS, BATCH, WIDTH, NOISE = 3, 8, 8, 128, 128, 0.5
-WALKS = (3, 10, 30, 100)
+STEPS = (3, 10, 30, 100)
+KINDS = ("even", "five", "thirty", "tail", "dominant")
+WEIGHTS = (0.0, 0.5, 1.0, 1.25, 1.5, 1.75, 2.0, 3.0)  # of the evenness
+COLUMNS = ("network", "k-means", "spectral", "chosen", "regret", "left out")
+
+
+class Outcome(NamedTuple):
+    """Figures of one set and seed.
+
+    Attributes:
+        acc: ACC of the network, of k-means after 3 steps, of spectral clustering and of the choice.
+        best: largest ACC of the network and of k-means after each number of steps.
+        by_weight: ACC of the choice with each of WEIGHTS.
+        chosen: (N,), the chosen clusters.
+    """
+
+    acc: dict[str, float]
+    best: float
+    by_weight: tuple[float, ...]
+    chosen: Tensor
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("sets", nargs="*", metavar="NAME=FEATURES.npy,LABELS.npy")
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--most", type=int, default=100, help="largest number of images per class")
     args = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    columns = ["network", *(f"t = {steps}" for steps in WALKS), "chosen", "regret", "largest"]
-    print(f"| set | images | classes | {' | '.join([*columns, 'ARI of seeds'])} |")
-    print("|:--|" + "--:|" * (len(columns) + 3))
-    figures: dict[str, dict[str, float]] = {}
+    print(f"| set | images | classes | {' | '.join(COLUMNS[:-1])} |")
+    print("|:--|" + "--:|" * (len(COLUMNS) + 1))
+    found: dict[tuple[str, str], list[Outcome]] = {}
     for name, features, labels in data_sets(args.sets):
-        for kind in ("all", "five", "thirty", "tail"):
-            drawn = draw(labels, kind, np.random.default_rng(0))
+        for kind in KINDS:
+            drawn = draw(labels, kind, args.most, np.random.default_rng(0))
             truth = torch.from_numpy(np.unique(labels[drawn], return_inverse=True)[1])
-            rows = [scores(features[drawn], truth, seed) for seed in range(args.seeds)]
-            found = {
-                key: statistics.fmean(acc[key] for acc, _ in rows)
-                for key in columns
-                if key != "largest"
-            }
-            found["largest"] = max(acc["regret"] for acc, _ in rows)
-            pairs = itertools.combinations([clusters for _, clusters in rows], 2)
-            agreement = [clustering_scores(one, other)["ari"] for one, other in pairs]
-            found["ARI of seeds"] = statistics.fmean(agreement) if agreement else float("nan")
-            cells = [f"{found[key]:.3f}" for key in (*columns, "ARI of seeds")]
-            print(
-                f"| {name} {kind} | {len(drawn)} | {int(truth.max()) + 1} | {' | '.join(cells)} |"
-            )
-            figures[f"{name} {kind}"] = {key: round(value, 4) for key, value in found.items()}
-    regret = statistics.fmean(found["regret"] for found in figures.values())
-    print(f"\nmean regret {regret:.3f}\n\n{json.dumps({'mean_regret': regret, **figures})}")
+            runs = [look(features[drawn], truth, seed) for seed in range(args.seeds)]
+            found[name, kind] = runs
+            cells = [statistics.fmean(run.acc[key] for run in runs) for key in COLUMNS[:4]]
+            cells.append(statistics.fmean(run.best - run.acc["chosen"] for run in runs))
+            text = " | ".join(f"{cell:.3f}" for cell in cells)
+            print(f"| {name} {kind} | {len(drawn)} | {int(truth.max()) + 1} | {text} |", flush=True)
+    figures = {kind: summary(found, kind) for kind in KINDS}
+    print(f"\n| kind | {' | '.join(COLUMNS)} | largest regret | ARI of seeds |")
+    print("|:--|" + "--:|" * (len(COLUMNS) + 2))
+    for kind, row in figures.items():
+        print(f"| {kind} | {' | '.join(f'{value:.3f}' for value in row.values())} |")
+    print(f"\n{json.dumps(figures)}")
+
+
+def summary(found: dict[tuple[str, str], list[Outcome]], kind: str) -> dict[str, float]:
+    """Return the means of one kind of set over data sets and seeds."""
+    runs = [run for (_, each), of in found.items() if each == kind for run in of]
+    regrets = [run.best - run.acc["chosen"] for run in runs]
+    row = {key: statistics.fmean(run.acc[key] for run in runs) for key in COLUMNS[:4]}
+    row["regret"] = statistics.fmean(regrets)
+    row["left out"] = statistics.fmean(
+        run.best - run.by_weight[weight_without(found, name)]
+        for (name, each), of in found.items()
+        if each == kind
+        for run in of
+    )
+    row["largest regret"] = max(regrets)
+    pairs = [
+        clustering_scores(one.chosen, other.chosen)["ari"]
+        for (_, each), of in found.items()
+        if each == kind
+        for one, other in itertools.combinations(of, 2)
+    ]
+    row["ARI of seeds"] = statistics.fmean(pairs) if pairs else float("nan")
+    return row
+
+
+def weight_without(found: dict[tuple[str, str], list[Outcome]], left_out: str) -> int:
+    """Return the place in WEIGHTS that loses least on the other data sets; on all if no other."""
+    others = [run for (name, _), of in found.items() if name != left_out for run in of]
+    others = others or [run for of in found.values() for run in of]
+    gains = [sum(run.by_weight[place] for run in others) for place in range(len(WEIGHTS))]
+    near = sorted(range(len(WEIGHTS)), key=lambda place: abs(WEIGHTS[place] - EVENNESS_WEIGHT))
+    return max(near, key=lambda place: gains[place])  # of equal ones that nearest to the constant
 
 
 def data_sets(given: list[str]) -> Iterator[tuple[str, Tensor, NDArray[np.int64]]]:
@@ -83,17 +143,23 @@ def data_sets(given: list[str]) -> Iterator[tuple[str, Tensor, NDArray[np.int64]
         yield name, torch.from_numpy(features.astype(np.float32)), labels
 
 
-def draw(labels: NDArray[np.int64], kind: str, generator: np.random.Generator) -> NDArray[np.intp]:
+def draw(
+    labels: NDArray[np.int64], kind: str, most: int, generator: np.random.Generator
+) -> NDArray[np.intp]:
     """Return the images of a kind of set, in order."""
     classes = generator.permutation(np.unique(labels))
     if kind == "five":
         classes = classes[:5]
+    count = len(classes)
     least = min(int((labels == each).sum()) for each in classes)
-    sizes = [least] * len(classes)
+    largest = least if kind in ("tail", "dominant") else min(most, least)
+    sizes = [largest] * count
     if kind == "thirty":
-        sizes = [min(30, least)] * len(classes)
+        sizes = [min(30, least)] * count
     if kind == "tail":
-        sizes = [max(2, round(size)) for size in np.geomspace(least, least / 10, len(classes))]
+        sizes = [max(2, round(size)) for size in np.geomspace(largest, largest / 10, count)]
+    if kind == "dominant":
+        sizes = [largest] + [max(2, largest // (count - 1))] * (count - 1)
     parts = [
         generator.choice(np.flatnonzero(labels == each), size, replace=False)
         for each, size in zip(classes, sizes, strict=True)
@@ -101,18 +167,27 @@ def draw(labels: NDArray[np.int64], kind: str, generator: np.random.Generator) -
     return np.sort(np.concatenate(parts))
 
 
-def scores(features: Tensor, truth: Tensor, seed: int) -> tuple[dict[str, float], Tensor]:
-    """Return ACC of each candidate and of the chosen clusters with its regret, and the latter."""
+def look(features: Tensor, truth: Tensor, seed: int) -> Outcome:
+    """Train, choose, and measure."""
     num_clusters = int(truth.max()) + 1
     probs = network(features, num_clusters, seed)
-    walked = walk_clusters(features, num_clusters, walks=WALKS, seed=seed)
+    walked = walk_clusters(features, num_clusters, walks=STEPS, seed=seed)
+    starts = project(features, fit_projection(features))
+    spectral = spectral_clusters(starts, neighbor_graph(starts), num_clusters, seed)
     chosen = choose_answer(features, probs, seed).probs.argmax(dim=1)
-    candidates = {"network": probs.argmax(dim=1)}
-    candidates |= {f"t = {steps}": row for steps, row in zip(WALKS, walked, strict=True)}
-    found = {name: clustering_scores(row, truth)["acc"] for name, row in candidates.items()}
-    best = max(found.values())
-    found["chosen"] = clustering_scores(chosen, truth)["acc"]
-    return found | {"regret": best - found["chosen"]}, chosen
+    rows = {"network": probs.argmax(dim=1), "k-means": walked[0], "spectral": spectral}
+    acc = {name: accuracy(row, truth) for name, row in (rows | {"chosen": chosen}).items()}
+    best = max(acc["network"], *(accuracy(row, truth) for row in walked))
+    found, others = candidates(features, probs, seed)
+    each = torch.stack(list(found.values()))
+    agreements = -(1 - neighbor_agreement(others, each) + DISAGREEMENT_FLOOR).log()
+    even = torch.tensor([evenness(row, num_clusters) for row in each], dtype=torch.float64)
+    kept = [int((weight * even + agreements).argmax()) for weight in WEIGHTS]
+    return Outcome(acc, best, tuple(accuracy(each[place], truth) for place in kept), chosen)
+
+
+def accuracy(clusters: Tensor, truth: Tensor) -> float:
+    return clustering_scores(clusters, truth)["acc"]
 
 
 def network(features: Tensor, num_clusters: int, seed: int) -> Tensor:

@@ -36,10 +36,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from spice_pl.data.augment import MoCoView, StrongView, View, WeakView
+from spice_pl.data.augment import MoCoView, PatchView, StrongView, View, WeakView
 from spice_pl.data.datamodule import Stream, Views, ViewsDataModule
 from spice_pl.data.images import ImageSet
 from spice_pl.data.transfer import Ahead, resident_store
+from spice_pl.functional.coding_rate import multi_patch_loss
 from spice_pl.functional.consistency import weighted_cross_entropy
 from spice_pl.functional.contrastive import info_nce, nt_xent
 from spice_pl.functional.momentum import EmaPairs
@@ -59,6 +60,7 @@ STREAMS: dict[str, dict[str, tuple[dict[str, View], int]]] = {
     "moco": {"images": ({"query": MOCO, "key": MOCO}, 128)},
     "moco, batch 512": {"images": ({"query": MOCO, "key": MOCO}, 512)},
     "simclr": {"images": ({"query": MOCO, "key": MOCO}, 512)},
+    "empssl": {"images": ({"patches": PatchView(MEAN, STD)}, 64)},
     "fixmatch": {
         "labelled": ({"weak": WEAK}, 64),
         "unlabelled": ({"weak": WEAK, "strong": STRONG_JOINT}, 448),
@@ -76,7 +78,7 @@ class Model:
         torch.manual_seed(0)
         blocks, widths = ([1], [16]) if small else ([2, 2, 2, 2], [64, 128, 256, 512])
         encoder = ResNet(blocks=blocks, widths=widths)
-        outputs = PROJECTION if stage.startswith(("moco", "simclr")) else NUM_CLUSTERS
+        outputs = PROJECTION if stage.startswith(("moco", "simclr", "empssl")) else NUM_CLUSTERS
         self.stage = stage
         network = nn.Sequential(encoder, nn.Linear(widths[-1], outputs)).to(
             device, memory_format=torch.channels_last
@@ -118,6 +120,10 @@ class Model:
             both = self.network(torch.cat([images["query"], images["key"]])).float()
             first, second = normal(both).chunk(2)
             return nt_xent(first, second, 0.2)
+        if self.stage == "empssl":
+            patches = images["patches"]  # (B, n, 3, S, S)
+            rows = normal(self.network(patches.flatten(0, 1)).float())
+            return multi_patch_loss(rows.view(*patches.shape[:2], -1), 0.02, 0.2)
         if self.stage == "fixmatch":
             labelled, unlabelled = views["labelled"], views["unlabelled"]
             parts = (labelled["weak"], unlabelled["weak"], unlabelled["strong"])

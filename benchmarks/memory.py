@@ -85,27 +85,29 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=30)
     given = parser.parse_args()
     trainer.StageProgress = Watch  # type: ignore[misc,attr-defined]
-    notes: dict[str, tuple[list[float], int]] = {}
+    table: dict[str, dict[str, float]] = {}
+
+    def show(name: str, notes: Sequence[float], each: int = 1) -> None:
+        half, end, left = slope(notes, each)
+        table[name] = {"number": len(notes) * each, "half": half, "end": end, "bytes": left}
+        row = f"| {name} | {len(notes) * each:,} | {half:.1f} | {end:.1f} | {left:,.1f} |"
+        print(row, flush=True)
+
+    print("| what | number | MB at half | MB at the end | bytes for each |")
+    print("|:--|--:|--:|--:|--:|")
     with tempfile.TemporaryDirectory() as folder:
-        epochs = [f"{stage}.epochs={given.epochs}" for stage in ("moco", "proto", "fixmatch")]
-        run_job(folder, *epochs)
-        notes |= {f"epochs of {name}": ([*found], 1) for name, found in Watch.notes.items()}
+        for stage in ("moco", "proto", "fixmatch"):
+            run_job(folder, f"stage={stage}", f"{stage}.epochs={given.epochs}")
+            show(f"epochs of {stage}", Watch.notes.pop(stage))
         model, seen = load(Path(folder, "digits/fixmatch/seed0")), []
         for _ in model.stream(batches(given.images, model.image_size)):
             seen.append(megabytes())
-        notes["predicted images"] = (seen, 250)
-        after = []
+        show("predicted images", seen, 250)
+        after, short = [], [f"{stage}.epochs=1" for stage in ("moco", "proto", "fixmatch")]
         for seed in range(1, given.trials + 1):
-            run_job(folder, f"seed={seed}", *(text.split("=")[0] + "=1" for text in epochs))
+            run_job(folder, f"seed={seed}", *short)
             after.append(megabytes())
-        notes["trials"] = (after, 1)
-    print("\n| what | number | MB at half | MB at the end | bytes for each |")
-    print("|:--|--:|--:|--:|--:|")
-    table = {}
-    for name, (found, each) in notes.items():
-        half, end, left = slope(found, each)
-        table[name] = {"number": len(found) * each, "half": half, "end": end, "bytes": left}
-        print(f"| {name} | {len(found) * each:,} | {half:.1f} | {end:.1f} | {left:,.0f} |")
+        show("trials", after)
     print(json.dumps(table))
 
 

@@ -122,22 +122,32 @@ def test_stage_1_on_two_ranks_equals_one_rank_with_two_groups(runs: Runs) -> Non
             torch.testing.assert_close(two[key], value, rtol=1e-3, atol=1e-4, msg=key)
 
 
-def test_simclr_on_two_ranks_equals_one_rank(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+MORE = {  # settings beside epochs and batch size
+    "SimCLR": ("module.lr=0.05",),
+    "EmpSSL": ("module.lr=0.05",),
+    "CC": (),
+    "ProPos": ("module.warmup_epochs=1", "module.hidden_dim=16", "module.momentum=0.9"),
+}
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_a_loss_of_the_whole_batch_on_two_ranks_equals_one_rank(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The negatives of a rank's images are those of all ranks, and their gradient comes back."""
+    """Images and clusters of all ranks are contrasted, and their gradient comes back."""
+    stage = name.lower()
     monkeypatch.setenv("RANK_DUMPS", str(tmp_path))
     root = write_folder(tmp_path / "photos", classes=False)
     overrides = (
-        *("stage=simclr", "dataset=folder", f"dataset.root={root}"),
+        *(f"stage={stage}", "dataset=folder", f"dataset.root={root}"),
         *(f"cache_dir={tmp_path / 'cache'}", *TINY, "allow_targets=[tests]"),
-        *("simclr.module._target_=tests.ranks.DumpingSimCLR", "simclr.epochs=2"),
-        *("simclr.streams.images.batch_size=30", "simclr.module.lr=0.05"),
+        *(f"{stage}.module._target_=tests.ranks.Dumping{name}", f"{stage}.epochs=2"),
+        *(f"{stage}.streams.images.batch_size=30", *(f"{stage}.{more}" for more in MORE[name])),
     )
     done = train(*overrides, f"runs_dir={tmp_path / 'two'}", *TWO)
     assert done.returncode == 0, done.stderr
     run_stages(make_job(*overrides, f"runs_dir={tmp_path / 'one'}"))
-    two, one = (torch.load(tmp_path / f"simclr-{n}-0.pt", weights_only=True) for n in (2, 1))
+    two, one = (torch.load(tmp_path / f"{stage}-{n}-0.pt", weights_only=True) for n in (2, 1))
     assert two.keys() == one.keys()
     for key, value in one.items():
         torch.testing.assert_close(two[key], value, rtol=1e-3, atol=1e-5, msg=key)

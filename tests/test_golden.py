@@ -18,13 +18,25 @@ from spice_pl.job.run import run_stages
 
 FOLDER = Path(__file__).parent / "golden"
 STAGES = ("moco", "proto", "fixmatch")
+OTHER = ("empssl",)  # another stage 1
 STORED = ("temi", "turtle")  # heads on the stored features of moco
+WHOLE = ("cc", "propos")  # features and clusters from random weights
 TOLERANCE = 2e-3  # relative
 
 
 def curve(finished: Finished, stage: str) -> list[float]:
     with (finished.folder(stage).path / "metrics.csv").open(newline="") as file:
         return [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
+
+
+@pytest.fixture(scope="module")
+def other(straight: Finished, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """Another stage 1 on the same images."""
+    finished = straight.copy(tmp_path_factory.mktemp("other"))
+    sizes = ("empssl.epochs=2", "empssl.streams.images.batch_size=30")
+    finished = Finished((*finished.overrides, *sizes), finished.runs)
+    run_stages(finished.job("stage=empssl"))
+    return finished
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +53,27 @@ def stored(straight: Finished, tmp_path_factory: pytest.TempPathFactory) -> Fini
     return finished
 
 
-@pytest.mark.parametrize("stage", [*STAGES, *STORED])
+@pytest.fixture(scope="module")
+def whole(straight: Finished, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """Contrastive clustering and ProPos in a few steps."""
+    finished = straight.copy(tmp_path_factory.mktemp("whole"))
+    sizes = ("epochs=3", "watch_epochs=3", "streams.images.batch_size=30", "module.lr=0.01")
+    more = (
+        *(f"{stage}.{size}" for stage in WHOLE for size in sizes),
+        *("propos.module.warmup_epochs=1", "propos.module.hidden_dim=16"),
+    )
+    finished = Finished((*finished.overrides, *more), finished.runs)
+    run_stages(finished.job(f"stages=[{','.join(WHOLE)}]"))
+    return finished
+
+
+@pytest.mark.parametrize("stage", [*STAGES, *OTHER, *STORED, *WHOLE])
 def test_loss_curve_is_the_golden_one(
     straight: Finished, stage: str, request: pytest.FixtureRequest
 ) -> None:
-    if stage in STORED:
-        straight = request.getfixturevalue("stored")
+    for fixture, stages in (("other", OTHER), ("stored", STORED), ("whole", WHOLE)):
+        if stage in stages:
+            straight = request.getfixturevalue(fixture)
     found, file = curve(straight, stage), FOLDER / f"{stage}.json"
     if os.environ.get("UPDATE_GOLDEN"):
         file.parent.mkdir(exist_ok=True)
@@ -56,7 +83,7 @@ def test_loss_curve_is_the_golden_one(
     assert len(found) == int(straight.job().cfg[stage].epochs)
 
 
-@pytest.mark.parametrize("stage", [*STAGES, *STORED])
+@pytest.mark.parametrize("stage", [*STAGES, *OTHER, *STORED, *WHOLE])
 def test_no_other_epoch_would_pass_for_another(stage: str) -> None:
     """The tolerance is finer than what the curve itself does."""
     golden = json.loads((FOLDER / f"{stage}.json").read_text())["train/loss"]

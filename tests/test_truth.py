@@ -149,12 +149,19 @@ STEPS = (
 SEMI = (*STEPS, "selector=variance")
 LEARNS = {
     "simclr": ("epochs=1", "watch_epochs=1", "streams.images.batch_size=30"),
+    "empssl": ("epochs=1", "watch_epochs=1", "streams.images.batch_size=30"),
+    "cc": ("epochs=1", "watch_epochs=1", "streams.images.batch_size=30"),
+    "propos": (
+        *("epochs=2", "watch_epochs=1", "streams.images.batch_size=30"),
+        *("module.warmup_epochs=1", "module.hidden_dim=16"),
+    ),
     "embed": (),
     "import": ("module.stem=conv3",),
     "scan": ("epochs=2", "streams.images.batch_size=30"),
     "selflabel": ("epochs=1", "streams.images.batch_size=30", "upstream=proto"),
     "temi": ("epochs=2", "module.steps_per_epoch=3", "module.batch_size=20"),
     "turtle": ("epochs=2", "module.steps_per_epoch=3", "module.batch_size=20"),
+    "kmeans": (),
     "clusmatch": (*SEMI, "module.kmeans_steps=2"),
     "freematch": SEMI,
     "flexmatch": SEMI,

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 
 from spice_pl.system import command
 from spice_pl.system.command import quoted
+from spice_pl.system.output import open_output
 from spice_pl.usage import VERBS, conf_folder, usage, verb_usage
 
 COMMANDS = {"spice": "spice", "__main__": "python -m spice_pl"}  # by the name of the script
@@ -109,6 +110,15 @@ def _stop(message: str) -> None:
 
 
 def main() -> None:
+    """Run the command line; see `system.output` for one whose output cannot be written."""
+    open_output()
+    try:
+        run_words()
+    finally:
+        sys.stdout.flush()
+
+
+def run_words() -> None:
     """Run the command line: help, a verb, or the job of its settings."""
     script = Path(sys.argv[0]).stem
     os.environ[command.NAME] = COMMANDS.get(script, "python train.py")

@@ -38,6 +38,7 @@ VERBS = {
     "predict": Verb(
         "predict", ("RUN", "NEW"), {**_RUN, "NEW": _IMAGES}, "cluster the images in the folder NEW"
     ),
+    "sort": Verb("sort", ("RUN",), _RUN, "copy its images into one folder per cluster"),
     "export": Verb("export", ("RUN",), _RUN, "write its model and clusters for other programs"),
     "estimate-k": Verb("estimate_k", ("RUN",), _RUN, "how many clusters its features show"),
     "compare": Verb("", ("RUN...",), {}, "runs in one table, with mean and spread over seeds"),

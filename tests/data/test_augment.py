@@ -13,6 +13,7 @@ from spice_pl.data.augment import (
     ALL_14,
     RANDAUGMENT,
     MoCoView,
+    PatchView,
     PlainView,
     StrongView,
     View,
@@ -69,6 +70,14 @@ def test_an_image_looks_the_same_in_any_batch(view: View) -> None:
     for rows in (slice(7, 8), slice(20, 33)):
         torch.testing.assert_close(view(images[rows], uniforms[rows]), whole[rows])
     assert view(images[:0], uniforms[:0]).shape == (0, 3, 16, 16)
+
+
+@pytest.mark.parametrize("view", VIEWS, ids=IDS)
+def test_large_batches_are_made_in_parts(view: View, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, uniforms = _images(9, 16), _uniforms(view, 9)
+    whole = view(images, uniforms)
+    monkeypatch.setattr("spice_pl.data.augment.LEVELS_AT_ONCE", 3 * 16 * 16 * 2)  # 5 parts of 2
+    torch.testing.assert_close(view(images, uniforms), whole)
 
 
 @pytest.mark.parametrize("view", VIEWS[1:], ids=IDS[1:])
@@ -155,6 +164,46 @@ def test_crop_boxes_are_distributed_as_in_torchvision() -> None:
         gap = gap - torch.searchsorted(theirs, steps, right=True)
         # Kolmogorov-Smirnov: 0.036 is passed by one pair of equal distributions in a thousand.
         assert float(gap.abs().max()) / num_images < 0.036
+
+
+def test_areas_of_crops_are_between_the_smallest_and_the_largest_share() -> None:
+    uniforms = torch.rand(500, 22, generator=keyed_generator(0))
+    boxes = random_boxes(uniforms, 32, 0.25, (1.0, 1.0), 0.25)
+    assert {tuple(box) for box in boxes[:, 2:].tolist()} == {(16, 16)}
+    area = random_boxes(uniforms, 320, 0.1, (1.0, 1.0), 0.4)[:, 2:].prod(dim=1) / 320**2
+    assert 0.098 < float(area.min()) < 0.11
+    assert 0.39 < float(area.max()) < 0.402
+
+
+def test_patches_of_their_native_size_are_parts_of_the_image() -> None:
+    off: dict[str, Any] = {"jitter_prob": 0, "gray_prob": 0, "blur_prob": 0, "flip": 0}
+    view = PatchView(
+        **IDENTITY, **off, num_patches=5, side=4, min_scale=0.25, max_scale=0.25, ratio=(1, 1)
+    )
+    images = _images(6, 8)
+    patches = view(images, _uniforms(view, 6))
+    assert patches.shape == (6, 5, 3, 4, 4)
+    for image, of_image in zip(images.float(), patches, strict=True):
+        windows = image.unfold(1, 4, 1).unfold(2, 4, 1).permute(1, 2, 0, 3, 4).flatten(0, 1)
+        found = (windows[None] - of_image[:, None]).abs().amax(dim=(2, 3, 4)).min(dim=1)
+        assert float(found.values.max()) < 1e-2  # levels
+        assert len(set(found.indices.tolist())) > 1
+
+
+def test_a_patch_is_the_view_of_moco_with_its_own_numbers() -> None:
+    one, many = MoCoView(**IDENTITY, side=6), PatchView(**IDENTITY, side=6, num_patches=3)
+    images, uniforms = _images(5, 8), _uniforms(many, 5)
+    patches = many(images, uniforms)
+    for number, part in enumerate(uniforms.chunk(3, dim=1)):
+        torch.testing.assert_close(patches[:, number], one(images, part))
+
+
+def test_half_a_side_is_the_mean_of_four_pixels() -> None:
+    off: dict[str, Any] = {"jitter_prob": 0, "gray_prob": 0, "blur_prob": 0, "flip": 0}
+    view = MoCoView(**IDENTITY, **off, side=4, min_scale=1.0, ratio=(1, 1))
+    images = _images(3, 8)
+    expected = torch.nn.functional.avg_pool2d(images.float(), 2)
+    torch.testing.assert_close(view(images, _uniforms(view, 3)), expected, atol=1e-3, rtol=0)
 
 
 def test_crop_falls_back_to_the_largest_allowed_box() -> None:
@@ -269,6 +318,9 @@ def test_cutout_hides_squares_of_every_side_with_the_mean_colour() -> None:
         ),
         (StrongView, {"operations": []}, "operations .* at least one name; or set num_ops 0"),
         (MoCoView, {"min_scale": 0}, r"min_scale 0 .* an area share in \(0, 1\]"),
+        (MoCoView, {"max_scale": 0.1}, "max_scale 0.1 .* an area share from min_scale, 0.2, to 1"),
+        (MoCoView, {"side": 0}, "side 0 .* 1 pixel or more"),
+        (PatchView, {"num_patches": 1}, "num_patches 1 .* 2 or more"),
         (MoCoView, {"ratio": (2, 1)}, r"ratio \(2, 1\)"),
         (MoCoView, {"jitter": (0.4, 0.4, 0.4, 0.6)}, "jitter .* hue at most 0.5"),
         (MoCoView, {"gray_prob": -0.1}, "gray_prob -0.1"),

@@ -91,6 +91,16 @@ def test_views_of_an_image_do_not_depend_on_batch_size_or_ranks(
         torch.testing.assert_close(view, expected[key], rtol=0, atol=1e-5)
 
 
+def test_views_in_turn_have_equal_shares_of_the_epochs() -> None:
+    module = data_module(streams={"images": Stream(VIEWS, 8, turns=["weak", "weak", "moco"])})
+    shown = []
+    for epoch in range(7):
+        module.trainer.current_epoch, module.trainer.max_epochs = epoch, 7  # type: ignore[union-attr, misc]
+        (name,) = batches(module, epoch)[0].views
+        shown.append(name)
+    assert shown == ["weak"] * 5 + ["moco"] * 2
+
+
 def test_views_change_from_epoch_to_epoch_and_from_seed_to_seed() -> None:
     first = views_of_images(batches(data_module()))
     for other in (

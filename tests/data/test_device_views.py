@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from spice_pl.data.augment import ALL_14, MoCoView, PlainView, StrongView, WeakView
+from spice_pl.data.augment import ALL_14, MoCoView, PatchView, PlainView, StrongView, WeakView
 
 MEAN, STD = (0.49, 0.48, 0.45), (0.2, 0.21, 0.22)
 BATCH = 60
@@ -21,6 +21,8 @@ VIEWS: dict[str, PlainView] = {
     "no operations": StrongView(MEAN, STD, num_ops=0),
     "moco": MoCoView(MEAN, STD),
     "moco with rotation": MoCoView(MEAN, STD, rotate_degrees=20, shear=5),
+    "patches": PatchView(MEAN, STD, num_patches=2),
+    "small patches": PatchView(MEAN, STD, num_patches=3, side=6, max_scale=0.4),
     "moco without jitter": MoCoView(MEAN, STD, jitter_prob=0),
     **{name: StrongView(MEAN, STD, num_ops=1, operations=[name], max_cutout=0) for name in ALL_14},
 }
@@ -63,7 +65,9 @@ def test_a_subclass_that_changes_the_view_alone_keeps_its_change() -> None:
     assert MineToo(MEAN, STD)._has_own_way
 
 
-@pytest.mark.parametrize("name", ["plain", "weak", "strong", "moco", "moco with rotation"])
+@pytest.mark.parametrize(
+    "name", ["plain", "weak", "strong", "moco", "moco with rotation", "small patches"]
+)
 def test_a_view_of_a_gpu_is_traced_whole(name: str) -> None:
     view, images = VIEWS[name], photographs(8)
     uniforms = torch.rand(BATCH, view.num_uniforms)

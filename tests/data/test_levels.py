@@ -118,7 +118,7 @@ def test_black_and_white(levels: Sequence[float], expected: tuple[float, float])
 
 def test_nothing_but_missing_data_has_no_black_and_white() -> None:
     found = read_image(tiff(np.full((S, S), np.nan, np.float32)), Decoding(S))
-    assert found == "ValueError: no level is a finite number"
+    assert found == "no level is a finite number"
 
 
 @pytest.mark.parametrize(

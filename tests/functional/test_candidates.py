@@ -15,6 +15,7 @@ from spice_pl.functional.candidates import (
     cluster_scores,
     connect,
     evenness,
+    modularity,
     neighbor_agreement,
     spectral_clusters,
     vote_clusters,
@@ -90,15 +91,30 @@ def test_the_score_keeps_even_groups_from_a_walk_that_is_too_long() -> None:
 def test_walks_of_copies_and_of_equal_features_give_clusters_without_warnings() -> None:
     features, _ = groups([30, 30])
     copies = torch.cat([features[:1].expand(40, -1), features])
-    assert walk_clusters(copies, 3).shape == (3, 100)
-    assert walk_clusters(torch.ones(6, 4), 3).shape == (3, 6)
-    assert walk_clusters(features[:1], 1).tolist() == [[0]] * 3
+    assert walk_clusters(copies, 3).shape == (4, 100)
+    assert walk_clusters(torch.ones(6, 4), 3).shape == (4, 6)
+    assert walk_clusters(features[:1], 1).tolist() == [[0]] * 4
 
 
 @pytest.mark.parametrize("walks", [(), (3, 3), (5, 3), (-1, 2)])
 def test_refuses_walks_that_do_not_rise(walks: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="do not rise from 0 or more; give at least one"):
         walk_clusters(torch.eye(4), 2, walks=walks)
+
+
+# Modularity.
+
+
+def test_modularity_counts_groups_of_unequal_sizes() -> None:
+    features, group = groups([60, 30, 15], noise=0.1)
+    others = nearest_others(features, 5)
+    # Neighbours never leave a group: 1 - Σ p², by hand; merged and cut groups have less.
+    whole = 1 - (60**2 + 30**2 + 15**2) / 105**2
+    assert modularity(others, group) == pytest.approx(whole)
+    merged, cut = group.clamp_max(1), torch.where(torch.arange(105) % 2 == 0, group, group + 3)
+    assert modularity(others, merged) < whole - 0.05
+    assert modularity(others, cut) < whole - 0.05
+    assert modularity(others, torch.zeros_like(group)) == 0
 
 
 # Spectral clustering.

@@ -5,6 +5,7 @@ from torch import Tensor
 from spice_pl.functional.neighbors import unit_rows
 from spice_pl.functional.reliability import (
     Balance,
+    is_not_sure,
     local_consistency,
     reliable_mask,
     select_reliable,
@@ -48,6 +49,18 @@ def test_consistency_by_hand() -> None:
     agreement = local_consistency(embeddings, torch.tensor([0, 0, 1, 1, 1]), num_neighbors=3)
     # Image 2 is near images 0 and 1; the third neighbour of 3 and 4 is image 2.
     torch.testing.assert_close(agreement, torch.tensor([2, 2, 1, 3, 3]) / 3)
+
+
+def test_small_clusters_are_compared_with_fewer() -> None:
+    degrees = torch.tensor([0.0, 10, 21, 90, 100])
+    embeddings = torch.stack([degrees.deg2rad().cos(), degrees.deg2rad().sin()], dim=-1)
+    clusters = torch.tensor([0, 0, 1, 1, 1])
+    agreement = local_consistency(embeddings, clusters, num_neighbors=4, by_size=True)
+    # Each with itself and one more; image 2 is nearest to image 1.
+    assert agreement.tolist() == [1, 1, 0.5, 1, 1]
+    # A cluster of N_s images or more is compared with all N_s.
+    agreement = local_consistency(embeddings, clusters, num_neighbors=3, by_size=True)
+    torch.testing.assert_close(agreement, torch.tensor([1, 1, 1 / 3, 1, 1]))
 
 
 def test_the_first_neighbour_is_the_sample_itself() -> None:
@@ -167,3 +180,14 @@ def test_refuses_lengths_that_differ_and_unknown_balances() -> None:
         reliable_mask(embeddings[:79], probs)
     with pytest.raises(ValueError, match="balance 'max' is unknown; choose none, min or cap"):
         reliable_mask(embeddings, probs, num_neighbors=5, balance="max")  # type: ignore[arg-type]
+
+
+def test_not_sure_is_fewer_than_half_of_what_the_cluster_can_give() -> None:
+    # Clusters of 8, 4, 2 and 1 images, with 6 neighbours: 3, 2, 1.5 and 1.5 of them are needed.
+    clusters = torch.tensor([0] * 8 + [1] * 4 + [2] * 2 + [3])
+    counts = torch.tensor([6, 6, 6, 6, 6, 6, 3, 2, 4, 3, 2, 1, 2, 1, 1])
+    agreement = (counts / 6).double().numpy().round(4)  # as in clusters.csv
+    found = is_not_sure(torch.from_numpy(agreement), clusters, 6)
+    assert found.nonzero().flatten().tolist() == [7, 11, 13, 14]
+    # Without the number of neighbours half of all is needed, for every cluster.
+    assert is_not_sure(torch.from_numpy(agreement), clusters, 0).tolist() == (counts < 3).tolist()

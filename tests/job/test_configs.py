@@ -21,7 +21,7 @@ from spice_pl.stages.base import Stage
 STAGES = ("moco", "proto", "fixmatch")
 FAMILY = (
     *("clusmatch", "freematch", "flexmatch", "softmatch", "supervised"),
-    *("scan", "selflabel", "temi", "turtle"),
+    *("scan", "selflabel", "temi", "turtle", "kmeans", "empssl", "cc", "propos"),
 )
 GROUPS = {
     group.name: sorted(file.stem for file in group.glob("*.yaml"))
@@ -150,11 +150,12 @@ def test_every_backbone_is_built_and_maps_images_to_features(backbone: str) -> N
 def test_every_view_is_built_and_keeps_the_size(augment: str) -> None:
     cfg = compose(f"augment={augment}")
     images = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
-    assert {"plain", "moco", "weak", "strong", "strong_joint"} <= set(cfg.augment)
+    assert {"plain", "moco", "patches", "weak", "strong", "strong_joint"} <= set(cfg.augment)
     for name in cfg.augment:
         view = build(cfg, cfg.augment[name])
         made = view(images, torch.rand(2, view.num_uniforms))
-        assert made.shape == (2, 3, 16, 16), name
+        many = (cfg.augment[name].num_patches,) if name == "patches" else ()
+        assert made.shape == (2, *many, 3, 16, 16), name
 
 
 @pytest.mark.parametrize("dataset", ["digits", "mnist5k"])

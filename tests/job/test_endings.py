@@ -8,18 +8,22 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 from tests.conftest import Finished, make_job
 from tests.process import ROOT
 
 from spice_pl.errors import UsageError
-from spice_pl.job.errors import PIPE_CODE, full_disk_as_usage_error
+from spice_pl.job.errors import full_disk_as_usage_error
 from spice_pl.job.run import run_stages
+from spice_pl.job.sweep import CompareTrials
 from spice_pl.system import files
-from spice_pl.system.files import atomic
+from spice_pl.system.files import atomic, check_temporary
 from spice_pl.system.interrupts import Interrupts, Stopped
+from spice_pl.system.output import PIPE_CODE
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"])
@@ -63,6 +67,43 @@ def test_runs_below_a_file_are_one_message(straight: Finished, tmp_path: Path) -
         message = r"runs_dir=.* cannot be written to .*give another runs_dir=PATH"
         with pytest.raises(UsageError, match=message), full_disk_as_usage_error(job):
             run_stages(job)
+
+
+def test_a_runs_dir_that_cannot_be_written_is_refused_before_work(
+    straight: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In /proc no folder can be made, not even by root; a read-only disk says so by itself."""
+    with pytest.raises(UsageError, match=r"runs_dir=/proc/x cannot be .*No such file.*runs_dir=PA"):
+        run_stages(make_job(*straight.overrides, "stage=moco", "runs_dir=/proc/x"))
+
+    def read_only(dir: Path, prefix: str) -> str:  # noqa: A002
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), f"{dir}/{prefix}")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", read_only)
+    runs = tmp_path / "runs"
+    with pytest.raises(UsageError, match=rf"runs_dir={runs} cannot be .*Read-only file system"):
+        run_stages(make_job(*straight.overrides, "stage=moco", f"runs_dir={runs}"))
+    assert not runs.exists()
+    run_stages(straight.job("resume=true"))  # writes nothing
+
+
+def test_a_temporary_folder_that_cannot_be_written_is_one_message(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    check_temporary()
+    monkeypatch.setattr(tempfile, "tempdir", "/proc/x")
+    with pytest.raises(UsageError, match=r"TMPDIR=/proc/x cannot be written to .*TMPDIR=PATH"):
+        check_temporary()
+
+
+def test_a_folder_of_sweeps_that_cannot_be_written_is_one_message(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = OmegaConf.create({"hydra": {"sweep": {"dir": "/proc/x"}}})
+    with pytest.raises(SystemExit, match="2"):
+        CompareTrials().on_multirun_start(config)
+    said = capsys.readouterr().err
+    assert "error: hydra.sweep.dir=/proc/x cannot be written to" in said
 
 
 def test_files_have_the_permissions_that_the_user_asked_for(

@@ -129,3 +129,13 @@ def test_hydra_composes_as_before_outside() -> None:
     with checked_settings():
         assert composing.ConfigLoaderImpl is Loader  # type: ignore[attr-defined]
     assert composing.ConfigLoaderImpl is before  # type: ignore[attr-defined]
+
+
+def test_a_setting_may_have_the_name_of_a_stage() -> None:
+    from hydra._internal.utils import create_config_search_path
+    from hydra.types import RunMode
+
+    loader = Loader(create_config_search_path(str(CONF)))
+    given = ["stage=predict", "predict.sort=copy"]
+    cfg = loader.load_configuration("config", given, RunMode.RUN)
+    assert cfg.predict.sort == "copy"

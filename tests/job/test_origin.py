@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -10,6 +11,7 @@ from tests.conftest import make_job
 
 from spice_pl.job.parts import other_normalisation
 from spice_pl.job.plan import plan
+from spice_pl.runs.folder import RunFolder
 from spice_pl.stages.base import Stage
 
 PHOTOS = ("dataset=folder", "dataset.root=x", "dataset.num_clusters=3")
@@ -54,6 +56,18 @@ def test_stages_further_down_name_the_pretrained_network_too() -> None:
     ]
     job = make_job(*photos, "stages=[embed,proto,fixmatch]", "fixmatch.module.init=scratch")
     assert plan(job)[2].record.title == "SPICE stage 3"  # a new network
+
+
+def test_a_stage_that_reads_two_networks_names_both(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "x" / "embed" / "lite2")
+    folder.path.mkdir(parents=True)
+    folder.write_json("metrics.json", {"stage": "embed", "title": "lite2 (ImageNet labels)"})
+    job = make_job(
+        *(*PHOTOS, "encoder=efficientnet_lite0", f"runs_dir={tmp_path}"),
+        *("stages=[embed,turtle]", "turtle.upstream=[embed,embed/lite2]"),
+    )
+    expected = "TURTLE on efficientnet_lite0 (ImageNet labels) and lite2 (ImageNet labels)"
+    assert plan(job)[1].record.title == expected
 
 
 class Network(torch.nn.Module):

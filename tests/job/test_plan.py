@@ -15,6 +15,7 @@ from tests.conftest import Finished, make_job
 from tests.process import train
 
 from spice_pl.data.images import ImageSet
+from spice_pl.data.listing import Found, _Scan
 from spice_pl.data.sources.survey import survey
 from spice_pl.errors import UsageError
 from spice_pl.job import outlook
@@ -23,6 +24,7 @@ from spice_pl.job.costs import Costs, seconds
 from spice_pl.job.forecast import stage_part
 from spice_pl.job.job import Job
 from spice_pl.job.outlook import planned, span
+from spice_pl.job.parts import JobImages
 from spice_pl.job.plan import plan
 from spice_pl.job.run import run_stages
 
@@ -190,7 +192,7 @@ def test_files_left_out_and_undecoded_images_are_in_the_plan(
     (photo_folder / "notes.txt").write_text("hello")
     monkeypatch.setattr(outlook, "DECODED_FIRST_S", -1.0)  # as if decoding took long
     with caplog.at_level(logging.INFO):
-        planned(make_job(*tiny, "stages=[moco,proto]"), Budget())
+        planned(make_job(*tiny, "stages=[moco,proto]"), Budget(), JobImages())
     block = next(text for text in caplog.messages if text.startswith("plan: photos"))
     assert "90 found, to be decoded; 1 other files left out (1 not an image)" in block
     assert "images  decoding" in block
@@ -203,7 +205,7 @@ def test_a_survey_knows_what_is_decoded(tiny: Sequence[str]) -> None:
     assert before is not None
     assert before.num_images == 90
     assert before.seconds > 0
-    planned(job, Budget())
+    planned(job, Budget(), JobImages())
     after = survey(job.cfg.dataset)
     assert after is not None
     assert after.seconds == 0
@@ -213,7 +215,7 @@ def test_hours_from_random_weights_name_the_short_way(
     tiny: Sequence[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO):
-        planned(make_job(*tiny, "moco.epochs=10000000"), Budget())
+        planned(make_job(*tiny, "moco.epochs=10000000"), Budget(), JobImages())
     block = next(text for text in caplog.messages if text.startswith("plan: photos"))
     assert "recipe=pretrained" in block
     assert "minutes=N" in block
@@ -265,3 +267,29 @@ def test_another_k_takes_the_estimate_along(finished: Finished) -> None:
 def test_minutes_must_be_a_positive_number(tiny: Sequence[str], minutes: str) -> None:
     with pytest.raises(UsageError, match=f"minutes={minutes} is not a positive number; give one"):
         run_stages(make_job(*tiny, f"minutes={minutes}"))
+
+
+def test_a_job_searches_opens_and_names_its_images_once(
+    tiny: Sequence[str],
+    photo_folder: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (photo_folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    (photo_folder / "notes.txt").write_text("hello")
+    searched, original = [], _Scan.found
+
+    def found(scan: _Scan) -> Found:
+        searched.append(scan)
+        return original(scan)
+
+    monkeypatch.setattr(_Scan, "found", found)
+    job = make_job(*tiny, "dataset.num_clusters=auto", "stages=[moco,proto]")
+    with caplog.at_level(logging.INFO):
+        run_stages(job)
+    assert job.folder("proto").finished
+    assert len(searched) == 1
+    for line in ("photos: of 92 files 90 are used", "skipped 1 images", "photos: 90 images of"):
+        assert sum(text.startswith(line) for text in caplog.messages) == 1, line
+    skipped = job.folder("proto").metrics
+    assert skipped["num_images"] + skipped["num_skipped"] == 92

@@ -19,7 +19,7 @@ def test_own_images_are_clustered_on_pretrained_features(dataset: str) -> None:
     cfg = compose(f"dataset={dataset}", f"dataset.{PLACE.get(dataset, 'root')}=/images")
     assert list(cfg.stages) == ["embed", "proto"]
     assert cfg.dataset.num_clusters == "auto"
-    assert {cfg[name].upstream for name in ("proto", "temi", "turtle")} == {"embed"}
+    assert {cfg[name].upstream for name in ("proto", "temi", "turtle", "kmeans")} == {"embed"}
     assert cfg.embed.module.backbone == cfg.proto.module.backbone
     assert list(cfg.dataset.mean) == list(cfg.augment.plain.mean)
     assert {cfg[name].upstream for name in ("trust", "review", "report")} == {"proto"}
@@ -60,7 +60,7 @@ def test_k_is_estimated_once_and_then_that_of_the_run(tiny: Sequence[str]) -> No
     assert shown["num_clusters"] == estimate["estimated_num_clusters"]
     assert (shown["clear"], shown["sentence"]) == (estimate["clear"], estimate["sentence"])
     assert shown["candidates"] == [2, 3, 4]
-    assert shown["scores"] == [point["silhouette"] for point in estimate["curve"]]
+    assert shown["scores"] == estimate["k_estimate"]["scores"]
     assert job.folder("moco").metrics["num_clusters"] == 0  # its features are the same for any K
     begun = job.folder("estimate_k").path.joinpath("metrics.json").stat().st_mtime_ns
     run_stages(make_job(*tiny, *more, "resume=true"))
@@ -88,3 +88,21 @@ def test_features_made_with_one_k_serve_another(finished: Finished) -> None:
     run_stages(finished.job("dataset.num_clusters=4", "stages=[moco,proto]"))
     assert finished.folder("moco").path.joinpath("features.npy").stat().st_mtime_ns == made
     assert finished.folder("proto").metrics["num_clusters"] == 4
+
+
+def test_features_are_made_once_for_runs_of_other_names(
+    finished: Finished, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`run=NAME` with another K copies the features; another seed or network makes its own."""
+    caplog.set_level("INFO")
+    embed = ("stage=embed", "embed.streams={}")
+    run_stages(finished.job(*embed, "run=first"))
+    first = finished.job(*embed, "run=first").folder("embed")
+    other = finished.job(*embed, "run=other", "dataset.num_clusters=4")
+    run_stages(other)
+    assert f"embed: the features are those of {first.path}" in caplog.text
+    assert other.folder("embed").metrics["digest"] == first.metrics["digest"]
+    assert other.folder("embed").metrics["seconds"] >= first.metrics["seconds"]
+    caplog.clear()
+    run_stages(finished.job(*embed, "run=seed1", "seed=1"))  # random weights
+    assert "the features are those of" not in caplog.text

@@ -33,6 +33,7 @@ from spice_pl.callbacks.metrics_csv import CurveLogger
 from spice_pl.data.sources.folder import folder as image_folder
 from spice_pl.errors import UsageError
 from spice_pl.job.checks import check_folders
+from spice_pl.job.parts import JobImages
 from spice_pl.job.plan import plan
 from spice_pl.job.settings import build
 from spice_pl.models import portable
@@ -255,7 +256,7 @@ def test_names_of_clusters(tmp_path: Path) -> None:
 def test_saved_settings(finished: Finished) -> None:
     file = finished.folder("moco").path / ".hydra/config.yaml"
     job = finished.job("stage=moco", "resume=true")
-    refused, _ = fuzz(file, lambda: check_folders(job, plan(job)), 60, finished.runs)
+    refused, _ = fuzz(file, lambda: check_folders(job, plan(job), JobImages()), 60, finished.runs)
     assert refused > 10
 
 

@@ -10,7 +10,7 @@ import torch
 from spice_pl.models.known import Known, choose_known
 
 
-def test_agreement_is_the_share_of_the_nearest_in_the_same_cluster() -> None:
+def test_an_image_is_not_sure_if_too_few_of_the_nearest_are_in_its_cluster() -> None:
     angles = torch.arange(8) * 0.1
     known = Known(
         keys=[str(i) for i in range(8)],
@@ -18,9 +18,21 @@ def test_agreement_is_the_share_of_the_nearest_in_the_same_cluster() -> None:
         clusters=torch.tensor([0, 0, 1, 0, 1, 1, 1, 1]),
     )
     # 8 known images in 2 clusters: the 2 nearest count.
-    new = torch.tensor([[1.0, 0.0], [math.cos(0.21), math.sin(0.21)]])
-    found = known.agreement(new, torch.tensor([0, 1]), num_clusters=2)
-    assert found.tolist() == [1.0, 0.5]
+    new = torch.tensor([[1.0, 0.0], [math.cos(0.21), math.sin(0.21)], [1.0, 0.0]])
+    found = known.not_sure(new, torch.tensor([0, 1, 1]), num_clusters=2)
+    assert found.tolist() == [False, False, True]  # 2 of 2, 1 of 2, 0 of 2
+
+
+def test_a_new_image_of_a_small_cluster_can_be_sure() -> None:
+    # 60 known images in 4 clusters, one of them of 3: the nearest 60 // (2 * 4) = 7 count.
+    angles = torch.arange(60) * 0.01
+    rows = torch.stack([angles.cos(), angles.sin()], dim=1)
+    clusters = torch.tensor([3] * 3 + [0] * 19 + [1] * 19 + [2] * 19)
+    known = Known([str(i) for i in range(60)], rows.half(), clusters)
+    new = rows[[0, 0, 59, 59]]  # the 7 nearest of the first are 3 of cluster 3 and 4 of cluster 0
+    found = known.not_sure(new, torch.tensor([3, 1, 2, 3]), num_clusters=5)
+    assert found.tolist() == [False, True, False, True]
+    assert known.not_sure(new, torch.full((4,), 4), num_clusters=5).all()  # no known image
 
 
 def test_the_nearest_known_images_come_first() -> None:

@@ -35,6 +35,15 @@ def semi(name: str) -> tuple[str, ...]:
 MORE = {
     "moco": ("moco.watch_epochs=1", "augment=photographs"),
     "simclr": ("simclr.epochs=2", "simclr.watch_epochs=1", "simclr.streams.images.batch_size=30"),
+    "empssl": (
+        *("empssl.epochs=2", "empssl.watch_epochs=1", "empssl.streams.images.batch_size=30"),
+        *("empssl.module.sizes=[8,8]", "augment=photographs"),
+    ),
+    "cc": ("cc.epochs=2", "cc.watch_epochs=1", "cc.streams.images.batch_size=30"),
+    "propos": (
+        *("propos.epochs=2", "propos.watch_epochs=1", "propos.streams.images.batch_size=30"),
+        *("propos.module.warmup_epochs=0", "propos.module.hidden_dim=16"),
+    ),
     "scan": ("scan.epochs=2", "scan.streams.images.batch_size=30", "scan.module.num_neighbors=5"),
     "selflabel": (
         *("selflabel.upstream=proto", "selflabel.epochs=2"),
@@ -43,7 +52,7 @@ MORE = {
     "proto": ("proto.module.prior=estimated", "augment=photographs"),
     **{name: semi(name) for name in ("flexmatch", "freematch", "softmatch", "clusmatch")},
 }
-FIRST: tuple[str, ...] = ("moco", "simclr", "embed")
+FIRST: tuple[str, ...] = ("moco", "simclr", "empssl", "cc", "propos", "embed")
 STAGES: tuple[str, ...] = (*FIRST, "proto", "fixmatch", "scan", "selflabel")
 STAGES += ("flexmatch", "freematch", "softmatch", "clusmatch", "supervised")
 
@@ -114,7 +123,10 @@ def test_a_stage_runs_on_one_gpu_with_at_most_these_waits_and_launches(
 
 
 @pytest.mark.filterwarnings("ignore:It is recommended to use")
-@pytest.mark.parametrize("stage", ["moco", "simclr", "proto", "fixmatch", "freematch", "scan"])
+@pytest.mark.parametrize(
+    "stage",
+    ["moco", "simclr", "empssl", "cc", "propos", "proto", "fixmatch", "freematch", "scan"],
+)
 def test_a_stage_runs_on_rank_0_of_two_gpus(
     stage: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,7 +135,7 @@ def test_a_stage_runs_on_rank_0_of_two_gpus(
         assert rehearse(*overrides).launches
 
 
-@pytest.mark.parametrize("stage", ["moco", "proto", "fixmatch", "clusmatch"])
+@pytest.mark.parametrize("stage", ["moco", "propos", "proto", "fixmatch", "clusmatch"])
 def test_a_stage_continues_inside_an_epoch(
     stage: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:

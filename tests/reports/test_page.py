@@ -431,13 +431,17 @@ def test_odd_images_are_shown_with_their_number_and_rule() -> None:
 
 
 def test_the_choice_is_explained_without_labels() -> None:
-    rows = [Compared("walk", True, 0.912, 0.987, 1.0), Compared("k-means", False, 0.9, 0.5, 0.75)]
+    rows = [
+        Compared("walk", True, 0.912, 0.987, 1.0),
+        Compared("k-means", False, 0.9, 0.5, 0.75, 12, 48, 0.8, 2.25),
+    ]
     compared = Comparison(rows, 60, {"network": 2.0, "walk": 2.5}, "walk")
     text = " ".join(render_report(unlabelled(comparison=compared)).split())
     assert "Why these clusters" in text
     assert "network 2.000, walk 2.500." in text
     row = text.split('<th scope="row">k-means</th>')[1].split("</tr>")[0]
-    assert re.findall(r">([^<]+)</td>", row) == ["90.0 %", "0.500", "75.0 %"]
+    cells = ["12 – 48", "90.0 %", "80 %", "0.500", "2.250", "75.0 %"]
+    assert re.findall(r">([^<]+)</td>", row) == cells
 
 
 def chosen(clear: bool) -> KChoice:

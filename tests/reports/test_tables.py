@@ -3,11 +3,14 @@ import io
 import pytest
 from rich.console import Console
 
+from spice_pl.reports.choices import Compared
 from spice_pl.reports.tables import (
     NO_LABELS,
     ORACLE,
     RECALL,
     ResultRow,
+    compared_markdown,
+    compared_rich,
     duration_text,
     mean_std,
     results_markdown,
@@ -84,3 +87,18 @@ def test_purity_is_noted_below_rows_with_more_clusters_than_classes() -> None:
     assert "purity" not in results_markdown([SCORED])
     assert "proto: more clusters than classes." in results_markdown([SCORED, over])
     assert "0.912 of the images" in results_markdown([SCORED, over])
+
+
+def test_without_labels_clusterings_are_compared_by_what_needs_none() -> None:
+    rows = [
+        Compared("vote", True, 0.9, 0.95, 1.0, 10, 30, sure=0.875, score=3.25),
+        Compared("k-means", False, 0.8, 1.0, 0.7, 20, 20, sure=0.5, score=2.5),
+    ]
+    lines = compared_markdown(rows).splitlines()
+    assert lines[2] == "| vote (kept) | 10 – 30 | 90.0% | 88% | 0.950 | 3.250 |"
+    assert lines[3] == "| k-means | 20 | 80.0% | 50% | 1.000 | 2.500 |"
+    assert "No labels were given" in lines[5]
+    shown = Console(width=120, file=io.StringIO())
+    shown.print(compared_rich(rows))
+    text = shown.file.getvalue()  # type: ignore[attr-defined]
+    assert all(cell in text for cell in ("vote (kept)", "10 – 30", "3.250", "k-means", "2.500"))

@@ -47,7 +47,7 @@ def test_ties_go_by_agreement_then_by_a_fixed_random_key() -> None:
 
 def test_not_sure_counts_more_than_it_shows() -> None:
     zeros = np.zeros(50)
-    wall = choose_wall(zeros, zeros, np.zeros(50, int), 1, per_row=2, agreement_threshold=0.1)
+    wall = choose_wall(zeros, zeros, np.zeros(50, int), 1, per_row=2, num_neighbors=500)
     assert len(wall.clusters[0].shown) == 2
     assert wall.clusters[0].num_not_sure == wall.num_not_sure == 50
 

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spice_pl.data.images import ImageSet
+from spice_pl.functional.assignment import clustering_scores
+from spice_pl.functional.embeddings import nearest_others
 from spice_pl.job.finish import write_answer
 from spice_pl.job.plan import plan
 from spice_pl.job.run import run_stages
@@ -126,6 +128,34 @@ def test_network_and_kmeans_vote_under_the_numbers_of_the_network() -> None:
     answer = choose_answer(features(0.1), probs_of(poor), seed=0)
     assert answer.name == VOTE
     assert torch.equal(answer.probs.argmax(dim=1), order[GROUPS])
+
+
+def test_unequal_groups_are_not_cut_where_the_network_cuts_them() -> None:
+    """One group has two thirds of the images, and the network's clusters are equally large."""
+    generator = torch.Generator().manual_seed(0)
+    group = torch.arange(3).repeat_interleave(torch.tensor([400, 100, 100]))
+    rows = torch.eye(8)[group] + 0.25 * torch.randn(600, 8, generator=generator)
+    even = F.one_hot(torch.arange(600) // 200, 3).float()  # cuts one group, merges two
+    answer = choose_answer(rows, even, seed=0)
+    assert answer.name != NETWORK
+    found = answer.probs.argmax(dim=1)
+    assert clustering_scores(found, group)["recall"] > 0.97
+
+
+@pytest.mark.parametrize(("num_images", "graphs"), [(300, [5, 10]), (420, [7, 10]), (600, [10])])
+def test_short_walks_in_small_clusters_have_fewer_neighbours(
+    num_images: int, graphs: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def noted(embeddings: Tensor, num_neighbors: int) -> Tensor:
+        asked.append(num_neighbors)
+        return nearest_others(embeddings, num_neighbors)
+
+    monkeypatch.setattr("spice_pl.functional.embeddings.nearest_others", noted)
+    rows = torch.randn(num_images, 8, generator=torch.Generator().manual_seed(0))
+    choose_answer(rows, torch.full((num_images, 10), 0.1), seed=0)
+    assert asked == graphs
 
 
 SMALL = torch.eye(4)[torch.arange(40) % 4]  # ten copies of each of four images

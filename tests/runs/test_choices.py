@@ -133,7 +133,7 @@ def test_another_number_has_its_command(run: Any) -> None:
     assert found.curve == [(2, 0.2), (3, 0.9), (4, 0.1)]
     assert [each.num_clusters for each in found.previews] == [2, 4, 5, 6]
     assert shlex.split(found.previews[0].command)[2:] == [
-        *("dataset=digits", "seed=0", "stage=proto", "dataset.num_clusters=2", "overwrite=true")
+        *("dataset=digits", "seed=0", "stage=kmeans", "dataset.num_clusters=2", "overwrite=true")
     ]
     own = metrics | {
         "overrides": ["dataset=folder", "dataset.root='my photos'", "+seed=1"],

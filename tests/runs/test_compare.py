@@ -9,6 +9,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from omegaconf import OmegaConf
 from rich.console import Console
@@ -42,11 +43,37 @@ def test_seeds_share_a_row_and_settings_do_not() -> None:
         {"proto.module.lr": "0.2"},
     ]
     assert lines[0].acc == (0.8, 0.9)
-    # Mean ± sample standard deviation; mean time; largest memory.
-    assert lines[0].cells[5:10] == (
-        *("0.850 ± 0.071", "0.850 ± 0.071", "0.850 ± 0.071"),
+    # Mean ± sample standard deviation; no clusters to compare; mean time; largest memory.
+    assert lines[0].cells[5:11] == (
+        *("0.850 ± 0.071", "0.850 ± 0.071", "0.850 ± 0.071", "–"),
         *("1 min 00 s", "501 MB"),
     )
+
+
+def test_seeds_whose_clusters_differ_only_in_their_numbers_are_alike(tmp_path: Path) -> None:
+    clusters = ([0, 0, 1, 1], [1, 1, 0, 0], [0, 1, 0, 1])  # the third crosses the others
+    runs = []
+    for seed, found in enumerate(clusters):
+        folder = tmp_path / f"seed{seed}"
+        folder.mkdir()
+        probs = np.eye(2, dtype=np.float32)[found]
+        np.save(folder / "probs.npy", probs)
+        np.save(folder / "answer.npy", probs[[0, 0, 3, 3]])  # the same for the first two seeds
+        runs.append(run(seed, None, folder=str(folder)))
+    (line,) = compare(runs)
+    # Hubert and Arabie's index of the crossed pairs, from its table of ones: 2 pairs in each
+    # cluster, none in common, 4/6 expected of a largest 2: (0 - 2/3) / (2 - 2/3).
+    assert line.alike == pytest.approx((1.0, -0.5, -0.5))
+    assert float(next(csv.DictReader(io.StringIO(table_csv([line]))))["seeds_alike"]) == 0.0
+    assert "Seeds alike" in markdown([line])
+    for each in runs:
+        each["answer"] = {"name": "vote", "scores": {}}
+        each["rows"][-2:] = [each["rows"][-1], each["rows"][-1] | {"name": "chosen clusters"}]
+    network, chosen = compare(runs[:2])
+    assert (network.alike, chosen.alike) == ((1.0,), (1.0,))
+    assert compare(runs[1:])[0].alike == pytest.approx((-0.5,))
+    (tmp_path / "seed0" / "probs.npy").unlink()
+    assert compare(runs[:2])[0].alike == ()
 
 
 def test_a_seed_counts_once() -> None:

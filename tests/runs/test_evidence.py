@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_tensors
 
 from spice_pl.errors import UsageError
+from spice_pl.runs.clusters import ClusterTable, write_table
 from spice_pl.runs.evidence import check_features, check_probs, read_array
 
 KEYS = ["a.png", "b.png", "c.png"]
@@ -50,6 +51,7 @@ def test_clusters_csv_becomes_one_hot(tmp_path: Path) -> None:
         ("p.csv", "image,p0\na.png,1\na.png,1\nb.png,1\n", "names an image twice"),
         ("p.csv", "1,0\n1\n0,1\n", "rows of different lengths"),
         ("p.csv", "1,0\n1,x\n0,1\n", "holds a value that is not a number"),
+        ("p.csv", "image,cluster\na.png\nb.png\nc.png\n", "has no columns beside the names"),
         ("p.csv", "", "is empty"),
         ("p.npy", "no array", "is not an array of numbers"),
         ("p.txt", "1", "is none of .npy, .safetensors, .csv"),
@@ -92,6 +94,21 @@ def test_clusters_are_those_that_there_are(
     file = write(tmp_path / "c.csv", f"image,cluster\nb.png,2\na.png,{cluster}\nc.png,1\n")
     with pytest.raises(UsageError, match=f"c.csv names cluster {cluster}(;| and there are)"):
         read_array(file, KEYS, "f", num_clusters)
+
+
+@pytest.mark.parametrize("keys", [["=a", "'=a", "b"], ["'a", "-b", "c"], ["a", "b", "'"]])
+@pytest.mark.parametrize("spreadsheet", [False, True])
+def test_our_own_table_is_read_with_any_names(
+    tmp_path: Path, keys: list[str], spreadsheet: bool
+) -> None:
+    """As written by a run of four clusters whose last one is empty."""
+    numbers = np.array([1, 1, 1], np.float32)
+    table = ClusterTable(keys, np.array([2, 0, 1]), numbers, numbers, np.ones(3, bool))
+    write_table(table, tmp_path / "clusters.csv", spreadsheet=spreadsheet)
+    expected = np.eye(4, dtype=np.float32)[[2, 0, 1]]
+    found = read_array(str(tmp_path / "clusters.csv"), keys, "f", 4)
+    np.testing.assert_array_equal(found, expected)
+    check_probs(found, 3, 4, "clusters.csv")
 
 
 def test_an_empty_last_cluster_is_one(tmp_path: Path) -> None:

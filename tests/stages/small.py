@@ -80,7 +80,8 @@ def fit(
     resume: Any = None,
     **settings: Any,
 ) -> pl.Trainer:
-    """Train a stage that was prepared."""
+    """Train a stage that was prepared; `images` are others than `image_set()`."""
+    images = settings.pop("images", None) or image_set()
     trainer = pl.Trainer(
         accelerator="cpu",
         max_epochs=epochs,
@@ -93,7 +94,7 @@ def fit(
         use_distributed_sampler=False,
         **{"limit_val_batches": 0, **settings},
     )
-    data = ViewsDataModule(image_set(), streams, PLAIN, seed=0, stage="test")
+    data = ViewsDataModule(images, streams, PLAIN, seed=0, stage="test")
     trainer.fit(module, data, ckpt_path=resume, weights_only=True)
     return trainer
 

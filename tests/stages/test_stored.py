@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tests.conftest import NUM_CLASSES, Finished
+from tests.conftest import NUM_CLASSES, Finished, compose
 from tests.stages.small import (
     D,
     K,
@@ -30,11 +31,12 @@ from spice_pl.functional.assignment import clustering_scores
 from spice_pl.functional.turtle import soft_cross_entropy
 from spice_pl.job.run import run_stages
 from spice_pl.models import portable
+from spice_pl.runs.folder import RunFolder
 from spice_pl.stages.stored import StoredFeaturesStage
 from spice_pl.stages.temi import TemiModule
 from spice_pl.stages.turtle import LinearMaps, TurtleModule, _take_step
 
-SIZES: dict[str, Any] = {"num_heads": 3, "batch_size": 40, "steps_per_epoch": 20}
+SIZES: dict[str, Any] = {"num_heads": 3, "batch_size": 40, "steps_per_epoch": 20, "seed": 0}
 STAGES = (TemiModule, TurtleModule)
 
 
@@ -250,6 +252,52 @@ def test_without_the_upstream_the_command_that_makes_it_is_named(
     empty = Finished(finished.overrides, tmp_path / "empty")
     with pytest.raises(UsageError, match=r"make it with\n.*stage=moco"):
         run_stages(empty.job(*overrides(stage)))
+
+
+def test_turtle_reads_several_stages_as_it_reads_files_of_features(finished: Finished) -> None:
+    moco = finished.folder("moco")
+    second = RunFolder(moco.path.with_name("second"))
+    shutil.copytree(moco.path, second.path)
+    more = ("answer=network", "overwrite=true")
+    turtle = finished.folder("turtle")
+    run_stages(finished.job(*overrides("turtle"), "turtle.upstream=[moco,moco/second]", *more))
+    probs = np.array(turtle.probs)
+    turtle.check_upstream(moco, [second])
+    with pytest.raises(UsageError, match=r"made from an earlier .*proto.*run again since"):
+        turtle.check_upstream(moco, [finished.folder("proto")])
+    files = f"turtle.module.features_files=['{second.path / 'features.npy'}']"
+    run_stages(finished.job(*overrides("turtle"), files, *more))
+    np.testing.assert_array_equal(finished.folder("turtle").probs, probs)
+
+
+@pytest.mark.parametrize(
+    ("stage", "upstream", "message"),
+    [
+        (
+            "turtle",
+            "[moco,moco/third]",
+            r"third, and that does not exist; make it with\n.*run=third",
+        ),
+        (
+            "temi",
+            "[moco,proto]",
+            r"temi\.upstream names 2 stages and this stage reads one; give one",
+        ),
+    ],
+)
+def test_lists_of_stages_that_do_not_fit_are_refused(
+    finished: Finished, stage: str, upstream: str, message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        run_stages(finished.job(*overrides(stage), f"{stage}.upstream={upstream}"))
+
+
+def test_the_teacher_of_temi_averages_as_often_as_the_papers() -> None:
+    """.996 over 200 passes of 50,000 images in batches of 512: 78 averaging times."""
+    own = compose("dataset=cifar10").temi
+    steps = own.epochs * own.module.steps_per_epoch
+    paper = (1 - 0.996) * 200 * 50_000 / 512
+    assert steps * (1 - own.module.teacher_momentum) == pytest.approx(paper, rel=0.05)
 
 
 def test_more_clusters_than_images_are_refused(finished: Finished) -> None:

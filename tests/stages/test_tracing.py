@@ -26,7 +26,10 @@ from spice_pl.nn.thresholds import (
     Threshold,
 )
 from spice_pl.stages.base import Stage
+from spice_pl.stages.cc import ContrastiveClusteringModule
+from spice_pl.stages.empssl import EmpSSLModule
 from spice_pl.stages.moco import MoCoModule
+from spice_pl.stages.propos import ProPosModule
 from spice_pl.stages.scan import ScanModule
 from spice_pl.stages.selflabel import SelfLabelModule
 from spice_pl.stages.semi import SemiSupervisedModule
@@ -53,19 +56,31 @@ def stage_and_batch(name: str) -> tuple[Stage, Any]:
         return MoCoModule(backbone(), projection_dim=4, queue_size=12), views("query", "key")
     if name == "simclr":
         return SimCLRModule(backbone(), projection_dim=4, hidden_dim=8), views("query", "key")
+    if name == "empssl":
+        patches = torch.rand(B, 3, 3, S, S, generator=torch.Generator().manual_seed(0))
+        batch = Views(torch.arange(B), {"patches": patches})
+        return EmpSSLModule(backbone(), projection_dim=4, hidden_dim=8), batch
+    if name == "cc":
+        return ContrastiveClusteringModule(backbone(), K, projection_dim=4), views("query", "key")
+    if name == "propos":
+        module = ProPosModule(backbone(), K, projection_dim=4, hidden_dim=8, warmup_epochs=0)
+        module.register_buffer("clusters", torch.arange(N) % K)
+        return module, views("query", "key")
     if name == "scan":
         return ScanModule(backbone(), K), views("strong")
     if name == "selflabel":
         return SelfLabelModule(backbone(), K, confidence=0.1), views("plain", "strong")
-    module = SemiSupervisedModule(
+    semi = SemiSupervisedModule(
         backbone(), K, selector=reliable_labels, threshold=THRESHOLDS[name], init="scratch"
     )
-    module.pseudo_labels = torch.arange(N) % K
-    module.threshold.begin(N)
-    return module, {"labelled": views("weak"), "unlabelled": views("weak", "strong", seed=1)}
+    semi.pseudo_labels = torch.arange(N) % K
+    semi.threshold.begin(N)
+    return semi, {"labelled": views("weak"), "unlabelled": views("weak", "strong", seed=1)}
 
 
-@pytest.mark.parametrize("name", ["moco", "simclr", "scan", "selflabel", *THRESHOLDS])
+@pytest.mark.parametrize(
+    "name", ["moco", "simclr", "empssl", "cc", "propos", "scan", "selflabel", *THRESHOLDS]
+)
 def test_a_training_step_is_traced_whole(name: str) -> None:
     module, batch = stage_and_batch(name)
     module.trainer = SimpleNamespace(  # type: ignore[assignment]

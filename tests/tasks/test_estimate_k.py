@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from tests.conftest import make_job
 
@@ -83,35 +84,48 @@ def test_a_large_set_is_sampled(tmp_path: Path) -> None:
     assert result["estimated_num_clusters"] == 4
 
 
-def point(num_clusters: int, stability: float, null: float = 0.2, silhouette: float = 0.3) -> Point:
-    return Point(num_clusters, stability, 0.06, null, silhouette)
+def point(
+    num_clusters: int, stability: float, silhouette: float = 0.3, modularity: float = 0.5
+) -> Point:
+    return Point(num_clusters, stability, 0.06, 0.2, silhouette, modularity)
 
 
-def test_the_middle_of_what_fits_about_as_well_is_taken() -> None:
-    silhouettes = {2: 0.1, 3: 0.19, 4: 0.187, 5: 0.188, 6: 0.185, 7: 0.2}  # 0.93 x 0.2 is 0.186
-    curve = [point(k, 0.9, silhouette=value) for k, value in silhouettes.items()]
-    found, candidates = choose(curve)
-    assert (found.num_clusters, candidates) == (5, [3, 4, 5, 7])
+def test_the_largest_product_of_silhouette_and_modularity_is_taken() -> None:
+    # Products: .120, .144, .150, .132; 90 % of the largest is .135.
+    measures = {2: (0.4, 0.3), 3: (0.36, 0.4), 4: (0.3, 0.5), 5: (0.22, 0.6)}
+    found, candidates = choose([point(k, 0.9, *measure) for k, measure in measures.items()])
+    assert (found.num_clusters, candidates) == (4, [3, 4])
     text = sentence(found, [], candidates)
-    assert "the data shows 5 clusters" in text
-    assert text.endswith("about as well fit 3, 4, 7")
-    negative = [point(k, 0.9, silhouette=-0.1 * k) for k in (2, 3)]
-    assert choose(negative)[1] == [2]
+    assert "the data shows 4 clusters" in text
+    assert text.endswith("about as well fit 3")
+
+
+@pytest.mark.parametrize(("silhouette", "modularity"), [(-0.3, -0.4), (-0.3, 0.5), (0.3, -0.4)])
+def test_a_measure_below_zero_never_wins(silhouette: float, modularity: float) -> None:
+    bad = point(2, 0.9, silhouette, modularity)
+    assert bad.score < 0
+    assert choose([bad, point(3, 0.9, 0.0)])[0].num_clusters == 3
+    assert choose([bad])[1] == [2]
 
 
 def test_each_doubt_is_named() -> None:
     curve = [point(2, 0.79), point(3, 0.9, silhouette=0.0), point(4, 0.9), point(5, 0.9)]
-    doubts = [doubts_of(each, curve) for each in curve]
+    doubts = [doubts_of(each, curve, [3, 5]) for each in curve]
     assert [len(each) for each in doubts] == [1, 1, 0, 1]
     assert doubts[0] == ["halves of the images agree to 0.79, less than 0.8"]
     assert doubts[1] == ["the silhouette 0.00 is not positive"]
     assert "raise estimate_k.task.largest" in doubts[3][0]
+    wide = doubts_of(curve[2], curve, [2, 3, 4])
+    assert wide == ["from 2 to 4 clusters fit about as well"]
+    assert sentence(curve[2], wide, [2, 3, 4]).startswith("the data shows no clear K: from 2 to 4")
 
 
 def test_copies_of_two_images_give_finite_numbers() -> None:
     rows = np.repeat(np.eye(2), 20, axis=0)
+    others = torch.arange(40).view(2, 20).roll(1, dims=1).view(40, 1)  # the next copy
     with pytest.warns(match="distinct clusters"):
-        found = look(rows, rows.astype(np.float32), 4, 2, seed=0)
+        found = look(rows, rows.astype(np.float32), others, 4, 2, seed=0)
+    assert found.modularity == pytest.approx(0.5)  # two clusters of copies, whatever K
     assert found.stability == pytest.approx(1)
     assert np.isfinite(found.null)
     assert np.isfinite(found.silhouette)

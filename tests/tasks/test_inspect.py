@@ -107,3 +107,13 @@ def test_copies_of_training_images_among_the_test_images_are_counted() -> None:
     digests = np.array([1, 2, 3, 3, 4], dtype=np.uint64)
     images = ImageSet("x", pixels, list("abcde"), "f", is_test=is_test)
     assert notes(images, digests) == ["Exact copies of training images among the test images: 1."]
+
+
+def test_a_pretrained_network_keeps_its_own_size_and_mean() -> None:
+    side = 4
+    pixels = np.zeros((2, 3, side, side), np.uint8)
+    files = np.zeros(2, dtype=[("width", "i4"), ("height", "i4")])
+    images = ImageSet("small", pixels, ["a", "b"], "f", files=files)
+    digests = np.arange(2, dtype=np.uint64)
+    assert "A smaller dataset.image_size costs less" in notes(images, digests)[0]
+    assert "image_size" not in notes(images, digests, pretrained=True)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from tests.conftest import TINY, Finished, make_job, photographs
 import spice_pl
 from spice_pl.errors import UsageError
 from spice_pl.job.run import run_stages
-from spice_pl.tasks.predict import folder_names
+from spice_pl.runs.sorting import folder_names
 
 # TINY without the settings that the model brings.
 NO_K = [text for text in TINY if not text.startswith(("dataset.num_clusters", "dataset.image"))]
@@ -65,6 +66,30 @@ def test_every_image_gets_a_line(straight: Finished, new_photos: Path, tmp_path:
         assert int(row["not_sure"]) == expected.not_sure[i]
         assert [row[f"nearest_{k}"] for k in (1, 2, 3)] == list(expected.nearest[i])
         assert float(row["similarity_1"]) == pytest.approx(expected.similarity[i, 0], abs=1e-3)
+
+
+@pytest.mark.parametrize("changed", [0, 2])
+def test_images_of_the_run_are_compared_with_its_clusters(
+    straight: Finished, tmp_path: Path, caplog: pytest.LogCaptureFixture, changed: int
+) -> None:
+    model = spice_pl.load(straight.folder("proto").path)
+    assert model.known is not None
+    model.known.clusters[:changed] = (model.known.clusters[:changed] + 1) % 3
+    model.save(tmp_path / "model.spice")
+    root = straight.runs.parent / "my photos"
+    with caplog.at_level(logging.INFO):
+        predict(straight, root, tmp_path, f"predict.model={tmp_path / 'model.spice'}")
+    said = f"these are the images of the run; of 90 compared, {changed} are in another cluster"
+    assert said in caplog.text
+    assert ("computed in 32-true" in caplog.text) == (changed > 0)
+
+
+def test_other_images_are_not_compared(
+    straight: Finished, new_photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        predict(straight, new_photos, tmp_path)
+    assert "images of the run" not in caplog.text
 
 
 def test_parquet_says_the_same(straight: Finished, new_photos: Path, tmp_path: Path) -> None:
@@ -163,7 +188,7 @@ def test_a_full_disk_is_named(
     def refuse(*_: Any) -> None:
         raise OSError(18, os.strerror(18))
 
-    monkeypatch.setitem(spice_pl.tasks.predict.PLACE, "hardlink", refuse)
+    monkeypatch.setitem(spice_pl.runs.sorting.PLACE, "hardlink", refuse)
     with pytest.raises(UsageError, match="a hard link needs one file system"):
         predict(straight, new_photos, tmp_path, "predict.sort=hardlink")
 

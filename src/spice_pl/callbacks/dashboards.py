@@ -111,7 +111,8 @@ def cluster_pictures(
     table: ClusterTable, images: ImageSet, num_clusters: int
 ) -> list[tuple[int, int, NDArray[np.uint8]]]:
     """Return (id, size, picture) of the largest clusters; a picture is a row of typical images."""
-    wall = choose_wall(table.confidence, table.agreement, table.clusters, num_clusters, PICTURES)
+    values = (table.confidence, table.agreement, table.clusters, num_clusters)
+    wall = choose_wall(*values, PICTURES, num_neighbors=table.num_neighbors)
     filled = sorted(
         (each for each in wall.clusters if each.size), key=lambda each: (-each.size, each.cluster)
     )

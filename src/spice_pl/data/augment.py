@@ -9,7 +9,7 @@ Shape letters: B images, S side in pixels, U uniform numbers per image.
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,6 +22,9 @@ from spice_pl.functional.device import to_device
 
 RANDAUGMENT = ops.RANDAUGMENT
 ALL_14 = tuple(RANDAUGMENT)
+# 8 MB of float32 stay in a processor's cache. Larger buffers are fetched from the system and
+# returned to it at every operation.
+LEVELS_AT_ONCE = 2**21
 
 
 def _require(holds: bool, name: str, value: object, rule: str) -> None:
@@ -31,6 +34,19 @@ def _require(holds: bool, name: str, value: object, rule: str) -> None:
 
 def _require_share(name: str, value: float) -> None:
     _require(0 <= value <= 1, name, value, "a probability between 0 and 1")
+
+
+def _in_parts(view: Callable[[Tensor, Tensor], Tensor], images: Tensor, uniforms: Tensor) -> Tensor:
+    """Make views of at most `LEVELS_AT_ONCE` levels at a time, in equal parts."""
+    num_parts = math.ceil(images.numel() / LEVELS_AT_ONCE)
+    if num_parts == 1:
+        return view(images, uniforms)
+    size = math.ceil(len(images) / num_parts)
+    views = torch.empty(images.shape, dtype=torch.float32, device=images.device)
+    parts = (torch.split(each, size) for each in (images, uniforms, views))
+    for part, numbers, result in zip(*parts, strict=True):
+        result.copy_(view(part, numbers))
+    return views
 
 
 def _integers(uniform: Tensor, count: int) -> Tensor:
@@ -226,6 +242,9 @@ class StrongView(WeakView):
         return 3 + 3 + 2 * self.num_ops
 
     def _view(self, images: Tensor, uniforms: Tensor) -> Tensor:
+        return _in_parts(self._part, images, uniforms)
+
+    def _part(self, images: Tensor, uniforms: Tensor) -> Tensor:
         weak, square, chosen, magnitude = uniforms.split_with_sizes(
             (3, 3, self.num_ops, self.num_ops), dim=1
         )
@@ -262,16 +281,27 @@ class StrongView(WeakView):
 
     def _randaugment(self, images: Tensor, chosen: Tensor, magnitude: Tensor) -> Tensor:
         """Apply operations number `chosen` at `magnitude` in [0, 1), both (B, num_ops)."""
-        for operation, strength in zip(chosen.unbind(1), magnitude.unbind(1), strict=True):
+        # Images stay sorted by their last operation, which saves copying each group back to its
+        # rows: image i is at place[i].
+        place = torch.arange(len(images), device=images.device)
+        ranges = [RANDAUGMENT[name][1:] for name in self.operations]
+        spans = magnitude.new_tensor([(low, high - low) for low, high in ranges])
+        low, span = spans[chosen].unbind(-1)
+        amounts = low + span * magnitude  # (B, num_ops)
+        for operation, amount in zip(chosen.unbind(1), amounts.unbind(1), strict=True):
             counts = torch.bincount(operation, minlength=len(self.operations)).tolist()
-            groups = operation.argsort().split_with_sizes(counts)
-            for name, rows in zip(self.operations, groups, strict=True):
-                if name == "Identity" or len(rows) == 0:
-                    continue
-                apply, low, high = RANDAUGMENT[name]
-                amount = low + (high - low) * strength[rows]
-                images.index_copy_(0, rows, apply(images.index_select(0, rows), amount).floor_())
-        return images
+            order = operation.argsort()
+            rows = place[order].split_with_sizes(counts)
+            parts = [
+                RANDAUGMENT[name][0](images.index_select(0, part), strength).floor_()
+                for name, part, strength in zip(
+                    self.operations, rows, amount[order].split_with_sizes(counts), strict=True
+                )
+                if len(part)
+            ]
+            images = torch.cat(parts)
+            place[order] = torch.arange(len(images), device=images.device)
+        return images.index_select(0, place)
 
     def _cutout(self, images: Tensor, square: Tensor) -> Tensor:
         """Cover a square given by uniforms (B, 3) for side, row and column."""
@@ -298,7 +328,9 @@ class MoCoView(PlainView):
     Args:
         mean: as in `PlainView`.
         std: as in `PlainView`.
-        min_scale: smallest share of the image's area that a crop covers; the largest is 1.
+        min_scale: smallest share of the image's area that a crop covers.
+        max_scale: largest share of the image's area that a crop covers.
+        side: s, side of the view in pixels; None makes it as large as the image.
         ratio: range of the crop's width / height, log-uniform.
         jitter: strengths of brightness, contrast, saturation (factor in 1 ± strength) and hue
             (shift in ± strength, share of the colour circle).
@@ -316,6 +348,8 @@ class MoCoView(PlainView):
     """
 
     min_scale: float = 0.2
+    max_scale: float = 1.0
+    side: int | None = None
     ratio: Sequence[float] = (3 / 4, 4 / 3)
     jitter: Sequence[float] = (0.4, 0.4, 0.4, 0.1)
     jitter_prob: float = 0.8
@@ -329,6 +363,9 @@ class MoCoView(PlainView):
     def __post_init__(self) -> None:
         super().__post_init__()
         _require(0 < self.min_scale <= 1, "min_scale", self.min_scale, "an area share in (0, 1]")
+        rule = f"an area share from min_scale, {self.min_scale}, to 1"
+        _require(self.min_scale <= self.max_scale <= 1, "max_scale", self.max_scale, rule)
+        _require(self.side is None or self.side > 0, "side", self.side, "1 pixel or more")
         for name, pair in (("ratio", self.ratio), ("blur_sigma", self.blur_sigma)):
             _require(len(pair) == 2 and 0 < pair[0] <= pair[1], name, pair, "(low, high), above 0")
         _require(
@@ -348,6 +385,9 @@ class MoCoView(PlainView):
         return 2 * ops.CROP_ATTEMPTS + 2 + 13
 
     def _view(self, images: Tensor, uniforms: Tensor) -> Tensor:
+        return _in_parts(self._part, images, uniforms)
+
+    def _part(self, images: Tensor, uniforms: Tensor) -> Tensor:
         # Position of the hue step among the four steps; 4 means no jitter. Images are sorted by
         # it, so that each step works on a slice.
         when, gate = uniforms[:, 0], uniforms[:, 1]
@@ -359,9 +399,9 @@ class MoCoView(PlainView):
         )
         probabilities = switch.new_tensor((self.flip, self.gray_prob, self.blur_prob))
         flip, gray, blur = (switch[:, :3] < probabilities).unbind(1)
-        box = ops.random_boxes(boxes, images.shape[-1], self.min_scale, self.ratio)
+        box = self._boxes(boxes, images.shape[-1])
         images = images.index_select(0, order).to(torch.float32)
-        views = ops.crop_resize(images, box, flip, self._warp_matrix(warp))
+        views = ops.crop_resize(images, box, flip, self._warp_matrix(warp), self.side)
         self._jitter_(views, steps[:, 2:], ends)
         rows = gray.nonzero().squeeze(1)
         views.index_copy_(0, rows, ops.grayscale(views.index_select(0, rows)))
@@ -371,7 +411,7 @@ class MoCoView(PlainView):
         sigma = low + (high - low) * switch[rows, 3]
         blurred = ops.gaussian_blur(views.index_select(0, rows), sigma, radius)
         views.index_copy_(0, rows, blurred)
-        return images.index_copy_(0, order, self._normalise(views))
+        return self._normalise(views.index_select(0, order.argsort()))
 
     def _parameters(self, uniforms: Tensor, size: int) -> Tensor:
         steps, switch, warp, boxes = uniforms.split_with_sizes(
@@ -386,18 +426,22 @@ class MoCoView(PlainView):
             factor=factors.gather(1, kinds),
             kind=kinds,
             shift=shift,
-            box=ops.random_boxes(boxes, size, self.min_scale, self.ratio),
+            box=self._boxes(boxes, size),
             flip=flip < self.flip,
             gray=gray < self.gray_prob,
             sigma=torch.where(blur < self.blur_prob, low + (high - low) * sharpness, 0.0),
             normal=on_device.normalisation(self.mean, self.std),
             warp=self._warp_matrix(warp),
             size=size,
-            radius=on_device.blur_radius(high, size),
+            radius=on_device.blur_radius(high, self.side or size),
         )
 
     def _on_device(self, images: Tensor, parameters: Tensor) -> Tensor:
-        return on_device.moco(images, parameters, warped=self.rotate_degrees > 0 or self.shear > 0)
+        warped = self.rotate_degrees > 0 or self.shear > 0
+        return on_device.moco(images, parameters, warped=warped, side=self.side)
+
+    def _boxes(self, uniforms: Tensor, size: int) -> Tensor:
+        return ops.random_boxes(uniforms, size, self.min_scale, self.ratio, self.max_scale)
 
     def _warp_matrix(self, uniforms: Tensor) -> Tensor | None:
         if self.rotate_degrees == 0 and self.shear == 0:
@@ -430,3 +474,48 @@ class MoCoView(PlainView):
         orders = torch.tensor(_ORDERS, device=uniforms.device)
         kinds = orders[_integers(uniforms[:, 4], len(_ORDERS))]  # (B, 3)
         return factors, shift, kinds
+
+
+@dataclass(frozen=True)
+class PatchView(MoCoView):
+    """Many crops of each image, each a view as `MoCoView` makes it.
+
+    Tong et al. 2023 (EMP-SSL), Section 3, which crops a quarter of the area. Here a crop may keep
+    its native size, so that it costs the network less than an image does.
+
+    Args:
+        mean: as in `PlainView`.
+        std: as in `PlainView`.
+        num_patches: n, number of crops per image.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    num_patches: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.num_patches >= 2, "num_patches", self.num_patches, "2 or more")
+
+    @property
+    def num_uniforms(self) -> int:
+        """Number of uniform random numbers that the views of one image need."""
+        return self.num_patches * super().num_uniforms
+
+    def _view(self, images: Tensor, uniforms: Tensor) -> Tensor:
+        patches = super()._view(self._repeated(images), self._per_patch(uniforms))  # (B n, 3, s, s)
+        return patches.view(-1, self.num_patches, *patches.shape[1:])
+
+    def _parameters(self, uniforms: Tensor, size: int) -> Tensor:
+        return super()._parameters(self._per_patch(uniforms), size)  # (B n, P)
+
+    def _on_device(self, images: Tensor, parameters: Tensor) -> Tensor:
+        patches = super()._on_device(self._repeated(images), parameters)
+        return patches.view(-1, self.num_patches, *patches.shape[1:])
+
+    def _repeated(self, images: Tensor) -> Tensor:
+        return images.repeat_interleave(self.num_patches, dim=0)  # (B n, 3, S, S)
+
+    def _per_patch(self, uniforms: Tensor) -> Tensor:
+        return uniforms.reshape(len(uniforms) * self.num_patches, -1)  # (B n, U / n)

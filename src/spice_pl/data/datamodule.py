@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import pytorch_lightning as pl
 import torch
@@ -28,6 +28,8 @@ from spice_pl.data.sampler import KeyedBatches, PartneredBatches
 from spice_pl.data.transfer import Ahead, check_mode, resident_store
 from spice_pl.functional.device import to_device
 
+T = TypeVar("T")
+
 
 @dataclass
 class Views:
@@ -35,7 +37,8 @@ class Views:
 
     Attributes:
         index: (B,) position of each image in the data set.
-        views: (B, 3, S, S) normalised images, by name of the view.
+        views: (B, 3, S, S) normalised images, by name of the view; (B, n, 3, s, s) of a view that
+            makes n patches per image.
     """
 
     index: Tensor
@@ -63,7 +66,7 @@ class Stream:
     """One sequence of training batches.
 
     Attributes:
-        views: views by name; each image of a batch is shown in every view.
+        views: views by name; each image of a batch is shown in every view, without `turns`.
         batch_size: images in a global batch, over all ranks.
         num_samples: images in an epoch; None visits each image once.
         group_size: images in a group that batches do not cross (an E-step buffer); None means the
@@ -73,6 +76,8 @@ class Stream:
         extra: whether to draw from the data set's extra images too, if it has any (STL10).
         partners: (N, P) candidates for the partner of each image. A random one is added to the
             second half of the batch, which is then twice as large. None adds no partners.
+        turns: names of the views that are shown alone, in turn, each for an equal share of the
+            epochs; a name may come several times. None shows all views in every epoch.
     """
 
     views: Mapping[str, View]
@@ -83,6 +88,7 @@ class Stream:
     subset: Tensor | None = None
     extra: bool = False
     partners: Tensor | None = None
+    turns: Sequence[str] | None = None
 
 
 class ViewsDataModule(pl.LightningDataModule):
@@ -221,7 +227,7 @@ class ViewsDataModule(pl.LightningDataModule):
 
     def _views(self, stream: str, pixels: Pixels, made: Mapping[str, View] | None = None) -> Views:
         views, device = {}, pixels.images.device
-        for name, view in (self.streams[stream].views if made is None else made).items():
+        for name, view in (self._shown(self.streams[stream]) if made is None else made).items():
             key = _key(self.stage, stream, name)
             # Keyed by round, not by epoch: an epoch may draw an image more than once.
             uniforms = keyed_uniform(
@@ -231,6 +237,13 @@ class ViewsDataModule(pl.LightningDataModule):
                 uniforms = to_device(uniforms, device)
             views[name] = view(pixels.images, uniforms)
         return Views(to_device(pixels.index, device), views)
+
+    def _shown(self, stream: Stream) -> Mapping[str, View]:
+        """Return the views of this epoch."""
+        if stream.turns is None or self.trainer is None:
+            return stream.views
+        name = in_turn(stream.turns, self.trainer.current_epoch, self.trainer.max_epochs)
+        return {name: stream.views[name]}
 
     def _plain_views(self, pixels: Pixels) -> Views:
         device = pixels.images.device
@@ -279,6 +292,16 @@ class PixelDataset(Dataset[Pixels]):
             chosen = to_device(index, self.store.device)
             return Pixels(index, rounds, self.store.index_select(0, chosen))
         return Pixels(index, rounds, torch.from_numpy(self.images.pixels(index.numpy())))
+
+
+def in_turn(values: Sequence[T], epoch: int, num_epochs: int | None) -> T:
+    """Return the value of an epoch, where each value has an equal share of the epochs.
+
+    Examples:
+        >>> [in_turn([16, 32], epoch, 4) for epoch in range(4)]
+        [16, 16, 32, 32]
+    """
+    return values[min(epoch * len(values) // (num_epochs or 1), len(values) - 1)]
 
 
 def _whole(batch: Any) -> Any:

@@ -19,7 +19,7 @@ from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps
 
 from spice_pl.data.formats import Part, open_bytes, open_image
 from spice_pl.data.levels import deep_levels, is_deep, is_wide, scaled, wide_levels
@@ -311,6 +311,6 @@ def _fit(image: Image.Image, turn: Image.Transpose | None, image_size: int) -> N
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
+    if isinstance(error, OSError | ValueError) and str(error):  # their messages are sentences
         return str(error)
     return f"{type(error).__name__}: {error}"

@@ -6,7 +6,8 @@ into parameters, one row per image. The device applies every operation to all im
 that an image did not draw has the parameters that change nothing. Results are those of
 `augment.py` up to rounding.
 
-Shape letters: B images, S side in pixels, R slots of RandAugment, T taps of the blur kernel.
+Shape letters: B images, S side in pixels, s side of a view, R slots of RandAugment, T taps of the
+blur kernel.
 """
 
 from __future__ import annotations
@@ -166,12 +167,23 @@ def moco_parameters(
     return torch.cat(parts, dim=1)
 
 
-def moco(images: Tensor, parameters: Tensor, *, warped: bool) -> Tensor:
-    """Make MoCo's view of uint8 images (B, 3, S, S) by `moco_parameters`; normalised."""
+def moco(images: Tensor, parameters: Tensor, *, warped: bool, side: int | None = None) -> Tensor:
+    """Make MoCo's view of uint8 images (B, 3, S, S) by `moco_parameters`; normalised.
+
+    Args:
+        images: (B, 3, S, S) uint8.
+        parameters: (B, P), `moco_parameters`.
+        warped: whether the parameters hold a warp.
+        side: s, side of the views in pixels; S if None.
+
+    Returns:
+        (B, 3, s, s).
+    """
     light, sectors, crop, colour, offset, taps, *warp = parameters.split_with_sizes(
         (72, 1, 8, 9, 3, parameters.shape[1] - 93 - 6 * warped, *([6] if warped else [])), dim=1
     )
-    views = _crop_resize(images.to(torch.float32), crop, warp[0] if warp else None)
+    side = side or images.shape[-1]
+    views = _crop_resize(images.to(torch.float32), crop, warp[0] if warp else None, side)
     steps = torch.split(light, 12, dim=1)
     for step in steps[:3]:
         views = adjust_light(views, step).clamp_(0, 255)
@@ -180,22 +192,21 @@ def moco(images: Tensor, parameters: Tensor, *, warped: bool) -> Tensor:
         views = adjust_light(views, step).clamp_(0, 255)
     # Grey and the normalisation are one linear map; it may come before the blur, whose weights
     # sum to one.
-    views = torch.baddbmm(offset[:, :, None], colour.view(-1, 3, 3), views.flatten(2))
-    return _blur(views.view_as(images), taps)
+    mixed = torch.baddbmm(offset[:, :, None], colour.view(-1, 3, 3), views.flatten(2))
+    return _blur(mixed.view_as(views), taps)
 
 
-def _crop_resize(images: Tensor, crop: Tensor, warp: Tensor | None) -> Tensor:
-    size = images.shape[-1]
+def _crop_resize(images: Tensor, crop: Tensor, warp: Tensor | None, side: int) -> Tensor:
     width, middle, last, start = crop.view(-1, 4, 2, 1).unbind(1)  # (B, 2, 1) each
-    centre = (torch.arange(size, device=images.device) - (size - 1) / 2) / size  # (S,)
-    inside = torch.addcmul(middle, centre, width).clamp_min_(0)  # (B, 2, S)
-    y, x = torch.minimum(inside, last).add_(start).unbind(1)  # (B, S) each
+    centre = (torch.arange(side, device=images.device) - (side - 1) / 2) / side  # (s,)
+    inside = torch.addcmul(middle, centre, width).clamp_min_(0)  # (B, 2, s)
+    y, x = torch.minimum(inside, last).add_(start).unbind(1)  # (B, s) each
     if warp is None:
-        both = (x[:, None].expand(-1, size, -1), y[:, :, None].expand(-1, -1, size))
-        grid = torch.stack(both, dim=-1)  # (B, S, S, 2)
+        both = (x[:, None].expand(-1, side, -1), y[:, :, None].expand(-1, -1, side))
+        grid = torch.stack(both, dim=-1)  # (B, s, s, 2)
     else:
         a, b, c = torch.split(warp.view(-1, 2, 3), 1, dim=2)  # (B, 2, 1) each
-        across, down = a * x[:, None], torch.addcmul(c, b, y[:, None])  # (B, 2, S) each
+        across, down = a * x[:, None], torch.addcmul(c, b, y[:, None])  # (B, 2, s) each
         grid = (across[:, :, None] + down[..., None]).permute(0, 2, 3, 1)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 

@@ -52,6 +52,7 @@ OTHER_SUFFIXES = {
     *(".icns", ".svg", ".svgz", ".eps", ".ai", ".pdf", ".wmf", ".emf", ".dcm", ".dicom", ".nii"),
     *(".fits", ".fit", ".jxr", ".wdp", ".hdp", ".pfm", ".xbm", ".xpm", ".ras", ".djvu", ".czi"),
 }
+ARCHIVE_SUFFIXES = {".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".zst"}
 HEAD_BYTES = 32  # of a file, enough to tell its format
 # The first bytes of the formats above. BMP's two letters may begin a text, so the size of its
 # second header counts too; HEIF and AVIF have brands. The last line is JPEG 2000, JPEG XL and QOI.
@@ -176,8 +177,9 @@ def _unidentified(head: bytes) -> str:
     if not head:
         return "empty file"
     if head[4:8] == b"ftyp" and is_image(head):
-        if head[8:11] == b"avi" and "AVIF" not in _formats():
-            return "AVIF needs Pillow 11.3 or newer"
+        if head[8:11] == b"avi":
+            known = "AVIF" in _formats()
+            return "damaged AVIF" if known else "AVIF needs Pillow 11.3 or newer"
         if "HEIF" not in _formats():
             return "HEIC needs one more package; pip install 'spice-pl[heic]'"
     if head.startswith((b"\0\0\0\x0cJXL ", b"\xff\x0a")) and "JXL" not in _formats():

@@ -25,7 +25,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from spice_pl.data.formats import HEAD_BYTES, OTHER_SUFFIXES, RAW_SUFFIXES, SUFFIXES, is_image
+from spice_pl.data.formats import (
+    ARCHIVE_SUFFIXES,
+    HEAD_BYTES,
+    OTHER_SUFFIXES,
+    RAW_SUFFIXES,
+    SUFFIXES,
+    is_image,
+)
 from spice_pl.data.left_out import MARKS, LeftOut, unwanted
 from spice_pl.data.retry import may_pass, try_again
 from spice_pl.errors import UsageError
@@ -62,6 +69,11 @@ class Found:
     folders: dict[str, int] = field(default_factory=dict)
     left_out: LeftOut = field(default_factory=LeftOut)
     complete: bool = True
+
+    @property
+    def num_images(self) -> int:
+        """Number of candidates."""
+        return len(self.paths)
 
     @property
     def identity(self) -> str:
@@ -264,6 +276,8 @@ class _Scan:
         except OSError as error:
             self._complete &= not may_pass(error)
             return f"cannot be read: {error.strerror}"
+        if suffix in ARCHIVE_SUFFIXES:
+            return "an archive; unpack it"
         if suffix in OTHER_SUFFIXES:
             return f"a format that is not read ({suffix}); export it as JPEG, PNG or TIFF"
         return "not an image"

@@ -35,16 +35,18 @@ def _sample(images: Tensor, matrix: Tensor, x: Tensor, y: Tensor, mode: str) -> 
     Args:
         images: (B, 3, S, S).
         matrix: (B, 2, 3), output to source.
-        x: (B, S) or (1, S), x coordinates, the same in every row.
-        y: (B, S) or (1, S), y coordinates, the same in every column.
+        x: (B, s) or (1, s), x coordinates, the same in every row.
+        y: (B, s) or (1, s), y coordinates, the same in every column.
         mode: interpolation, "nearest" or "bilinear".
+
+    Returns:
+        (B, 3, s, s).
     """
-    size = images.shape[-1]
-    matrix = matrix * (2 / size)  # grid_sample's unit is half the image
-    across = matrix[:, :, 0:1] * x[:, None] + matrix[:, :, 2:3]  # (B, 2, S)
-    down = matrix[:, :, 1:2] * y[:, None]  # (B, 2, S)
-    grid = images.new_empty(len(images), size, size, 2)
-    torch.add(across[:, :, None], down[..., None], out=grid.permute(0, 3, 1, 2))
+    matrix = matrix * (2 / images.shape[-1])  # grid_sample's unit is half the image
+    across = matrix[:, :, 0:1] * x[:, None] + matrix[:, :, 2:3]  # (B, 2, s)
+    down = matrix[:, :, 1:2] * y[:, None]  # (B, 2, s)
+    # The planes of x and y are added apart and read as (B, s, s, 2): one loop over contiguous rows.
+    grid = (across[:, :, None] + down[..., None]).permute(0, 2, 3, 1)
     return F.grid_sample(images, grid, mode=mode, padding_mode="zeros", align_corners=False)
 
 
@@ -101,20 +103,23 @@ def translate_y(images: Tensor, fraction: Tensor) -> Tensor:
 CROP_ATTEMPTS = 10  # as in torchvision's RandomResizedCrop
 
 
-def random_boxes(uniforms: Tensor, size: int, min_scale: float, ratio: Sequence[float]) -> Tensor:
+def random_boxes(
+    uniforms: Tensor, size: int, min_scale: float, ratio: Sequence[float], max_scale: float = 1.0
+) -> Tensor:
     """Choose boxes as torchvision's RandomResizedCrop.get_params does.
 
     Args:
         uniforms: (B, 22) in [0, 1): ten areas, ten ratios, two positions.
         size: side S of the image in pixels.
-        min_scale: smallest area, as a share of the image's; the largest is 1.
+        min_scale: smallest area, as a share of the image's.
         ratio: range of width / height, log-uniform.
+        max_scale: largest area, as a share of the image's.
 
     Returns:
         (B, 4) float32, integer pixels: top, left, height, width.
     """
     areas, ratios, position = uniforms.split_with_sizes((CROP_ATTEMPTS, CROP_ATTEMPTS, 2), dim=1)
-    root_area = size * (min_scale + (1 - min_scale) * areas).sqrt()
+    root_area = size * (min_scale + (max_scale - min_scale) * areas).sqrt()
     low, high = (math.log(bound) for bound in ratio)
     root_ratio = torch.exp(0.5 * (low + (high - low) * ratios))
     sides = torch.stack((root_area / root_ratio, root_area * root_ratio), dim=2).round_()
@@ -131,25 +136,35 @@ def random_boxes(uniforms: Tensor, size: int, min_scale: float, ratio: Sequence[
 
 
 def crop_resize(
-    images: Tensor, box: Tensor, flip: Tensor | None = None, matrix: Tensor | None = None
+    images: Tensor,
+    box: Tensor,
+    flip: Tensor | None = None,
+    matrix: Tensor | None = None,
+    side: int | None = None,
 ) -> Tensor:
-    """Crop a box from each image and enlarge it to the size of the image, bilinear.
+    """Crop a box from each image and scale it to a square, bilinear, without antialiasing.
 
-    A box is never larger than the image, so antialiasing (off here) would change nothing.
+    A box is never larger than the image, so at the size of the image, the default, antialiasing
+    would change nothing. It would change little down to half of that size.
 
     Args:
         images: (B, 3, S, S).
         box: (B, 4), integer pixels: top, left, height, width.
         flip: (B,) bool, whether to mirror the result left to right.
         matrix: (B, 2, 3), warp of the image before the crop, within the same interpolation.
+        side: s, side of the result in pixels; S if None.
+
+    Returns:
+        (B, 3, s, s).
     """
     size = images.shape[-1]
+    side = side or size
     top, left, height, width = box[:, :, None].unbind(1)  # (B, 1) each
-    centre = (torch.arange(size, device=images.device) + 0.5) / size  # (S,)
+    centre = (torch.arange(side, device=images.device) + 0.5) / side  # (s,)
     # Outside the outermost pixel centres of the box its edge is repeated, not its surroundings.
     zero = torch.zeros_like(width)
-    x = torch.clamp(centre * width - 0.5, zero, width - 1) + left - (size - 1) / 2  # (B, S)
-    y = torch.clamp(centre * height - 0.5, zero, height - 1) + top - (size - 1) / 2  # (B, S)
+    x = torch.clamp(centre * width - 0.5, zero, width - 1) + left - (size - 1) / 2  # (B, s)
+    y = torch.clamp(centre * height - 0.5, zero, height - 1) + top - (size - 1) / 2  # (B, s)
     if flip is not None:
         x = torch.where(flip[:, None], x.flip(1), x)
     if matrix is None:
@@ -159,16 +174,19 @@ def crop_resize(
 
 def flip(images: Tensor, mask: Tensor) -> Tensor:
     """Mirror the images chosen by mask (B,) left to right."""
-    rows = mask.nonzero().squeeze(1)
-    return images.index_copy(0, rows, images.index_select(0, rows).flip(-1))
+    rows = torch.arange(len(images), device=images.device).add_(mask, alpha=len(images))
+    return torch.cat((images, images.flip(-1))).index_select(0, rows)  # copies whole images
 
 
 def shifted_crop(images: Tensor, padding: int, top: Tensor, left: Tensor) -> Tensor:
     """Pad with black and crop to the original size, at offsets (B,) in 0..2*padding."""
-    size, rows = images.shape[-1], torch.arange(len(images), device=images.device)
     padded = F.pad(images, (padding,) * 4)
-    windows = padded.unfold(2, size, 1).unfold(3, size, 1)  # (B, 3, 2p+1, 2p+1, S, S), no copy
-    return windows[rows, :, top, left]  # (B, 3, S, S)
+    by_image, *strides = padded.stride()
+    row = torch.arange(len(images), device=images.device)
+    starts = row.mul_(by_image).add_(top, alpha=strides[1]).add_(left).tolist()
+    # A window is read in place: indexing by (image, top, left) takes four times as long.
+    shape = images.shape[1:]
+    return torch.stack([padded.as_strided(shape, strides, start) for start in starts])
 
 
 # Colour.
@@ -197,8 +215,10 @@ def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
 
 def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
     """Blend with the image's mean luminance."""
-    mean = luminance(images).mean(dim=(1, 2, 3), keepdim=True)
-    return _blend(images, mean, _per_image(factor))
+    gray = luminance(images)
+    # lerp is vectorised where one of its two ends is a full plane.
+    gray.copy_(gray.mean(dim=(1, 2, 3), keepdim=True).expand_as(gray))
+    return _blend(images, gray, _per_image(factor))
 
 
 def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
@@ -238,24 +258,33 @@ def adjust_sharpness(images: Tensor, factor: Tensor) -> Tensor:
     """Blend with a smoothed image (3x3, centre weight 5 of 13, rounded); the border stays."""
     if images.shape[-1] < 3:
         return images.clone()
-    rows = images[..., :-2, :] + images[..., 1:-1, :] + images[..., 2:, :]  # (B, 3, S-2, S)
-    inner = images[..., 1:-1, 1:-1]
-    smooth = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * inner
-    smooth.div_(13).round_()
-    output = images.clone()
-    output[..., 1:-1, 1:-1] = _blend(inner, smooth, _per_image(factor))
+    # Sums of shifted flat images: loops over whole images are faster than over the rows of a
+    # window. Sums that reach over an edge are wrong; those pixels keep the image's levels.
+    size, flat = images.shape[-1], images.flatten(1)  # (B, 3·S·S)
+    rows = flat[:, : -2 * size] + flat[:, size:-size]
+    rows += flat[:, 2 * size :]
+    inner = flat[:, size + 1 : -size - 1]
+    smooth = rows[:, :-2] + rows[:, 1:-1]
+    smooth.add_(rows[:, 2:]).add_(inner, alpha=4).div_(13).round_()
+    output = torch.empty_like(images)
+    torch.lerp(smooth, inner, factor[:, None], out=output.flatten(1)[:, size + 1 : -size - 1])
+    output.clamp_(0, 255)
+    for edge in (0, -1):
+        output[..., edge, :] = images[..., edge, :]
+        output[..., edge] = images[..., edge]
     return output
 
 
 def solarize(images: Tensor, threshold: Tensor) -> Tensor:
     """Invert the levels that are at least the threshold."""
-    return torch.lerp(images, 255 - images, (images >= _per_image(threshold)).to(images.dtype))
+    inverted = torch.ge(images, _per_image(threshold), out=torch.empty_like(images))  # 0 or 1
+    return torch.sub(255, images, alpha=2).mul_(inverted).add_(images)
 
 
 def posterize(images: Tensor, bits: Tensor) -> Tensor:
     """Keep the highest bits of each level; the number of bits is rounded down."""
     step = torch.exp2(8 - _per_image(bits).floor())
-    return torch.floor(images / step).mul_(step)
+    return (images / step).floor_().mul_(step)
 
 
 def autocontrast(images: Tensor) -> Tensor:
@@ -263,7 +292,7 @@ def autocontrast(images: Tensor) -> Tensor:
     low, high = images.amin(dim=(2, 3), keepdim=True), images.amax(dim=(2, 3), keepdim=True)
     flat = low == high
     scale = ((high - low) * (1 / 255)).masked_fill_(flat, 1)
-    return ((images - low.masked_fill(flat, 0)) / scale).clamp_(0, 255)
+    return (images - low.masked_fill(flat, 0)).div_(scale).clamp_(0, 255)
 
 
 def equalize(images: Tensor) -> Tensor:
@@ -280,10 +309,13 @@ def equalize(images: Tensor) -> Tensor:
     return table.gather(2, level).view_as(images)
 
 
+BLUR_BLOCK = 16  # pixels of the blurred image per matrix product
+
+
 def gaussian_blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
     """Blur with a Gaussian of sigma (B,) pixels, cut off at radius pixels, reflected at borders.
 
-    One matrix per axis holds kernel and reflection, so per-image kernels are two matrix products.
+    One matrix per axis holds kernel and reflection, so per-image kernels are matrix products.
     A radius of S or more cannot be reflected; S - 1 is used instead.
     """
     num_images, channels, size, _ = images.shape
@@ -298,20 +330,29 @@ def gaussian_blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
     band = images.new_zeros(num_images, size, size)
     taps = weight[:, offset.abs()][:, None].expand(-1, size, -1)  # (B, S, 2T-1)
     band.scatter_add_(2, source.expand_as(taps), taps)  # (B, S, S)
-    across = torch.bmm(images.reshape(num_images, channels * size, size), band.mT)
+    # Outside a diagonal band the matrices are 0, so that 16 pixels of the result need only those
+    # within the radius. Small images are one product: cutting them up would save nothing.
+    length = size if size <= 3 * BLUR_BLOCK else BLUR_BLOCK
+    blocks = [
+        (slice(start, start + length), slice(max(start - radius, 0), start + length + radius))
+        for start in range(0, size, length)
+    ]
+    flat = images.reshape(num_images, channels * size, size)
+    parts = [torch.bmm(flat[:, :, near], band[:, block, near].mT) for block, near in blocks]
+    across = torch.cat(parts, dim=2).view(-1, size, size)  # (3B, S, S)
     stacked = band.repeat_interleave(channels, dim=0)  # (3B, S, S)
-    return torch.bmm(stacked, across.view(-1, size, size)).view_as(images)
+    parts = [torch.bmm(stacked[:, block, near], across[:, near]) for block, near in blocks]
+    return torch.cat(parts, dim=1).view_as(images)
 
 
 def cutout_(images: Tensor, side: Tensor, row: Tensor, column: Tensor) -> Tensor:
     """Set a square of side (B,) pixels around a centre pixel to 0, clipped at the border."""
     pixel = torch.arange(images.shape[-1], device=images.device)  # (S,)
-    hidden = []
-    for centre in (row, column):
-        start = (centre - side // 2)[:, None]
-        hidden.append((pixel >= start) & (pixel < start + side[:, None]))  # (B, S)
-    square = hidden[0][:, None, :, None] & hidden[1][:, None, None, :]  # (B, 1, S, S)
-    return images.masked_fill_(square, 0)
+    start = (torch.stack((row, column), dim=1) - (side // 2)[:, None])[..., None]  # (B, 2, 1)
+    hidden = ((pixel >= start) & (pixel < start + side[:, None, None])).to(images.dtype)
+    row_hidden, column_hidden = hidden.unbind(1)  # (B, S) each
+    kept = 1 - row_hidden[:, :, None] * column_hidden[:, None]  # (B, S, S)
+    return images.mul_(kept[:, None])  # masked_fill_ takes four times as long
 
 
 # (operation, lowest, highest magnitude), Sohn et al. 2020 (FixMatch), Table 12, with the ranges

@@ -28,7 +28,7 @@ from spice_pl.functional.embeddings import (
 from spice_pl.functional.kmeans import kmeans_clusters
 from spice_pl.functional.neighbors import SIMILARITIES_PER_CHUNK, similarities, unit_rows
 
-WALKS = (3, 10, 100)  # steps; few suit even classes, many suit unequal ones
+WALKS = (3, 10, 30, 100)  # steps; few suit even classes, many suit unequal ones
 EVENNESS_WEIGHT = 1.5  # 1.25 to 2 choose about alike
 DISAGREEMENT_FLOOR = 0.04  # 0.03 to 0.05 choose alike; where few disagree, evenness decides
 DENSE_UP_TO = 200  # samples whose eigenvectors are found without iteration
@@ -254,6 +254,32 @@ def neighbor_agreement(others: Tensor, candidates: Tensor) -> Tensor:
     return torch.stack(shares).cpu()
 
 
+def modularity(others: Tensor, clusters: Tensor) -> float:
+    """Measure how much more often neighbours share a cluster than the sizes alone would give.
+
+    Newman 2004, on the graph of nearest others with equal degrees: a − Σ_j p_j², with the agreement
+    a of `neighbor_agreement` and the shares p of the clusters. It compares different K: of equally
+    large groups that no edge connects it is largest where K is their number.
+
+    Args:
+        others: (N, k), neighbours of each sample, from `nearest_others`.
+        clusters: (N,), ids from 0.
+
+    Returns:
+        A number in [-1, 1]; 0 for one cluster.
+
+    Raises:
+        ValueError: as in `neighbor_agreement`.
+
+    Examples:
+        >>> others = torch.tensor([[1], [0], [3], [2]])
+        >>> [modularity(others, torch.tensor(each)) for each in ([0, 0, 0, 0], [0, 0, 1, 1])]
+        [0.0, 0.5]
+    """
+    shares = torch.bincount(clusters).double() / len(clusters)
+    return float(neighbor_agreement(others, clusters[None])[0] - shares.square().sum())
+
+
 def evenness(clusters: Tensor, num_clusters: int) -> float:
     """Entropy of cluster sizes over log K: 1 for equal sizes, 0 for one cluster.
 
@@ -304,7 +330,12 @@ def cluster_scores(others: Tensor, candidates: Tensor, num_clusters: int) -> Ten
     """
     agreements = neighbor_agreement(others, candidates)
     even = torch.tensor([evenness(row, num_clusters) for row in candidates], dtype=torch.float64)
-    return EVENNESS_WEIGHT * even - (1 - agreements + DISAGREEMENT_FLOOR).log()
+    return label_free_scores(agreements, even)
+
+
+def label_free_scores(agreements: Tensor, evenness: Tensor) -> Tensor:
+    """Return the scores (R,) of `cluster_scores` from agreements and evenness (R,)."""
+    return EVENNESS_WEIGHT * evenness - (1 - agreements + DISAGREEMENT_FLOOR).log()
 
 
 def _kmeans(rows: NDArray[np.float32], num_clusters: int, seed: int) -> Tensor:

@@ -119,3 +119,32 @@ def nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
     itself = torch.eye(len(views), dtype=torch.bool, device=views.device)
     other_view = torch.arange(len(views), device=views.device).roll(len(first))
     return F.cross_entropy(logits.masked_fill(itself, -torch.inf), other_view)
+
+
+def cluster_contrast(first: Tensor, second: Tensor, temperature: float) -> Tensor:
+    """Contrast the clusters of two views: a cluster is its column of the predictions of a batch.
+
+    Li et al. 2021 (Contrastive Clustering), L_clu: NT-Xent over the 2K columns, each of which is
+    contrasted with its column in the other view, minus the entropy of the mean prediction of both
+    views, H(Y), without which all images would get one cluster.
+
+    Args:
+        first: (B, K), probabilities of one view; rows sum to one.
+        second: (B, K), probabilities of the other view of the same images.
+        temperature: tau_C, > 0.
+
+    Returns:
+        Loss in nats, scalar; both views receive a gradient.
+
+    Raises:
+        ValueError: as `nt_xent`.
+
+    Examples:
+        >>> sure = torch.eye(2)  # two images, each in a cluster of its own
+        >>> cluster_contrast(sure, sure, temperature=1.0)  # log((e + 2) / e) - 2 log 2
+        tensor(-0.8348)
+    """
+    contrast = nt_xent(F.normalize(first.T), F.normalize(second.T), temperature)
+    shares = torch.stack([first.mean(dim=0), second.mean(dim=0)])  # (2, K)
+    loss: Tensor = contrast - torch.special.entr(shares).sum()
+    return loss

@@ -187,5 +187,7 @@ def _cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
             f"label {tuple(label.shape)} does not broadcast to {tuple(logits.shape[:-1])}, "
             f"one for each row of the (..., K) = {tuple(logits.shape)} predictions"
         ) from error
+    if logits.ndim == 3:  # (H, K, B) is how heads make them: one vector per cluster, not per row
+        return F.cross_entropy(logits.mT, label, reduction="none")
     loss = F.cross_entropy(logits.reshape(-1, num_clusters), label.reshape(-1), reduction="none")
     return loss.view(logits.shape[:-1])

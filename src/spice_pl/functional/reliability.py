@@ -10,8 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from spice_pl.functional.device import cluster_sizes
 from spice_pl.functional.neighbors import neighbor_chunks
 
+ROUNDING = 5e-5  # agreements in tables have four decimals
 Balance = Literal["none", "min", "cap"]
 
 
@@ -36,8 +38,51 @@ def neighbors_for(num_neighbors: int, num_samples: int, num_clusters: int) -> in
     return min(num_samples, max(2, num_samples // (2 * num_clusters)))
 
 
+def least_agreement(sizes: Tensor, num_neighbors: int) -> Tensor:
+    """Return the agreement below which an image of each cluster is "not sure".
+
+    It is half of what the cluster allows: of N_s neighbours, at most as many as it has images can
+    be in it. One or two images count as three, so that an image without another of its cluster
+    among its neighbours is "not sure". Ours.
+
+    Args:
+        sizes: (K,), images of each cluster, of those among which neighbours are searched.
+        num_neighbors: N_s, at least 2; 0 where it is not known, for half of all neighbours.
+
+    Returns:
+        (K,), above 0 and at most 0.5.
+
+    Examples:
+        >>> least_agreement(torch.tensor([0, 1, 4, 10, 500]), 10)
+        tensor([0.1500, 0.1500, 0.2000, 0.5000, 0.5000])
+    """
+    allowed = sizes.clamp(min=3).float() / max(num_neighbors, 1)
+    return allowed.clamp(max=1) / 2
+
+
+def is_not_sure(agreement: Tensor, clusters: Tensor, num_neighbors: int) -> Tensor:
+    """Return which images have a lower agreement than `least_agreement` of their cluster.
+
+    Args:
+        agreement: (N,), in [0, 1], exact or to four decimals.
+        clusters: (N,), all images among which neighbours were searched.
+        num_neighbors: N_s; 0 where it is not known.
+
+    Returns:
+        (N,), bool.
+    """
+    ids = clusters.long()
+    least = least_agreement(torch.bincount(ids), num_neighbors)
+    return agreement < least[ids] - ROUNDING
+
+
 def local_consistency(
-    embeddings: Tensor, clusters: Tensor, num_neighbors: int = 100, chunk_size: int | None = None
+    embeddings: Tensor,
+    clusters: Tensor,
+    num_neighbors: int = 100,
+    chunk_size: int | None = None,
+    *,
+    by_size: bool = False,
 ) -> Tensor:
     """Compute the share of each sample's nearest neighbours that are in its own cluster.
 
@@ -50,6 +95,8 @@ def local_consistency(
         num_neighbors: N_s, 1 to N.
         chunk_size: samples per chunk; memory grows with chunk_size * N, never with N * N. By
             default an exact chunk has at most 2^26 similarities.
+        by_size: whether a sample of a cluster of n < N_s samples is compared with only its
+            max(2, n // 2) nearest, so that small clusters can agree too. Ours.
 
     Returns:
         Agreement (N,), float32, in [0, 1].
@@ -68,11 +115,18 @@ def local_consistency(
             f"num_neighbors {num_neighbors} is not between 1 and the {len(embeddings)} samples; "
             f"lower it to at most {len(embeddings)}"
         )
+    compared = torch.full_like(clusters, num_neighbors)  # (N,)
+    if by_size and len(clusters):
+        sizes = cluster_sizes(clusters, int(clusters.max()) + 1)[clusters]  # (N,)
+        few = (sizes // 2).clamp_min(2).clamp_max(num_neighbors)
+        compared = torch.where(sizes < num_neighbors, few, compared)
+    ranks = torch.arange(num_neighbors, device=clusters.device)
     agreements, start = torch.empty(len(clusters), device=clusters.device), 0
     for _, index in neighbor_chunks(embeddings, embeddings, num_neighbors, chunk_size):
         rows = slice(start, start := start + len(index))
-        same = clusters[index] == clusters[rows].unsqueeze(-1)  # (b, N_s)
-        agreements[rows] = same.sum(dim=-1).float() / num_neighbors
+        same = clusters[index] == clusters[rows].unsqueeze(-1)  # (b, N_s), nearest first
+        same &= ranks < compared[rows].unsqueeze(-1)
+        agreements[rows] = same.sum(dim=-1).float() / compared[rows]
     return agreements
 
 

@@ -58,7 +58,8 @@ def reliable_labels(
         probs: (N, K), rows sum to one.
         num_clusters: K.
         generator: random generator of the draw among the reliable samples of large clusters.
-        num_neighbors: see `reliable_mask`; fewer for small clusters, see `neighbors_for`.
+        num_neighbors: see `reliable_mask`; fewer for small clusters, see `neighbors_for` and,
+            unless balance is "min", `by_size` of `local_consistency`.
         agreement: see `reliable_mask`.
         confidence: see `reliable_mask`.
         balance: see `reliable_mask`.
@@ -79,7 +80,8 @@ def reliable_labels(
     embeddings = _needed("embeddings", embeddings)
     num_neighbors = neighbors_for(num_neighbors, len(embeddings), num_clusters)
     confidences, clusters = probs.max(dim=1)  # (N,) each
-    agreements = local_consistency(embeddings, clusters, num_neighbors)  # Eq. 6
+    by_size = balance != "min"  # with "min" a stray cluster of few would cut the labels of all
+    agreements = local_consistency(embeddings, clusters, num_neighbors, by_size=by_size)  # Eq. 6
     reliable = select_reliable(
         agreements,
         confidences,

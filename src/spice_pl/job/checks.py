@@ -17,12 +17,14 @@ from omegaconf import OmegaConf
 from spice_pl.data.images import ImageSet
 from spice_pl.errors import UsageError
 from spice_pl.job.job import Job
-from spice_pl.job.parts import open_images
+from spice_pl.job.parts import JobImages
 from spice_pl.job.plan import Step
 from spice_pl.job.settings import current_target, flat, masked
 from spice_pl.runs.edited import write_edited
 from spice_pl.runs.edits import Edits
-from spice_pl.system.files import atomic
+from spice_pl.runs.folder import RunFolder
+from spice_pl.system.building import locate
+from spice_pl.system.files import atomic, check_folder
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +32,7 @@ logger = logging.getLogger(__name__)
 PLACES = {"dataset.root", "dataset.path", "dataset.table"}
 
 
-def check(job: Job, steps: Sequence[Step]) -> None:
+def check(job: Job, steps: Sequence[Step], opened: JobImages) -> None:
     """Write the run that edits describe, if any, then check the folders of all steps.
 
     Raises:
@@ -38,10 +40,13 @@ def check(job: Job, steps: Sequence[Step]) -> None:
     """
     if job.edits is not None:
         _take_edits(job, job.edits, steps)
-    check_folders(job, steps)
+    check_folders(job, steps, opened)
+    for step in steps:
+        if not step.reused:  # before hours of work
+            check_folder("runs_dir", str(job.cfg.runs_dir), step.folder.path)
 
 
-def check_folders(job: Job, steps: Sequence[Step]) -> None:
+def check_folders(job: Job, steps: Sequence[Step], opened: JobImages) -> None:
     """Refuse to mix with what earlier runs left.
 
     Raises:
@@ -61,7 +66,7 @@ def check_folders(job: Job, steps: Sequence[Step]) -> None:
             del changed[f"{step.name}.epochs"]
             longer += [step] if step.folder.finished else []
         if changed and changed.keys() <= PLACES:
-            _check_place(job, step, changed)
+            _check_place(job, step, changed, opened)
             changed = {}
         _check_folder(step, changed, alone=len(steps) == 1)
     if longer:
@@ -71,23 +76,41 @@ def check_folders(job: Job, steps: Sequence[Step]) -> None:
 def check_chain(step: Step) -> None:
     """Refuse to reuse a run whose upstream has been run again since."""
     if step.upstream and step.upstream[0].finished:
-        step.folder.check_upstream(step.upstream[0])
+        step.folder.check_upstream(step.upstream[0], step.more)
 
 
 def check_upstream(job: Job, step: Step, images: ImageSet) -> None:
     """Refuse an upstream that does not exist or was made from other images."""
-    if not step.upstream:
-        return
-    upstream = step.upstream[0]
-    if not upstream.finished:
-        stage = upstream.path.parent.name
-        command = job.command(f"stage={stage}", without=("stage", "overwrite"))
-        raise UsageError(
-            f"stage={step.name} reads what stage={stage} writes to {upstream.path}, and that "
-            f"does not exist; make it with\n  {command}\nor run all stages with stage=all"
-        )
-    upstream.check_dataset(images.fingerprint, len(images))
-    upstream.check_digests()
+    for upstream in (*step.upstream[:1], *step.more):
+        if not upstream.finished:
+            stage, run = upstream.path.parent.name, upstream.path.name
+            named = [f"stage={stage}", *([f"run={run}"] if run != step.folder.path.name else [])]
+            without = ("stage", "overwrite", *(["run"] if named[1:] else []))
+            raise UsageError(
+                f"stage={step.name} reads what stage={stage} writes to {upstream.path}, and that "
+                f"does not exist; make it with\n  {job.command(*named, without=without)}\n"
+                "or run all stages with stage=all"
+            )
+        upstream.check_dataset(images.fingerprint, len(images))
+        upstream.check_digests()
+
+
+def same_features(step: Step, images: ImageSet) -> RunFolder | None:
+    """Return a finished run, under another name, of the same stage that trains nothing.
+
+    Raises:
+        UsageError: a file of that run is damaged.
+    """
+    if step.epochs or step.upstream:
+        return None
+    for path in sorted(step.folder.path.parent.glob("*")):
+        earlier, settings = RunFolder(path), path / ".hydra" / "config.yaml"
+        if path == step.folder.path or not (earlier.finished and settings.is_file()):
+            continue
+        if not _changed(saved_settings(settings), step) and earlier.fits(images.fingerprint):
+            earlier.check_digests("features.npy")
+            return earlier
+    return None
 
 
 def stamp(step: Step, *, keep: bool) -> None:
@@ -107,7 +130,9 @@ def _has_more_epochs(step: Step, changed: Mapping[str, tuple[Any, Any]]) -> bool
     return isinstance(before, int) and isinstance(now, int) and before < now
 
 
-def _check_place(job: Job, step: Step, changed: Mapping[str, tuple[Any, Any]]) -> None:
+def _check_place(
+    job: Job, step: Step, changed: Mapping[str, tuple[Any, Any]], opened: JobImages
+) -> None:
     """Compare the images with those of an earlier run that read them from another place.
 
     Raises:
@@ -122,7 +147,7 @@ def _check_place(job: Job, step: Step, changed: Mapping[str, tuple[Any, Any]]) -
         )
     if not folder.finished and not step.continues:  # nothing is kept
         return
-    images = open_images(job.cfg)
+    images = opened(job.cfg)
     folder.check_dataset(images.fingerprint, len(images))
     logger.info("%s: the same images in another place: %s", step.name, _lines(changed))
 
@@ -158,6 +183,7 @@ def _check_folder(step: Step, changed: Mapping[str, tuple[Any, Any]], *, alone: 
         raise UsageError(
             f"{folder.path} was made with other settings:\n  {_lines(changed)}\n"
             f"give those again, or use {way}overwrite=true to replace it, or another run=NAME"
+            f"{_quick(step, changed)}"
         )
     if folder.finished or step.continues:
         check_chain(step)
@@ -171,6 +197,19 @@ def _check_folder(step: Step, changed: Mapping[str, tuple[Any, Any]], *, alone: 
             f"{folder.path} holds an unfinished run; resume=true continues where it stopped, "
             "overwrite=true starts from scratch"
         )
+
+
+def _quick(step: Step, changed: Mapping[str, Any]) -> str:
+    """Return the quick way to another number of clusters, if nothing else has changed."""
+    same = {"dataset.num_clusters", f"{step.name}.module.num_clusters"}
+    stored = step.upstream and step.upstream[0].finished
+    if not stored or not changed.keys() <= same or step.name == "kmeans":
+        return ""
+    number = step.settings["dataset"]["num_clusters"]
+    return (
+        f"; stage=kmeans dataset.num_clusters={number} keeps it and makes {number} clusters of "
+        "the stored features within seconds"
+    )
 
 
 def saved_settings(file: Path) -> dict[str, Any]:
@@ -204,7 +243,7 @@ def _changed(saved: Mapping[str, Any], step: Step) -> dict[str, tuple[Any, Any]]
     old |= {key: current_target(str(old[key])) for key in targets}
     free = ["dataset.cache_dir", "dataset.on_bad_image"]
     free.append(f"{step.name}.checkpoint_epochs")  # a setting of before 0.2, without effect
-    if not step.upstream or old.get("dataset.num_clusters") is None:  # features need no K
+    if not _needs_count(step) or old.get("dataset.num_clusters") is None:
         free += ["dataset.num_clusters", f"{step.name}.module.num_clusters"]
     changed = {
         key: (old.get(key), new.get(key))
@@ -215,6 +254,15 @@ def _changed(saved: Mapping[str, Any], step: Step) -> dict[str, tuple[Any, Any]]
     if changed and minutes[0] != minutes[1]:  # which chose some of these
         changed = {"minutes": minutes, **changed}
     return changed
+
+
+def _needs_count(step: Step) -> bool:
+    """Return whether what a step makes depends on K: features alone do not."""
+    module = step.own.get("module", {})
+    if step.upstream or "num_clusters" not in module:
+        return bool(step.upstream)
+    kind = locate(current_target(str(module.get("_target_"))), ("spice_pl.stages.",))
+    return bool(getattr(kind, "has_clusters", False))
 
 
 def _take_edits(job: Job, edits: Edits, steps: Sequence[Step]) -> None:

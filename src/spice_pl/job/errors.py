@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import reprlib
 import sys
 import warnings
 from collections.abc import Iterator
@@ -16,10 +18,9 @@ from spice_pl.errors import UsageError
 from spice_pl.job import sweep
 from spice_pl.job.job import Job
 from spice_pl.system import ranks
-from spice_pl.system.files import is_disk_full, is_unwritable
+from spice_pl.system.files import is_disk_full, is_unwritable, unwritable
 from spice_pl.system.interrupts import Stopped
-
-PIPE_CODE = 141  # 128 + SIGPIPE, as other programs end then
+from spice_pl.system.output import end_output
 
 
 class TrialFailed(CompactHydraException):
@@ -71,16 +72,17 @@ def full_disk_as_usage_error(job: Job) -> Iterator[None]:
                 f"({error.strerror}); files that are there are complete. Free some space, then "
                 "continue with resume=true"
             ) from error
-        if isinstance(error, BrokenPipeError):  # what read the output has ended, such as head
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise SystemExit(PIPE_CODE) from error
+        if error.errno == errno.ENAMETOOLONG:
+            name = reprlib.repr(os.fsdecode(error.filename or ""))
+            raise UsageError(
+                f"{name} is too long for the name of a file on this system; give a shorter one"
+            ) from error
+        if isinstance(error, BrokenPipeError):  # in a rank; the command has an `Output`
+            end_output(error)
         for key in ("runs_dir", "cache_dir"):
             place, file = Path(job.cfg[key]).expanduser().absolute(), error.filename
             if is_unwritable(error) and file and _shares(place, Path(os.fsdecode(file)).absolute()):
-                raise UsageError(
-                    f"{key}={job.cfg[key]} cannot be written to ({file}: {error.strerror}); give "
-                    f"another {key}=PATH, or change its permissions"
-                ) from error
+                raise unwritable(key, job.cfg[key], error) from error
         raise
 
 

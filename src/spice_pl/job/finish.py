@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,16 @@ from spice_pl.job.trainer import progress
 from spice_pl.models import portable
 from spice_pl.models.portable import ClusterNetwork, PortableModel, choose_known, portable_settings
 from spice_pl.nn.places import fine_feature_map
+from spice_pl.reports.choices import Compared
+from spice_pl.reports.oddities import odd_line
 from spice_pl.reports.page import write_report
-from spice_pl.reports.tables import ResultRow, results_markdown, results_rich
+from spice_pl.reports.tables import (
+    ResultRow,
+    compared_markdown,
+    compared_rich,
+    results_markdown,
+    results_rich,
+)
 from spice_pl.runs.answer import NETWORK, Answer, choose_answer
 from spice_pl.runs.attention import FeatureMap, write_attention
 from spice_pl.runs.clusters import ClusterTable, cluster_table
@@ -73,7 +82,7 @@ def finish_stage(
         for part, weights in module.weights().items():
             step.folder.write_weights(f"{part}.safetensors", weights)
         if table is not None:
-            write_portable(job, step, module, images, table)
+            write_portable(job, step, module, images, table, str(trainer.precision))
         cost = Cost(
             seconds=time.monotonic() - started + progress(trainer).seconds_before,
             data_wait_fraction=progress(trainer).data_wait_fraction,
@@ -145,7 +154,7 @@ def keep_numbers(step: Step, module: Stage, images: ImageSet) -> None:
 
 
 def write_portable(
-    job: Job, step: Step, module: Stage, images: ImageSet, table: ClusterTable
+    job: Job, step: Step, module: Stage, images: ImageSet, table: ClusterTable, precision: str
 ) -> None:
     """Write model.spice, which clusters new images without this run's folder."""
     parts, plain = dict(module.weights()), step.settings["augment"]["plain"]
@@ -171,6 +180,7 @@ def write_portable(
             "protocol": images.protocol,
             "stage": step.name,
             "seed": step.seed,
+            "precision": precision,
             "versions": versions(),
         },
         known=choose_known(
@@ -196,11 +206,16 @@ def write_results(
         step.record, folder, upstream, images, table, answer, cost, oracle=module.oracle
     )
     if table is not None:
-        rows = [ResultRow(**row) for row in metrics["rows"]]
-        with atomic(folder.path / "table.md") as temporary:
-            temporary.write_text(results_markdown(rows), encoding="utf-8")
         write_attention(folder, table, images, step.num_clusters, feature_map)
         shown = report_data(folder, upstream, images, metrics, table, str(step.settings["map"]))
+        compared = shown.comparison.rows if shown.comparison is not None else []
+        metrics["compared"] = [asdict(row) for row in compared]
+        metrics["odd"] = {each.name: each.count for each in shown.oddities}
+        rows = [ResultRow(**row) for row in metrics["rows"]]
+        with atomic(folder.path / "table.md") as temporary:
+            scored = not compared or any(row.has_scores for row in rows)
+            text = results_markdown(rows) if scored else compared_markdown(compared)
+            temporary.write_text(text, encoding="utf-8")
         write_report(shown, folder.path / REPORT)
     folder.write_json("metrics.json", metrics)
 
@@ -229,8 +244,13 @@ def show(folder: RunFolder, opened: bool | str = False) -> None:
     if not folder.finished:
         return
     metrics = folder.metrics
-    if metrics.get("rows"):
-        Console().print(results_rich([ResultRow(**row) for row in metrics["rows"]]))
+    rows = [ResultRow(**row) for row in metrics.get("rows", [])]
+    compared = [Compared(**row) for row in metrics.get("compared", [])]
+    if compared and not any(row.has_scores for row in rows):
+        Console().print(compared_rich(compared))
+        print(odd_line(metrics.get("odd", {})))
+    elif rows:
+        Console().print(results_rich(rows))
     for file, what in (
         (REPORT, "look at the clusters"),
         ("trust.html", "how far to believe them"),

@@ -68,12 +68,16 @@ def stage_part(
         views, heads = _proto_seconds(own, images, num_clusters, costs, epochs)
         page = START_S + _page_seconds(len(images), num_clusters, costs)
         return Part(step.name, "views, cluster heads, report", views + heads + page)
+    if kind == "KMeansModule":
+        seconds = START_S + len(images) * costs.views["plain"]
+        seconds += _page_seconds(len(images), num_clusters, costs)
+        return Part(step.name, "k-means, a head, report", seconds)
     epoch = _epoch_seconds(kind, own, images, costs)
     if epoch is None:
         what = "a stage of your own" if own["streams"] else "heads on stored features"
         return Part(step.name, what, None)
     watched = min(WATCHED, len(images)) * costs.encode / step.watch_epochs
-    clusters = step.name not in ("moco", "simclr")
+    clusters = step.name not in ("moco", "simclr", "empssl")
     page = _page_seconds(len(images), num_clusters, costs) if clusters else 0.0
     what = f"{epochs} epochs of training" + (", report" if clusters else "")
     return Part(step.name, what, epochs * (epoch + watched) + end + page)
@@ -135,15 +139,21 @@ def _epoch_seconds(
     drawn = len(images.drawn_index(extra=bool(stream.get("extra", False))))
     drawn = drawn // stream["batch_size"] * stream["batch_size"]
     views = sum(costs.views[name] for name in stream["views"])
+    patches = sum(int(view.get("num_patches", 1)) for view in stream["views"].values())
     pixels = images.images.shape[-1]
     sizes = module.get("sizes") or [pixels]
     smaller = float(np.mean([(size / pixels) ** 2 for size in sizes]))
     by_kind = {
         "MoCoModule": (1 + bool(module.get("symmetric"))) * (costs.train + costs.encode),
         "SimCLRModule": 2 * costs.train,
+        "EmpSSLModule": patches * costs.train,
+        "ContrastiveClusteringModule": 2 * costs.train,
+        "ProPosModule": 2 * (costs.train + costs.encode) + costs.encode,  # and the E-step
         "ScanModule": 2 * costs.train + views,  # an image and its partner
         "SelfLabelModule": 2 * costs.train,
     }
+    if kind == "EmpSSLModule":  # its patches are made at their size, not scaled to it
+        views *= smaller
     return drawn * (by_kind[kind] * smaller + views) if kind in by_kind else None
 
 

@@ -43,6 +43,17 @@ SWEPT_OF_DATASET = tuple(
 )
 
 
+def upstream_names(value: Any) -> list[str]:
+    """Return what the setting `upstream` names: a stage, several, or none.
+
+    >>> upstream_names(None), upstream_names("moco"), upstream_names(["embed", "embed/lite2"])
+    ([], ['moco'], ['embed', 'embed/lite2'])
+    """
+    if value is None:
+        return []
+    return [str(value)] if isinstance(value, str) else [str(each) for each in value]
+
+
 @dataclass(frozen=True)
 class Job:
     """The composed settings of one job, and the command line they came from.
@@ -85,8 +96,19 @@ class Job:
         # A stage of your own is composed only when it runs; `edits` is a setting too.
         if not isinstance(self.cfg.get(stage), DictConfig):
             return []
-        name = self.cfg[stage].upstream
-        return [] if name is None else [str(name), *self.upstream(str(name))]
+        first = upstream_names(self.cfg[stage].upstream)[:1]
+        return [each for name in first for each in (name, *self.upstream(name))]
+
+    def more_upstream(self, stage: str) -> list[RunFolder]:
+        """Return the folders that a stage reads beside its first upstream: STAGE or STAGE/RUN."""
+        if not self.upstream(stage):
+            return []
+        more = upstream_names(self.cfg[stage].upstream)[1:]
+        return [self._folder_of(*name.partition("/")[::2]) for name in more]
+
+    def _folder_of(self, stage: str, run: str) -> RunFolder:
+        folder = self.folder(stage)
+        return replace(folder, path=folder.path.with_name(run)) if run else folder
 
     def upstream_folders(self, stage: str) -> list[RunFolder]:
         """Return the folders of these stages, the nearest first.
@@ -143,6 +165,7 @@ class Job:
             for key, value in self.cfg.items()
             if isinstance(value, DictConfig) and ("upstream" in value or key == "selectors")
         } - {stage, *self.upstream(stage), *read}
+        others -= {each.path.parent.name for each in self.more_upstream(stage)}
         kept = []
         for override in self.overrides:
             text = override.lstrip("+~")

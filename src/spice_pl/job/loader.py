@@ -117,12 +117,12 @@ class Loader(CheckedLoader):
         Raises:
             UsageError: names it.
         """
-        nodes = {*NODES, *self.get_group_options("stage")}
+        stages = set(self.get_group_options("stage"))
         for each in given:
             key, value = str(each.key_or_group), each.value()
             plain = isinstance(value, int | float | str) and "${" not in str(value)
-            name = key.rpartition(".")[2]
-            if plain and name in nodes and not (each.is_delete() or self._is_group(each)):
+            node = key in stages or key.rpartition(".")[2] in NODES
+            if plain and node and not (each.is_delete() or self._is_group(each)):
                 raise UsageError(
                     f"{each.input_line} puts one value in the place of the settings {key}.*; give "
                     f"one of these, as {key}.NAME=VALUE"

@@ -40,7 +40,7 @@ def used_folders(step: Step) -> Iterator[None]:
     """Keep other jobs from removing what a step reads and writes."""
     with ExitStack() as held:
         if holds_locks():
-            for folder in (*reversed(step.upstream), step.folder):
+            for folder in (*reversed(step.upstream), *step.more, step.folder):
                 if folder == step.folder or folder.path.is_dir():
                     held.enter_context(folder.used())
         yield

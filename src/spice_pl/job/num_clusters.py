@@ -82,7 +82,7 @@ def k_estimate(job: Job, step: Step) -> dict[str, Any] | None:
     """Return what an estimate of K says about the features that a stage makes clusters of.
 
     Keys: `num_clusters` (the estimate), `clear`, `sentence`, and, along the curve, `candidates`
-    (each K) and `scores` (silhouette; high is good). None where nothing was estimated, or from
+    (each K) and `scores` (high is good). None where nothing was estimated, or from
     features that have been made again since.
     """
     folder = job.folder("estimate_k")
@@ -96,14 +96,7 @@ def k_estimate(job: Job, step: Step) -> dict[str, Any] | None:
         folder.check_upstream(read[0])
     except UsageError:  # of earlier features
         return None
-    curve = found.get("curve", [])
-    return {
-        "num_clusters": int(found["estimated_num_clusters"]),
-        "clear": bool(found["clear"]),
-        "sentence": str(found["sentence"]),
-        "candidates": [int(point["num_clusters"]) for point in curve],
-        "scores": [float(point["silhouette"]) for point in curve],
-    }
+    return {**found["k_estimate"], "sentence": str(found["sentence"])}
 
 
 def _name(folder: RunFolder) -> str:

@@ -5,19 +5,18 @@ from __future__ import annotations
 import logging
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
 from spice_pl.data.images import ImageSet, printable
-from spice_pl.data.sources.survey import Survey, survey
+from spice_pl.data.sources.survey import Survey
 from spice_pl.job.budget import Budget, Work, recorded
 from spice_pl.job.checks import check_folders
 from spice_pl.job.costs import measure
@@ -25,7 +24,7 @@ from spice_pl.job.fit import fitted
 from spice_pl.job.forecast import Part, estimate_part
 from spice_pl.job.job import Job
 from spice_pl.job.num_clusters import known_num_clusters
-from spice_pl.job.parts import build_stage, check_distinct, open_images
+from spice_pl.job.parts import JobImages, build_stage, check_distinct
 from spice_pl.job.plan import Step, plan
 from spice_pl.job.settings import build
 from spice_pl.job.trainer import auto_precision, num_ranks
@@ -33,16 +32,13 @@ from spice_pl.nn.encoders import pretrained
 
 logger = logging.getLogger(__name__)
 
-FOLDER = "spice_pl.data.sources.folder.folder"
 GUESSED_K = 10  # for the time of stages whose K will be estimated
 IMAGES_PER_CLUSTER = 8  # the guess is smaller for fewer images
 DECODED_FIRST_S = 5.0  # decoding that takes less is done before the plan is made
 LONG_S = 3600.0
 
 
-def planned(
-    job: Job, budget: Budget, opened: Callable[[DictConfig], ImageSet] = open_images
-) -> Job:
+def planned(job: Job, budget: Budget, opened: JobImages) -> Job:
     """Say what a job will do and how long it takes; return it with the settings that fit `minutes`.
 
     A job that trains nothing new is returned as it is.
@@ -50,7 +46,7 @@ def planned(
     Args:
         job: composed settings.
         budget: time that the job may take.
-        opened: function that opens the data set of some settings.
+        opened: images of the job.
 
     Raises:
         UsageError: a setting does not fit the data.
@@ -64,8 +60,8 @@ def planned(
     if not any(step.trains and not step.reused for step in plan(guess)):
         return job
     if known is not None:
-        check_folders(guess, plan(guess))
-    listed = _listed(job)
+        check_folders(guess, plan(guess), opened)
+    listed = _to_decode(job, opened)
     images = _stand_in(job, listed) if listed is not None else _opened(job, opened)
     if known is None:
         guessed = min(GUESSED_K, max(2, len(images.train_index) // IMAGES_PER_CLUSTER))
@@ -121,12 +117,9 @@ def span(seconds: float | None) -> str:
     return f"{seconds / 3600:.1f} h" if seconds < 2 * 86400 else f"{seconds / 86400:.0f} days"
 
 
-def _listed(job: Job) -> Survey | None:
+def _to_decode(job: Job, opened: JobImages) -> Survey | None:
     """Return what a folder holds whose images have still to be decoded, if that takes long."""
-    settings: Any = OmegaConf.to_container(job.cfg.dataset, resolve=True)
-    if settings["_target_"] != FOLDER or job.cfg.dataset.limit or job.cfg.dataset.classes:
-        return None
-    found = survey(settings)
+    found = opened.survey(job)
     return found if found is not None and found.seconds > DECODED_FIRST_S else None
 
 
@@ -142,7 +135,7 @@ def _stand_in(job: Job, listed: Survey) -> ImageSet:
     return ImageSet(str(job.cfg.dataset.name), pixels, names, "", labels=labels)  # type: ignore[arg-type]
 
 
-def _opened(job: Job, opened: Callable[[DictConfig], ImageSet]) -> ImageSet:
+def _opened(job: Job, opened: JobImages) -> ImageSet:
     given = job.cfg.dataset.num_clusters
     unknown = given is None or given == "auto"
     images = opened(job.with_settings({"dataset.num_clusters": None}).cfg if unknown else job.cfg)

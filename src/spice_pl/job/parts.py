@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytorch_lightning as pl
@@ -12,24 +13,32 @@ from omegaconf import DictConfig
 from spice_pl.data.datamodule import Stream
 from spice_pl.data.duplicates import few_distinct
 from spice_pl.data.images import ImageSet
+from spice_pl.data.listing import Found, Note
 from spice_pl.data.sources.subset import subset
+from spice_pl.data.sources.survey import Survey, survey
 from spice_pl.errors import UsageError
 from spice_pl.job.fit import fitted
 from spice_pl.job.job import Job
 from spice_pl.job.origin import EMBED
 from spice_pl.job.plan import Step
-from spice_pl.job.settings import build
+from spice_pl.job.settings import build, plain
 from spice_pl.nn.pretrained import is_not_fetched, without_network
 from spice_pl.stages.base import Stage
 
 logger = logging.getLogger(__name__)
 
+FOLDER = "spice_pl.data.sources.folder.folder"
 DESCRIBED = ("num_clusters", "mean", "std")  # settings of the data set that stages and views read
 CHOSEN = ("classes", "imbalance", "limit")  # settings that choose images of any data set
 
 
-def open_images(cfg: DictConfig, **other: Any) -> ImageSet:
+def open_images(cfg: DictConfig, found: Note | Found | None = None, **other: Any) -> ImageSet:
     """Open the data set; `other` replaces settings, where the data set has them.
+
+    Args:
+        cfg: composed settings.
+        found: files of the folder that is opened, if it has just been searched.
+        other: settings of the data set.
 
     Raises:
         UsageError: the data set cannot be opened, or holds fewer training images than clusters.
@@ -37,14 +46,11 @@ def open_images(cfg: DictConfig, **other: Any) -> ImageSet:
     settings = {
         key: value for key, value in cfg.dataset.items() if key not in (*DESCRIBED, *CHOSEN)
     }
-    source: ImageSet = build(cfg, settings | {key: other[key] for key in other if key in settings})
+    settings |= {key: other[key] for key in other if key in settings}
+    source: ImageSet = build(cfg, settings, **({} if found is None else {"found": found}))
     images = subset(source, **build(cfg, {key: cfg.dataset[key] for key in CHOSEN}))
-    num_clusters, num_train = int(cfg.dataset.num_clusters or 0), len(images.train_index)
-    if num_clusters and not 2 <= num_clusters <= num_train:
-        raise UsageError(
-            f"dataset.num_clusters {num_clusters} is not between 2 and the {num_train} training "
-            f"images of {images.name}; lower it or give more images"
-        )
+    check_num_clusters(images, cfg)
+    num_clusters = int(cfg.dataset.num_clusters or 0)
     truth = "labels for truth/* only" if images.labels is not None else "no labels"
     pixels = images.images.shape[-1]
     logger.info(
@@ -52,6 +58,54 @@ def open_images(cfg: DictConfig, **other: Any) -> ImageSet:
         f"{num_clusters or 'unknown'} clusters, protocol {images.protocol}, {truth}"
     )
     return images
+
+
+def check_num_clusters(images: ImageSet, cfg: DictConfig) -> None:
+    """Refuse a data set of fewer training images than clusters.
+
+    Raises:
+        UsageError: says how many there are.
+    """
+    num_clusters, num_train = int(cfg.dataset.num_clusters or 0), len(images.train_index)
+    if num_clusters and not 2 <= num_clusters <= num_train:
+        raise UsageError(
+            f"dataset.num_clusters {num_clusters} is not between 2 and the {num_train} training "
+            f"images of {images.name}; lower it or give more images"
+        )
+
+
+class JobImages:
+    """The images of a job: opened once, then the same for its plan, its steps and its report.
+
+    Attributes:
+        listed: what the folder of the data set holds, if the plan has searched it.
+    """
+
+    def __init__(self, opened: Callable[..., ImageSet] = open_images) -> None:
+        """Take the function that opens the data set of some settings."""
+        self.listed: Survey | None = None
+        self._opened = opened
+        self._images: dict[str, ImageSet] = {}
+
+    def __call__(self, cfg: DictConfig, **other: Any) -> ImageSet:
+        """Return the images of some settings; arguments and errors as for `open_images`."""
+        settings = {key: value for key, value in plain(cfg.dataset).items() if key not in DESCRIBED}
+        key = json.dumps([settings, other], sort_keys=True, default=str)
+        if key in self._images:
+            check_num_clusters(self._images[key], cfg)
+        else:
+            found = None if self.listed is None or other else self.listed.found
+            more = other if found is None else {"found": found}
+            self._images[key] = self._opened(cfg, **more)
+        return self._images[key]
+
+    def survey(self, job: Job) -> Survey | None:
+        """Search the folder of a job and measure how long decoding takes; None without a folder."""
+        settings = plain(job.cfg.dataset)
+        chosen = any(settings.get(key) for key in ("limit", "classes"))
+        if settings["_target_"] == FOLDER and not chosen:
+            self.listed = survey(settings)
+        return self.listed
 
 
 def build_stage(job: Job, step: Step, images: ImageSet) -> tuple[Stage, dict[str, Stream]]:
@@ -76,6 +130,12 @@ def build_stage(job: Job, step: Step, images: ImageSet) -> tuple[Stage, dict[str
             f"{without_network(backbone)}"
         ) from error
     module.name = step.name
+    if step.more and not module.reads_many:
+        raise UsageError(
+            f"{step.name}.upstream names {1 + len(step.more)} stages and this stage reads one; "
+            "give one (stage=turtle reads several)"
+        )
+    module.more_upstream = step.more
     module.check(images, streams)
     if step.name == EMBED and (said := other_normalisation(own["module"], module, step.settings)):
         logger.warning(said)

@@ -48,6 +48,7 @@ class Step:
         overwrite: whether to run a finished step again.
         reliable: which images count as reliable in clusters.csv.
         record: what metrics.json says about the settings.
+        more: artifacts of the further stages that `upstream` names, if it is a list.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Step:
     overwrite: bool
     reliable: ReliableRule
     record: Record
+    more: tuple[RunFolder, ...] = ()
 
     @property
     def own(self) -> Mapping[str, Any]:
@@ -144,6 +146,7 @@ def _step(job: Job, name: str, settings: Mapping[str, Any]) -> Step:
         overwrite=bool(settings["overwrite"]),
         reliable=ReliableRule(**settings["reliable"]),
         record=record,
+        more=tuple(job.more_upstream(name)),
     )
 
 
@@ -153,7 +156,8 @@ def _title(job: Job, name: str, settings: Mapping[str, Any]) -> str:
     if EMBED not in job.stages and EMBED in job.upstream(name):
         embed = job.folder(EMBED)
         recorded = str(embed.metrics["title"]) if embed.finished else None
-    return titled(name, settings, recorded)
+    more = [each.metrics["title"] for each in job.more_upstream(name) if each.finished]
+    return titled(name, settings, recorded, more)
 
 
 def _check_num_clusters(job: Job) -> None:

@@ -25,7 +25,7 @@ from spice_pl.job.job import Job
 from spice_pl.job.locks import holds_locks, remove_replaced, used_folders
 from spice_pl.job.num_clusters import settled
 from spice_pl.job.outlook import planned
-from spice_pl.job.parts import build_stage, check_distinct, open_images
+from spice_pl.job.parts import JobImages, build_stage, check_distinct, open_images
 from spice_pl.job.plan import Step, check_settings, plan
 from spice_pl.job.stage import run_stage
 from spice_pl.job.task import run_task
@@ -45,38 +45,38 @@ def run_stages(job: Job) -> float | None:
     """
     quiet()
     check_settings(job)
-    budget = Budget(job.cfg.minutes)
+    budget, opened = Budget(job.cfg.minutes), JobImages(open_images)
     if not ranks.in_rank() and (job.cfg.minutes is not None or not job.sweep):
         with Interrupts():
-            job = planned(job, budget, open_images)
-    return run_planned(job, budget)
+            job = planned(job, budget, opened)
+    return run_planned(job, budget, opened)
 
 
-def run_planned(job: Job, budget: Budget) -> float | None:
+def run_planned(job: Job, budget: Budget, opened: JobImages) -> float | None:
     """Run a job within its time; K is settled first where it has to be estimated."""
     if job.cfg.dataset.num_clusters == "auto":
-        job = settled(job, functools.partial(run_planned, budget=budget))
+        job = settled(job, functools.partial(run_planned, budget=budget, opened=opened))
     steps = plan(job)
     num_processes = num_ranks(job.cfg)
     with Interrupts() as interrupts:
-        check_before_work(job, steps)
+        check_before_work(job, steps, opened)
         todo = [step for step in steps if not step.reused]
         if num_processes > 1 and todo and not ranks.in_rank():
             start_ranks(job, todo, num_processes)
         else:
-            run_steps(job, steps, interrupts, budget)
+            run_steps(job, steps, interrupts, budget, opened)
     objective = _metrics(steps[-1]).get("objective")
     return None if objective is None else float(objective)
 
 
-def check_before_work(job: Job, steps: Sequence[Step]) -> None:
+def check_before_work(job: Job, steps: Sequence[Step], opened: JobImages) -> None:
     """Check folders and edits in the process that the user started."""
     if ranks.is_ours():  # the parent has checked
         return
     if ranks.in_rank():
-        check_folders(job, steps)
+        check_folders(job, steps, opened)
     else:
-        check(job, steps)
+        check(job, steps, opened)
 
 
 def start_ranks(job: Job, steps: Sequence[Step], num_processes: int) -> None:
@@ -95,9 +95,11 @@ def start_ranks(job: Job, steps: Sequence[Step], num_processes: int) -> None:
         ranks.launch_ranks(num_processes, job.dump(), locks)
 
 
-def run_steps(job: Job, steps: Sequence[Step], interrupts: Interrupts, budget: Budget) -> None:
+def run_steps(
+    job: Job, steps: Sequence[Step], interrupts: Interrupts, budget: Budget, opened: JobImages
+) -> None:
     """Build and check all stages, then run the steps one after another in this process."""
-    load_images = functools.cache(functools.partial(open_images, job.cfg))
+    load_images = functools.partial(opened, job.cfg)
     todo = [step for step in steps if step.trains and not step.reused]
     if todo:
         load_images()

@@ -16,7 +16,7 @@ from spice_pl.callbacks.truth import TruthMonitor
 from spice_pl.data.datamodule import Stream, ViewsDataModule
 from spice_pl.data.images import ImageSet
 from spice_pl.errors import UsageError
-from spice_pl.job.checks import stamp
+from spice_pl.job.checks import same_features, stamp
 from spice_pl.job.finish import finish_stage
 from spice_pl.job.job import Job
 from spice_pl.job.memory import check_memory
@@ -58,19 +58,27 @@ def run_stage(
     trainer = make_trainer(job, step, callbacks, interrupts)
     continues = step.continues
     _check_space(step.folder, shapes, module)
-    if trainer.max_epochs and trainer.strategy.root_device.type == "cpu":
-        check_memory(module, streams, images, trainer.world_size)
+    if trainer.max_epochs:
+        device, ranks = trainer.strategy.root_device, trainer.world_size
+        check_memory(module, streams, images, ranks, device, str(trainer.precision))
     if trainer.is_global_zero:
         step.folder.clear_temporary()
         stamp(step, keep=continues)
         upstream = step.upstream[0] if step.upstream else None
-        step.folder.stamp(images.fingerprint, len(images), upstream)
+        step.folder.stamp(images.fingerprint, len(images), upstream, step.more)
         verb = "continues in" if continues else "starts in"
         logger.info("%s: %s %s", step.name, verb, step.folder.path)
     if trainer.max_epochs:  # a stage of no epochs only predicts
         checkpoint = step.folder.checkpoint if continues else None
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
-    trainer.predict(module, data, return_predictions=False)
+    alone = trainer.world_size == 1 and not module.has_clusters
+    earlier = same_features(step, images) if alone else None
+    if earlier is None:
+        trainer.predict(module, data, return_predictions=False)
+    else:
+        logger.info("%s: the features are those of %s", step.name, earlier.path)
+        started -= float(earlier.metrics["seconds"])
+        step.folder.take_features(earlier)
     finish_stage(job, step, module, images, trainer, plain, started)
 
 

@@ -14,7 +14,9 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from spice_pl.errors import UsageError
 from spice_pl.job.settings import masked_override
+from spice_pl.system.files import check_folder, check_temporary
 
 TRIALS = "SPICE_PL_TRIALS"  # environment variable: the file that every trial adds lines to
 
@@ -45,6 +47,12 @@ class CompareTrials(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Make the lists that trials write to; launchers hand the environment on."""
+        try:  # before the trials, whose results stand there
+            check_folder("hydra.sweep.dir", str(config.hydra.sweep.dir))
+            check_temporary()
+        except UsageError as error:  # Hydra takes any Exception of a callback for a warning
+            print(f"\nerror: {error}", file=sys.stderr)
+            raise SystemExit(2) from error
         handle, name = tempfile.mkstemp(prefix="spice-pl-trials-")
         os.close(handle)
         os.environ[TRIALS] = name
@@ -76,7 +84,6 @@ class CompareTrials(Callback):
 
 def _show_table(folders: Sequence[str], target: Path) -> None:
     """Show the table of the trials; one line per trial where they were tasks without scores."""
-    from spice_pl.errors import UsageError
     from spice_pl.runs.compare import compare, finished_runs, show
     from spice_pl.runs.folder import RunFolder
 

@@ -74,6 +74,7 @@ NUMBERS = {
     **_kinds(
         Kind(whole=False, least=0),
         *("lr", "weight_decay", "checkpoint_minutes", "unlabeled_weight", "entropy_weight"),
+        *("scattering_weight", "noise"),
         *("kmeans", "negative", "fairness", "num_sigmas"),
     ),
     **_kinds(Kind(whole=False, least=0, words=(None,)), "encoder_lr", "max_decode_mb"),
@@ -86,6 +87,7 @@ NUMBERS = {
     **_kinds(
         Kind(whole=False),
         *("agreement", "confidence", "fraction", "temperature", "entropy", "confident_ratio"),
+        "cluster_temperature",
         *("select_ratio", "inverse_penalty"),
     ),
     **_kinds(Kind(whole=False, words=(None,)), "imbalance"),

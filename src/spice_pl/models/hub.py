@@ -141,7 +141,7 @@ the network, not classes. Their names were given by hand.
 ## Use
 
 ```bash
-pip install 'spice-pl[hub,backbones]'
+pip install 'spice-pl[hub]'
 spice predict {SCHEME}{repo} new_photos
 ```
 

@@ -16,10 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spice_pl.functional.neighbors import similarities
-from spice_pl.functional.reliability import neighbors_for
+from spice_pl.functional.reliability import least_agreement, neighbors_for
 
 NUM_NEIGHBORS = 20  # known images that a new one is compared with, at most
-NOT_SURE = 0.5  # an image with a lower agreement is "not sure", in predictions and on all pages
 
 
 @dataclass(frozen=True)
@@ -49,10 +48,11 @@ class Known:
         similarity, index = self._alike(embeddings, most)  # (B, k)
         return [[self.keys[i] for i in row] for row in index.tolist()], similarity.cpu().numpy()
 
-    def agreement(self, embeddings: Tensor, clusters: Tensor, num_clusters: int) -> Tensor:
-        """Return the share of the nearest known images that are in the cluster of a new one.
+    def not_sure(self, embeddings: Tensor, clusters: Tensor, num_clusters: int) -> Tensor:
+        """Return whether too few of the nearest known images are in the cluster of a new one.
 
-        Niu et al. 2022 (SPICE), Eq. 6, with known images as neighbours of a new image.
+        The share is Eq. 6 of Niu et al. 2022 (SPICE), with known images as neighbours of a new one;
+        `least_agreement` says how large it has to be.
 
         Args:
             embeddings: (B, D), of length one.
@@ -60,12 +60,14 @@ class Known:
             num_clusters: K.
 
         Returns:
-            (B,) in [0, 1].
+            (B,), bool.
         """
+        known = self.clusters.to(clusters.device, torch.int64)
         most = neighbors_for(NUM_NEIGHBORS, len(self.keys), num_clusters)
         _, index = self._alike(embeddings, most)  # (B, k)
-        theirs = self.clusters.to(clusters.device)[index]
-        return (theirs == clusters[:, None]).float().mean(dim=1)
+        agreement = (known[index] == clusters[:, None]).float().mean(dim=1)
+        sizes = torch.bincount(known, minlength=num_clusters)
+        return agreement < least_agreement(sizes, index.shape[1])[clusters]
 
     def _alike(self, embeddings: Tensor, most: int) -> tuple[Tensor, Tensor]:
         alike = similarities(embeddings, self.embeddings.to(embeddings))  # (B, n)

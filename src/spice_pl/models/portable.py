@@ -39,7 +39,7 @@ from spice_pl.models.header import (
     read,
     unreadable,
 )
-from spice_pl.models.known import NOT_SURE, Known, choose_known
+from spice_pl.models.known import Known, choose_known
 from spice_pl.models.networks import WITHOUT_MEMORY, rule_for
 from spice_pl.models.pixels import pixel_batches
 from spice_pl.models.predictions import Predictions, join
@@ -87,7 +87,8 @@ class PortableModel:
     """A trained clustering that needs neither its run folder nor its data set.
 
     An image is marked "not sure" if fewer than half of its nearest known images are in its cluster,
-    as on the report page with the neighbours in the data set. Without known images it is "not sure"
+    or of as many as a small cluster has, as on the report page with the neighbours in the data set.
+    Without known images it is "not sure"
     if its confidence is not above the threshold.
 
     Attributes:
@@ -204,8 +205,7 @@ class PortableModel:
                 nearest, similarity = self.known.nearest(embeddings, num_nearest)
             not_sure = confidence <= self.threshold
             if self.known is not None and len(self.known.keys):
-                agreement = self.known.agreement(embeddings, clusters, self.num_clusters)
-                not_sure = agreement < NOT_SURE
+                not_sure = self.known.not_sure(embeddings, clusters, self.num_clusters)
             ids = clusters.cpu().numpy()
             sure = confidence.cpu().numpy()
             if not np.isfinite(sure).all():

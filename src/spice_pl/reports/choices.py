@@ -19,6 +19,10 @@ class Compared:
         agreement: share of the ten nearest images that are in the image's own cluster.
         evenness: entropy of the sizes over log K; 1 for equal sizes.
         alike: share of images in the matching cluster of the one on the page.
+        smallest: images of the smallest cluster that has any.
+        largest: images of the largest cluster.
+        sure: share of images with enough of these ten in their cluster (`least_agreement`).
+        score: score without labels; the largest is the best.
     """
 
     name: str
@@ -26,6 +30,17 @@ class Compared:
     agreement: float
     evenness: float
     alike: float
+    smallest: int = 0
+    largest: int = 0
+    sure: float = 0.0
+    score: float = 0.0
+
+    @property
+    def sizes(self) -> str:
+        """Number of images of the smallest and the largest cluster."""
+        if self.smallest == self.largest:
+            return f"{self.largest:,}"
+        return f"{self.smallest:,} – {self.largest:,}"
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 Shapes: n odd images of one kind.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,6 +53,16 @@ class Oddity:
     def rule(self) -> str:
         """What decides, in one sentence."""
         return RULES[self.name]
+
+
+def odd_line(counts: Mapping[str, int]) -> str:
+    """Return a line with the number of odd images of each kind.
+
+    >>> odd_line({"exact copies": 1, "blurred": 2}), odd_line({})
+    ('odd images: 1 exact copy, 2 blurred images', 'odd images: none')
+    """
+    said = [f"{count:,} {NAMES[name][count != 1]}" for name, count in counts.items() if count]
+    return f"odd images: {', '.join(said) or 'none'}"
 
 
 def num_odd(oddities: Sequence[Oddity]) -> int:

@@ -25,7 +25,9 @@ MAX_SKIPPED = 200  # skipped files listed on the page; the rest is counted
 
 def render_report(data: ReportData) -> str:
     """Return the page as HTML; nothing is loaded from outside and no other script can run."""
-    wall = shown_wall(data.confidence, data.agreement, data.clusters, data.num_clusters)
+    wall = shown_wall(
+        *(data.confidence, data.agreement, data.clusters, data.num_clusters, data.num_neighbors)
+    )
     odd = [each.index[:ODD_SHOWN].astype(np.intp) for each in data.oddities]
     groups = [*(chosen.shown for chosen in wall.clusters), *odd]
     sheets, side = sheets_of(data.images, groups, data.attention, data.shapes, len(wall.clusters))
@@ -54,7 +56,6 @@ def render_report(data: ReportData) -> str:
         odd=list(zip(data.oddities, pictures[len(wall.clusters) :], strict=True)),
         equal=sections.equal_share(data),
         num_not_sure=wall.num_not_sure,
-        threshold=f"{wall.agreement_threshold:.0%}",
         has_scores=has_scores,
         published=published_results(data.dataset),
         footnotes=footnotes(data.rows) if data.rows else [NO_LABELS] * (data.labels is None),
@@ -67,7 +68,7 @@ def render_report(data: ReportData) -> str:
         served="save" in data.review,
         script=Markup(script),  # noqa: S704 - our own file
         script_hash=content_hash(script),
-        payload=Markup(script_data(data, shown, wall.agreement_threshold)),  # noqa: S704 - JSON without <, > and &
+        payload=Markup(script_data(data, shown)),  # noqa: S704 - JSON without <, > and &
     )
 
 

@@ -54,11 +54,16 @@ class Sheet:
 
 
 def shown_wall(
-    confidence: FloatArray, agreement: FloatArray, clusters: IntArray, num_clusters: int
+    confidence: FloatArray,
+    agreement: FloatArray,
+    clusters: IntArray,
+    num_clusters: int,
+    num_neighbors: int = 0,
 ) -> Wall:
     """Choose the pictures of the page; arguments as in `choose_wall`."""
     per_row = max(1, min(12, MAX_PICTURES // (4 * num_clusters)))
-    return choose_wall(confidence, agreement, clusters, num_clusters, per_row=per_row)
+    values = (confidence, agreement, clusters, num_clusters)
+    return choose_wall(*values, per_row=per_row, num_neighbors=num_neighbors)
 
 
 def sheets_of(

@@ -4,6 +4,12 @@ import csv
 from dataclasses import dataclass
 from importlib.resources import files
 
+FEATURES = {
+    "images": "pretrained on other images",
+    "labels": "ImageNet-supervised",
+    "text": "text-supervised",
+}
+
 
 @dataclass(frozen=True)
 class PublishedRow:
@@ -16,6 +22,8 @@ class PublishedRow:
         ari: adjusted Rand index in [-1, 1]; None if it is not reported.
         protocol: "whole", "split", or "" if the source does not say.
         spread: standard deviation of ACC over runs, or None.
+        features: what the network had learned from before it saw this data set: "" for nothing, or
+            a key of `FEATURES`.
         source: paper and table of the numbers.
     """
 
@@ -25,7 +33,17 @@ class PublishedRow:
     ari: float | None
     protocol: str
     spread: float | None
+    features: str
     source: str
+
+    @property
+    def title(self) -> str:
+        """Name of the method, and what its network had learned from besides this data set.
+
+        >>> [row.title for row in published_results("cifar10") if row.features == "text"]
+        ['TURTLE on CLIP and DINOv2 [text-supervised]']
+        """
+        return f"{self.method} [{FEATURES[self.features]}]" if self.features else self.method
 
 
 def published_results(dataset: str) -> list[PublishedRow]:
@@ -43,6 +61,7 @@ def published_results(dataset: str) -> list[PublishedRow]:
             ari=_number(row["ari"]),
             protocol=row["protocol"],
             spread=_number(row["spread"]),
+            features=row["features"],
             source=row["source"],
         )
         for row in csv.DictReader(text.splitlines())

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from spice_pl.functional.reliability import is_not_sure
 from spice_pl.reports.charts import Logs
 from spice_pl.reports.choices import Comparison, KChoice
 from spice_pl.reports.map import Map
@@ -41,6 +43,7 @@ class ReportData:
         confidence: (N,), in [0, 1].
         agreement: (N,), in [0, 1], share of an image's neighbours in the same cluster.
         reliable: (N,), bool.
+        num_neighbors: number of neighbours of the agreement; 0 where it is not known.
         labels: (N,), truth, -1 where unknown; or None.
         class_names: name of each label, or None.
         logs: logged values as (epoch, value), by stage and metric.
@@ -82,6 +85,7 @@ class ReportData:
     confidence: FloatArray
     agreement: FloatArray
     reliable: NDArray[np.bool_]
+    num_neighbors: int = 0
     labels: IntArray | None = None
     class_names: Sequence[str] | None = None
     logs: Logs = field(default_factory=dict)
@@ -111,6 +115,13 @@ class ReportData:
                     f"{name} has {len(values)} entries for num_images {self.num_images}; "
                     "give one entry per image"
                 )
+
+    @property
+    def not_sure(self) -> NDArray[np.bool_]:
+        """Mask (N,) of the images with too few neighbours in their cluster."""
+        ids = torch.from_numpy(np.asarray(self.clusters, dtype=np.int64))
+        agreement = torch.from_numpy(np.asarray(self.agreement))
+        return is_not_sure(agreement, ids, self.num_neighbors).numpy()
 
     @property
     def known(self) -> NDArray[np.bool_] | None:

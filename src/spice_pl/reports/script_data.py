@@ -19,17 +19,16 @@ ATLAS_SIDE = 2_800  # of the sheet of all pictures; fewer of them are larger, up
 LISTED_BYTES = 2_500_000  # most bytes of file names; beyond it only the shown images are listed
 
 
-def script_data(data: ReportData, shown: NDArray[np.intp], threshold: float) -> str:
+def script_data(data: ReportData, shown: NDArray[np.intp]) -> str:
     """Return JSON that cannot end the HTML element it is in.
 
     Args:
         data: what the page shows.
         shown: images whose pictures are on the page.
-        threshold: agreement below which an image is not sure.
     """
     everything = sum(len(str(key)) + 3 for key in data.keys) <= LISTED_BYTES
     listed = np.arange(data.num_images) if everything else _pictured(data, shown)
-    not_sure = data.agreement[listed] < threshold
+    not_sure = data.not_sure[listed]
     content: dict[str, Any] = {
         "numImages": data.num_images,
         "numClusters": data.num_clusters,

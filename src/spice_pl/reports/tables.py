@@ -5,14 +5,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich.box import SIMPLE
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
+
+from spice_pl.reports.choices import Compared
 
 NO_LABELS = "No labels were given, so no accuracy can be computed."
 ORACLE = "Oracle rows used the true labels; do not compare them with rows that did not."
 _SCORES = ("ACC", "Recall", "NMI", "ARI")
 RECALL = "The classes differ in size: ACC counts every image alike, Recall every class alike."
 LEFT = {"Name", "Protocol"}
+COMPARED = ("Clusters", "Sizes", "Neighbours", "Sure", "Evenness", "Score")
+COMPARED_NOTE = (
+    "No labels were given, so no accuracy can be computed. Neighbours: share of the ten most alike "
+    "images that are in the same cluster. Sure: share of images with at least half of them there, "
+    "or of as many as a small cluster has. Score: rises with Neighbours and Evenness; the kept "
+    "clusters have the largest of all candidates."
+)
 
 
 @dataclass(frozen=True)
@@ -139,6 +148,39 @@ def results_rich(rows: Sequence[ResultRow]) -> Table:
             *(Text(cells[column]) for column in columns), style="dim" if row.oracle else None
         )
     return table
+
+
+def compared_markdown(rows: Sequence[Compared]) -> str:
+    """Return a Markdown table of clusterings without labels; it ends with a newline."""
+    lines = [f"| {' | '.join(COMPARED)} |", "|:--" + "|--:" * (len(COMPARED) - 1) + "|"]
+    lines += [f"| {' | '.join(map(_markdown, _compared_cells(row)))} |" for row in rows]
+    return "\n".join([*lines, f"\n{COMPARED_NOTE}"]) + "\n"
+
+
+def compared_rich(rows: Sequence[Compared]) -> Table:
+    """Return a table of clusterings without labels for the terminal."""
+    table = Table(
+        *(Column(name, justify="left" if i == 0 else "right") for i, name in enumerate(COMPARED)),
+        box=SIMPLE,
+        padding=(0, 0, 0, 1),
+        pad_edge=False,
+        caption=COMPARED_NOTE,
+        caption_justify="left",
+    )
+    for row in rows:
+        table.add_row(*map(Text, _compared_cells(row)), style=None if row.kept else "dim")
+    return table
+
+
+def _compared_cells(row: Compared) -> list[str]:
+    return [
+        f"{row.name} (kept)" if row.kept else row.name,
+        row.sizes,
+        f"{row.agreement:.1%}",
+        f"{row.sure:.0%}",
+        f"{row.evenness:.3f}",
+        f"{row.score:.3f}",
+    ]
 
 
 def _unequal(rows: Sequence[ResultRow]) -> bool:

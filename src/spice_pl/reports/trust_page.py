@@ -32,7 +32,8 @@ EXPLAINED = {
     "where mirror images mean the same.",
     "separation": "How much nearer images are to their own cluster than to the next one "
     "(silhouette by cosine, from -1 to 1).",
-    "sure": "The share of images with at least half of their neighbours in their own cluster.",
+    "sure": "The share of images with at least half of their neighbours, or of as many as a small "
+    "cluster has, in their own cluster.",
 }
 MISSING = {
     "heads": "Needs the heads of stage 2 on a frozen encoder, and there are none before this run.",

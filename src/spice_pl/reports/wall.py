@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
+
+from spice_pl.functional.reliability import is_not_sure
 
 Index = NDArray[np.intp]
 
@@ -29,7 +32,7 @@ class ClusterWall:
         prototypes: images of highest confidence, best first.
         typical: images around the median confidence, higher first.
         borderline: images of lowest confidence, lowest first.
-        not_sure: images with most neighbours in other clusters, worst first; in no other group.
+        not_sure: images with too few neighbours in the cluster, worst first; in no other group.
         num_not_sure: number of such images, shown or not.
     """
 
@@ -54,12 +57,10 @@ class Wall:
     Attributes:
         clusters: one entry per cluster, by id, empty clusters included.
         num_not_sure: number of images that are "not sure", shown or not.
-        agreement_threshold: agreement below which an image is "not sure".
     """
 
     clusters: tuple[ClusterWall, ...]
     num_not_sure: int
-    agreement_threshold: float
 
 
 def choose_wall(
@@ -69,7 +70,7 @@ def choose_wall(
     num_clusters: int,
     per_row: int = 12,
     *,
-    agreement_threshold: float = 0.5,
+    num_neighbors: int = 0,
 ) -> Wall:
     """Choose the pictures to show, by confidence and agreement.
 
@@ -84,8 +85,8 @@ def choose_wall(
         clusters: (N,), in [0, num_clusters).
         num_clusters: K, > 0.
         per_row: largest number of pictures of each kind, > 0.
-        agreement_threshold: in [0, 1]; an image with a lower agreement is "not sure". With 0.5,
-            most of its neighbours are in other clusters.
+        num_neighbors: number of neighbours of the agreement, 0 where it is not known; which images
+            are "not sure" depends on it, see `least_agreement`.
 
     Raises:
         ValueError: lengths differ, an id is outside [0, num_clusters), or per_row is below 1.
@@ -106,13 +107,14 @@ def choose_wall(
     # by cluster, most confident first
     order = np.lexsort((key, -agreement, -confidence, clusters))
     bounds = np.searchsorted(clusters[order], np.arange(1, num_clusters))
-    not_sure = agreement < agreement_threshold  # (N,)
+    ids = torch.from_numpy(np.asarray(clusters, dtype=np.int64))
+    not_sure = is_not_sure(torch.from_numpy(np.asarray(agreement)), ids, num_neighbors).numpy()
     walls = []
     for cluster, members in enumerate(np.split(order, bounds)):
         apart = members[not_sure[members]]
         worst_first = apart[np.lexsort((key[apart], confidence[apart], agreement[apart]))]
         walls.append(_cluster_wall(cluster, members[~not_sure[members]], worst_first, per_row))
-    return Wall(tuple(walls), int(not_sure.sum()), agreement_threshold)
+    return Wall(tuple(walls), int(not_sure.sum()))
 
 
 def _cluster_wall(cluster: int, members: Index, not_sure: Index, per_row: int) -> ClusterWall:

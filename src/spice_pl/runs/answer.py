@@ -29,8 +29,11 @@ from spice_pl.functional.embeddings import nearest_others
 logger = logging.getLogger(__name__)
 
 NUM_NEIGHBORS = 10
+FEWEST_NEIGHBORS = 5
+CLUSTER_PER_NEIGHBOR = 6  # images of a mean cluster for each neighbour
 NETWORK = "network"
 VOTE = "vote of network and k-means"
+WALKS_VOTE = f"vote of k-means after {WALKS[1]} and {WALKS[2]} steps"
 COLLAPSED = 0.3  # less even than the evenest candidate by this much; classes 10:1 are even to 0.1
 
 
@@ -50,14 +53,12 @@ class Answer:
 
 
 def choose_answer(features: Tensor, probs: Tensor, seed: int) -> Answer:
-    """Choose between the network's clusters, a vote, and k-means on much smoothed embeddings.
+    """Choose between the network's clusters, two votes, and k-means on much smoothed embeddings.
 
-    `functional.candidates` has the parts: the vote is that of the network and of k-means on
-    embeddings smoothed for 3 and for 10 steps (`vote_clusters`); k-means after 100 steps
-    (`walk_clusters`) is for very unequal clusters; `cluster_scores` chooses. The chosen clusters
-    get the numbers of the network's clusters that they share most images with. Their probability is
-    ½ for the image's own cluster and ½ for the clusters of the image and its nearest others, one
-    step of label propagation (Zhou et al. 2004).
+    `cluster_scores` chooses between `candidates`. The chosen clusters get the numbers of the
+    network's clusters that they share most images with. Their probability is ½ for the image's own
+    cluster and ½ for the clusters of the image and its nearest others, one step of label
+    propagation (Zhou et al. 2004).
 
     Args:
         features: (N, D), raw.
@@ -65,21 +66,7 @@ def choose_answer(features: Tensor, probs: Tensor, seed: int) -> Answer:
         seed: seed of k-means.
     """
     num_clusters, own = probs.shape[1], probs.argmax(dim=1)
-    others = nearest_others(features, NUM_NEIGHBORS)  # (N, k)
-    walked = walk_clusters(features, num_clusters, seed=seed)
-    # A choice between the network and each k-means loses more than their vote, and spectral and
-    # Ward's clustering make it worse (benchmarks/choice.py).
-    voters = torch.stack([own, *walked[:-1]])
-    found = {
-        NETWORK: own,
-        VOTE: vote_clusters(voters, others, num_clusters),
-        f"k-means after {WALKS[-1]} steps": walked[-1],
-    }
-    # Neighbours agree most where everything is in one cluster: no such candidate may win.
-    even = {name: evenness(row, num_clusters) for name, row in found.items()}
-    found = {
-        name: row for name, row in found.items() if even[name] >= max(even.values()) - COLLAPSED
-    }
+    found, others = candidates(features, probs, seed)
     values = cluster_scores(others, torch.stack(list(found.values())), num_clusters)
     scores = dict(zip(found, values.tolist(), strict=True))
     name = max(scores, key=lambda each: scores[each])
@@ -88,6 +75,64 @@ def choose_answer(features: Tensor, probs: Tensor, seed: int) -> Answer:
         return Answer(name, scores, probs)
     clusters = numbered_like(found[name], own, num_clusters)
     return Answer(name, scores, _propagated(clusters, others, num_clusters))
+
+
+def candidates(features: Tensor, probs: Tensor, seed: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Return the clusterings to choose from, and the neighbours that they are scored with.
+
+    k-means on embeddings smoothed for 3, 10, 30 and 100 steps (`walk_clusters`) gives four
+    clusterings. One vote (`vote_clusters`) is that of the network and of 3 and 10 steps; the other,
+    for unequal clusters, that of 10 and 30 steps. 100 steps are for very unequal clusters. Votes
+    and short walks use few neighbours where clusters are small (`neighbors_within`); long walks use
+    10, since a large cluster may be cut if it has fewer. A choice between the network and each
+    k-means loses more than these votes, and spectral and Ward's clustering make it worse
+    (benchmarks/choice.py).
+
+    Args:
+        features: (N, D), raw.
+        probs: (N, K), of the network.
+        seed: seed of k-means.
+
+    Returns:
+        Clusters (N,) of each candidate that has not collapsed, by its name; neighbours (N, k).
+    """
+    num_clusters, own = probs.shape[1], probs.argmax(dim=1)
+    few, many = neighbors_within(len(probs), num_clusters)
+    walks = {few: WALKS[:2], many: WALKS[2:]} if few < many else {many: WALKS}
+    short, middle, long, longest = (
+        row
+        for num_neighbors, steps in walks.items()
+        for row in walk_clusters(
+            features, num_clusters, walks=steps, num_neighbors=num_neighbors, seed=seed
+        )
+    )
+    others = nearest_others(features, many)  # nearest first
+    near = others[:, :few]
+    found = {
+        NETWORK: own,
+        VOTE: vote_clusters(torch.stack([own, short, middle]), near, num_clusters),
+        WALKS_VOTE: vote_clusters(torch.stack([middle, long]), near, num_clusters),
+        f"k-means after {WALKS[-1]} steps": longest,
+    }
+    # Neighbours agree most where everything is in one cluster: no such candidate may win.
+    even = {name: evenness(row, num_clusters) for name, row in found.items()}
+    limit = max(even.values()) - COLLAPSED
+    return {name: row for name, row in found.items() if even[name] >= limit}, others
+
+
+def neighbors_within(num_images: int, num_clusters: int) -> tuple[int, int]:
+    """Return how many neighbours the short and the long walks use.
+
+    A sixth of the mean size N/K of a cluster, but 5 to 10, so that most neighbours are in the
+    image's cluster; and 10. Neither is more than the other images of a cluster of mean size.
+
+    Examples:
+        >>> [neighbors_within(*each) for each in ((2_500, 10), (420, 10), (300, 10), (40, 10))]
+        [(10, 10), (7, 10), (5, 10), (3, 3)]
+    """
+    sixth = num_images // (CLUSTER_PER_NEIGHBOR * num_clusters)
+    many = min(NUM_NEIGHBORS, max(1, num_images // num_clusters - 1))
+    return min(max(sixth, FEWEST_NEIGHBORS), many), many
 
 
 def _propagated(clusters: Tensor, others: Tensor, num_clusters: int) -> Tensor:

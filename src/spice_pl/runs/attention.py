@@ -53,7 +53,9 @@ def write_attention(
         num_clusters: K.
         feature_map: function that returns the feature maps of images.
     """
-    wall = shown_wall(table.confidence, table.agreement, table.clusters, num_clusters)
+    wall = shown_wall(
+        *(table.confidence, table.agreement, table.clusters, num_clusters, table.num_neighbors)
+    )
     index = np.concatenate([chosen.prototypes for chosen in wall.clusters]).astype(np.int64)  # (n,)
     (folder.path / ATTENTION_FILE).unlink(missing_ok=True)
     if not len(index):  # all images are "not sure"

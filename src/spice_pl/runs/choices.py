@@ -15,14 +15,20 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.cluster import KMeans
+from sklearn.cluster import KMeans, kmeans_plusplus
 from torch import Tensor
 
 from spice_pl.data.images import ImageSet
 from spice_pl.functional.assignment import count_table, match_clusters
-from spice_pl.functional.candidates import connect, evenness, spectral_clusters
+from spice_pl.functional.candidates import (
+    connect,
+    evenness,
+    label_free_scores,
+    spectral_clusters,
+)
 from spice_pl.functional.embeddings import fit_projection, neighbor_graph, project
 from spice_pl.functional.neighbors import nearest_neighbors
+from spice_pl.functional.reliability import least_agreement
 from spice_pl.reports.choices import Compared, Comparison, KChoice, Preview
 from spice_pl.reports.map import Map
 from spice_pl.runs.answer import NETWORK, NUM_NEIGHBORS
@@ -81,14 +87,23 @@ def compare_clusters(
     compared = []
     for name, clusters in clusterings.items():
         ids = torch.from_numpy(np.asarray(clusters, dtype=np.int64))
-        shares = (ids[near] == ids[queries].unsqueeze(1)).double().mean() if near.numel() else 1.0
+        sizes = torch.bincount(ids, minlength=num_clusters)
+        own, even = torch.ones(len(queries)), evenness(ids, num_clusters)
+        if near.numel():
+            own = (ids[near] == ids[queries].unsqueeze(1)).double().mean(dim=1)  # (n,)
+        agreement = own.double().mean()
+        least = least_agreement(sizes, near.shape[1])[ids[queries]]
         compared.append(
             Compared(
                 name=name,
                 kept=name == kept,
-                agreement=float(shares),
-                evenness=evenness(ids, num_clusters),
+                agreement=float(agreement),
+                evenness=even,
                 alike=alike(ids, torch.from_numpy(table.clusters), num_clusters),
+                smallest=int(sizes[sizes > 0].min()),
+                largest=int(sizes.max()),
+                sure=float((own >= least).double().mean()),
+                score=float(label_free_scores(agreement, torch.tensor(even))),
             )
         )
     return Comparison(compared, len(queries), scores, chosen if scores else "")
@@ -138,9 +153,16 @@ def kmeans(
     rows: NDArray[np.float32], num_clusters: int, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Return clusters (N,) and centres (K, d) of k-means, fitted on at most 10,000 rows."""
-    restarts = RESTARTS if num_clusters < LARGE else 1
-    model = KMeans(num_clusters, n_init=restarts, max_iter=ITERATIONS, random_state=seed)
-    model.fit(rows[_sample(len(rows), seed)])
+    sample = rows[_sample(len(rows), seed)]
+    restarts = RESTARTS
+    starts: str | NDArray[np.float32] = "k-means++"
+    if num_clusters >= LARGE:  # one trial per centre; several take longer than all the rest
+        restarts = 1
+        starts = kmeans_plusplus(sample, num_clusters, random_state=seed, n_local_trials=1)[0]
+    model = KMeans(
+        num_clusters, init=starts, n_init=restarts, max_iter=ITERATIONS, random_state=seed
+    )
+    model.fit(sample)
     parts = [model.predict(rows[start : start + ROWS]) for start in range(0, len(rows), ROWS)]
     centres: NDArray[np.float32] = model.cluster_centers_
     return np.concatenate(parts).astype(np.int64), centres
@@ -177,7 +199,7 @@ def choose_k(
         largest = max(1, MAX_GROUPS // max(len(numbers), 1))
         for number in numbers:
             groups = preview(rows, number, seed, drawn.index, largest)
-            previews.append(Preview(number, groups, _command(metrics, number)))
+            previews.append(Preview(number, groups, _command(metrics, number, upstream[0])))
     return KChoice(num_clusters, estimated, clear, curve, previews, str(said))
 
 
@@ -221,15 +243,18 @@ def preview(
     return groups
 
 
-def _command(metrics: Mapping[str, Any], num_clusters: int) -> str:
-    """Return the command that makes another K the result."""
+def _command(metrics: Mapping[str, Any], num_clusters: int, upstream: RunFolder) -> str:
+    """Return the command that makes another K a result, by k-means on the stored features."""
     replaced = ("stage=", "stages=", "dataset.num_clusters=", "overwrite=", "resume=", "edits=")
     kept = [text for text in metrics["overrides"] if not text.lstrip("+").startswith(replaced)]
     root = metrics["settings"].get("dataset.root", "-")
     if "dataset=folder" in kept and not root.startswith("-"):  # a folder is its own first word
         named = ("dataset=", "dataset.root=")
         kept = [root, *(text for text in kept if not text.startswith(named))]
-    more = [f"stage={metrics['stage']}", f"dataset.num_clusters={num_clusters}", "overwrite=true"]
+    stage = upstream.path.parent.name
+    more = ["stage=kmeans", f"dataset.num_clusters={num_clusters}", "overwrite=true"]
+    if stage not in ("embed", "moco"):  # which the recipes give
+        more.append(f"kmeans.upstream={stage}")
     return shlex.join([*command(), *kept, *more])
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from spice_pl.data.keyed import keyed_generator
 from spice_pl.functional.reliability import (
     Balance,
+    is_not_sure,
     local_consistency,
     neighbors_for,
     select_reliable,
@@ -58,6 +59,7 @@ class ClusterTable:
         agreement: share of an image's neighbours in its cluster, in [0, 1], to four decimals.
         reliable: whether the image is reliable, by the rule applied to all N images. Stage 3
             applies the same rule to the training images alone.
+        num_neighbors: number of neighbours of the agreement; 0 where it is not known.
     """
 
     keys: Sequence[str]
@@ -65,6 +67,13 @@ class ClusterTable:
     confidence: NDArray[np.float32]
     agreement: NDArray[np.float32]
     reliable: NDArray[np.bool_]
+    num_neighbors: int = 0
+
+    @property
+    def not_sure(self) -> NDArray[np.bool_]:
+        """Mask (N,) of the images with too few neighbours in their cluster."""
+        parts = torch.from_numpy(self.agreement), torch.from_numpy(self.clusters)
+        return is_not_sure(*parts, self.num_neighbors).numpy()
 
     def sizes(self, num_clusters: int) -> NDArray[np.int64]:
         """Return the number of images in each cluster (K,)."""
@@ -90,7 +99,8 @@ def cluster_table(
     clusters = torch.from_numpy(probs.argmax(axis=1).astype(np.int64))
     confidence = torch.from_numpy(np.array(probs.max(axis=1)))
     num_neighbors = neighbors_for(rule.num_neighbors, len(keys), probs.shape[1])
-    agreement = local_consistency(embeddings, clusters, num_neighbors)  # Eq. 6
+    by_size = rule.balance != "min"  # as in `reliable_labels`
+    agreement = local_consistency(embeddings, clusters, num_neighbors, by_size=by_size)  # Eq. 6
     reliable = select_reliable(  # Eq. 7
         agreement,
         confidence,
@@ -101,7 +111,12 @@ def cluster_table(
         generator=keyed_generator(seed),
     )
     return ClusterTable(
-        keys, clusters.numpy(), _rounded(confidence), _rounded(agreement), reliable.numpy()
+        keys,
+        clusters.numpy(),
+        _rounded(confidence),
+        _rounded(agreement),
+        reliable.numpy(),
+        num_neighbors,
     )
 
 
@@ -137,12 +152,13 @@ def write_table(
             writer.writerow([texts[0], int(cluster), *numbers, int(kept), *texts[1:]])
 
 
-def read_table(file: Path, num_images: int | None = None) -> ClusterTable:
+def read_table(file: Path, num_images: int | None = None, num_neighbors: int = 0) -> ClusterTable:
     """Read what `write_table` wrote.
 
     Args:
         file: path of the table.
         num_images: N; None where it is not known.
+        num_neighbors: number of neighbours of the agreement; 0 where it is not known.
 
     Raises:
         ValueError, KeyError, TypeError, OverflowError, csv.Error: the file is damaged.
@@ -160,6 +176,7 @@ def read_table(file: Path, num_images: int | None = None) -> ClusterTable:
         confidence=np.array([row["confidence"] for row in rows], dtype=np.float32),
         agreement=np.array([row["agreement"] for row in rows], dtype=np.float32),
         reliable=np.array([row["reliable"] == "1" for row in rows], dtype=np.bool_),
+        num_neighbors=num_neighbors,
     )
     _check_values(table, {row["reliable"] for row in rows})
     return table

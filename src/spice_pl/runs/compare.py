@@ -1,5 +1,7 @@
 """Compare runs in one table: mean and spread over seeds, settings, cost, published results.
 
+How alike the clusters of two seeds are is measured without labels.
+
     spice compare digits photos/fixmatch [--to DIR]
     python -m spice_pl.runs.compare runs/digits runs/photos/fixmatch
 
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import itertools
 import os
 import statistics
 import sys
@@ -21,22 +24,28 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
 from spice_pl.errors import UsageError
+from spice_pl.functional.assignment import clustering_scores
 from spice_pl.reports.published import PublishedRow, published_results
 from spice_pl.reports.tables import NO_LABELS, ResultRow, duration_text, mean_std, score_text
 from spice_pl.runs.folder import RunFolder
 from spice_pl.system.files import atomic
 
+ALIKE = "Seeds alike"
+FOLDER = "folder"  # key that `finished_runs` adds: where the clusters are
 COLUMNS = (
     *("Data", "Method", "Settings that differ", "Protocol", "Seeds"),
-    *("ACC", "NMI", "ARI", "Time", "Memory", "Source"),
+    *("ACC", "NMI", "ARI", ALIKE, "Time", "Memory", "Source"),
 )
-RIGHT = {"ACC", "NMI", "ARI", "Time", "Memory"}
+RIGHT = {"ACC", "NMI", "ARI", ALIKE, "Time", "Memory"}
 # Settings that may differ within a group: the seed, and where images are.
 NOT_COMPARED = ("seed", "cache_dir", "on_bad_image", "root", "path", "name")
 
@@ -55,6 +64,8 @@ class Line:
         nmi: NMI of each run that had labels, in [0, 1].
         ari: ARI of each run that had labels, in [-1, 1].
         repeated: number of runs left out, because the line has one with their seed.
+        alike: ARI between the clusters of each two seeds, in [-1, 1]; empty without clusters or
+            with one seed.
         seconds: time of each run, with the stages before it.
         memory_mb: largest memory of each run.
         spread: published standard deviation of ACC.
@@ -74,6 +85,7 @@ class Line:
     spread: float | None = None
     source: str = "here"
     repeated: int = 0
+    alike: tuple[float, ...] = ()
 
     @property
     def cells(self) -> tuple[str, ...]:
@@ -85,6 +97,7 @@ class Line:
             self.protocol or "–",
             " ".join(map(str, self.seeds)) or "–",
             *(acc, _scores(self.nmi), _scores(self.ari)),
+            score_text(statistics.fmean(self.alike) if self.alike else None),
             duration_text(statistics.fmean(self.seconds)) if self.seconds else "–",
             f"{max(self.memory_mb):,.0f} MB" if self.memory_mb else "–",
             self.source,
@@ -106,6 +119,8 @@ Group = list[tuple[ResultRow, Mapping[str, Any]]]  # each row with the run that 
 def finished_runs(paths: Iterable[str | os.PathLike[str]]) -> list[dict[str, Any]]:
     """Return the metrics.json of every finished stage in or below some folders.
 
+    Each has one more key, "folder": the folder that it was read from.
+
     Raises:
         UsageError: a path is not a folder, no run below any of them has scores, or a
             metrics.json is damaged.
@@ -118,7 +133,7 @@ def finished_runs(paths: Iterable[str | os.PathLike[str]]) -> list[dict[str, Any
         for file in sorted(path.rglob("metrics.json")):
             metrics = RunFolder(file.parent).metrics
             if metrics.get("rows"):  # tasks may leave none
-                found[file.resolve()] = metrics
+                found[file.resolve()] = {**metrics, FOLDER: str(file.parent)}
     if not found:
         raise UsageError(
             f"no finished run in or below {', '.join(map(str, paths))}; a finished stage has a "
@@ -153,7 +168,7 @@ def table_csv(lines: Sequence[Line]) -> str:
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     scores = [f"{name}_{what}" for name in ("acc", "nmi", "ari") for what in ("mean", "std")]
-    head = ["data", "method", "settings", "protocol", "seeds", "runs", *scores]
+    head = ["data", "method", "settings", "protocol", "seeds", "runs", *scores, "seeds_alike"]
     writer.writerow([*head, "seconds_mean", "memory_mb_max", "source"])
     for line in lines:
         numbers: list[float | str] = []
@@ -162,6 +177,7 @@ def table_csv(lines: Sequence[Line]) -> str:
             numbers.append(statistics.stdev(values) if len(values) > 1 else "")
         if line.spread is not None:
             numbers[1] = line.spread
+        numbers.append(statistics.fmean(line.alike) if line.alike else "")
         cost = statistics.fmean(line.seconds) if line.seconds else ""
         memory = max(line.memory_mb, default="")
         cells = line.cells
@@ -209,6 +225,11 @@ def notes(lines: Sequence[Line]) -> list[str]:
         "ACC, NMI, ARI: mean ± sample standard deviation over seeds. "
         "Time: mean, with the stages before. Memory: largest."
     ]
+    if any(line.alike for line in lines):
+        said.append(
+            f"{ALIKE}: ARI between the clusters of two seeds, without labels; mean over all pairs. "
+            "1 for the same clusters, 0 for no more in common than by chance."
+        )
     if repeated := sum(line.repeated for line in lines):
         said.append(
             f"{repeated} results with a seed that their line has already are left out; of runs "
@@ -281,6 +302,32 @@ def _settings(run: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
+def _clusters(row: ResultRow, run: Mapping[str, Any]) -> Tensor | None:
+    """Return the clusters (N,) behind a row; None if the run has none or its files are gone.
+
+    Raises:
+        UsageError: the file is damaged or has changed.
+    """
+    if FOLDER not in run or "cluster_sizes" not in run:
+        return None
+    folder = RunFolder(Path(run[FOLDER]))
+    if not (folder.path / "probs.npy").is_file():
+        return None
+    chosen = run.get("answer") and row.name == run["rows"][-1]["name"]
+    probs = folder.answer if chosen else folder.probs
+    return torch.from_numpy(np.asarray(probs.argmax(axis=1), dtype=np.int64))
+
+
+def _alike(group: Group) -> tuple[float, ...]:
+    """Return the adjusted Rand index between the clusters of each two runs."""
+    if len(group) < 2:
+        return ()
+    found = [clusters for row, run in group if (clusters := _clusters(row, run)) is not None]
+    return tuple(
+        clustering_scores(one, other)["ari"] for one, other in itertools.combinations(found, 2)
+    )
+
+
 def _grouped(runs: Sequence[Mapping[str, Any]]) -> dict[GroupKey, Group]:
     groups: dict[GroupKey, Group] = {}
     for run in runs:
@@ -323,13 +370,14 @@ def _line(key: GroupKey, group: Group, settings: Mapping[str, str]) -> Line:
         seconds=tuple(row.seconds for row in rows),
         memory_mb=tuple(float(run["peak_memory_mb"]) for _, run in group),
         repeated=repeated,
+        alike=_alike(group),
     )
 
 
 def _published(dataset: str, row: PublishedRow) -> Line:
     return Line(
         dataset=dataset,
-        method=row.method,
+        method=row.title,
         settings={},
         protocol=row.protocol,
         seeds=(),

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 
 from spice_pl.errors import UsageError
+from spice_pl.system.files import from_spreadsheet
 
 MISTAKE = 1e-2  # largest error of the sum of a row; files hold few digits
 ROUNDING = 1e-6  # by which a probability may be below 0
@@ -136,6 +137,9 @@ def _csv(path: Path, keys: Sequence[str], num_clusters: int | None) -> NDArray[A
     header = None if _is_number(lines[0][0]) and _is_number(lines[0][-1]) else lines.pop(0)
     if header and header[0] == "image":
         rows = {line[0]: line[1:] for line in lines}
+        if rows.keys() != set(keys):  # names that spreadsheet=true wrote differently
+            plain = {from_spreadsheet(name): row for name, row in rows.items()}
+            rows = plain if plain.keys() == set(keys) else rows
         if len(rows) != len(lines):
             raise UsageError(f"{path} names an image twice; give one row per image")
         absent = [key for key in keys if key not in rows]
@@ -146,6 +150,8 @@ def _csv(path: Path, keys: Sequence[str], num_clusters: int | None) -> NDArray[A
                 "data set"
             )
         lines = [rows[key] for key in keys]
+    if lines and not lines[0]:
+        raise UsageError(f"{path} has no columns beside the names; give the values")
     if len({len(line) for line in lines}) > 1:
         raise UsageError(f"{path} has rows of different lengths; give a full table")
     try:

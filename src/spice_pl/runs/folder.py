@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +43,7 @@ from spice_pl.runs.checked_files import (
 from spice_pl.runs.clusters import FILE_NAME as CLUSTERS
 from spice_pl.runs.clusters import ClusterTable, fits_probs, read_table, write_table
 from spice_pl.runs.small_files import STAMP
-from spice_pl.system.files import allocate, atomic, sync_file, sync_folder
+from spice_pl.system.files import allocate, atomic, size_text, sync_file, sync_folder
 from spice_pl.system.locks import hold
 from spice_pl.system.schema import read_names
 
@@ -184,8 +184,8 @@ class RunFolder(CheckedFiles):
         free = shutil.disk_usage(self.path).free
         if free < num_bytes:
             raise UsageError(
-                f"{self.path} needs about {num_bytes / 1e6:,.0f} MB and its disk has "
-                f"{free / 1e6:,.0f} MB left; free some, or give another runs_dir"
+                f"{self.path} needs about {size_text(num_bytes)} and its disk has "
+                f"{size_text(free)} left; free some, or give another runs_dir"
             )
 
     @property
@@ -284,8 +284,8 @@ class RunFolder(CheckedFiles):
         if not file.is_file():
             raise UsageError(f"{file} is missing; run its stage again with overwrite=true")
         try:
-            most = self.metrics.get("num_images") if self.finished else None
-            table = read_table(file, most)
+            found = self.metrics if self.finished else {}
+            table = read_table(file, found.get("num_images"), int(found.get("num_neighbors", 0)))
         except (ValueError, KeyError, TypeError, OverflowError, csv.Error) as error:
             raise damaged(file, error) from error
         # Runs made before 0.2 have no digest of their table.
@@ -294,16 +294,31 @@ class RunFolder(CheckedFiles):
             raise self._changed(CLUSTERS, "its rows do not fit those of probs.npy")
         return table
 
-    def stamp(self, fingerprint: str, num_images: int, upstream: RunFolder | None) -> None:
-        """Write dataset.json: the data set and the upstream run behind the artifacts."""
-        self.write_json(
-            "dataset.json",
-            {
-                "fingerprint": fingerprint,
-                "num_images": num_images,
-                "upstream": upstream.metrics["digest"] if upstream else None,
-            },
-        )
+    def stamp(
+        self,
+        fingerprint: str,
+        num_images: int,
+        upstream: RunFolder | None,
+        more: Sequence[RunFolder] = (),
+    ) -> None:
+        """Write dataset.json: the data set and the upstream runs behind the artifacts."""
+        facts: dict[str, Any] = {
+            "fingerprint": fingerprint,
+            "num_images": num_images,
+            "upstream": upstream.metrics["digest"] if upstream else None,
+        }
+        if more:
+            facts["more"] = [each.metrics["digest"] for each in more]
+        self.write_json("dataset.json", facts)
+
+    def fits(self, fingerprint: str) -> bool:
+        """Return whether a finished run is of the images with this fingerprint."""
+        return bool(self._stamp()["fingerprint"] == fingerprint)
+
+    def take_features(self, earlier: RunFolder) -> None:
+        """Copy the features of another run."""
+        with atomic(self.path / "features.npy") as temporary:
+            shutil.copyfile(earlier.path / "features.npy", temporary)
 
     def check_dataset(self, fingerprint: str, num_images: int) -> None:
         """Compare dataset.json with the data set of this job.
@@ -325,18 +340,22 @@ class RunFolder(CheckedFiles):
             reason = ValueError(f"the number of images is not the data set's, {num_images}")
             raise damaged(self.path / name, reason)
 
-    def check_upstream(self, upstream: RunFolder) -> None:
-        """Compare dataset.json with the upstream run as it is now.
+    def check_upstream(self, upstream: RunFolder, more: Sequence[RunFolder] = ()) -> None:
+        """Compare dataset.json with the upstream runs as they are now.
 
         Raises:
             UsageError: the upstream run was run again since.
         """
         stamp = self._stamp()
-        if stamp["upstream"] != upstream.metrics.get("digest"):
-            raise UsageError(
-                f"{self.path} was made from an earlier {upstream.path}, which was run again since; "
-                "run this stage again too with overwrite=true, or use another run=NAME"
-            )
+        others = stamp.get("more")
+        found = [stamp["upstream"], *(others if isinstance(others, list) else [])]
+        found += [None] * (1 + len(more) - len(found))
+        for each, digest in zip((upstream, *more), found, strict=False):
+            if digest != each.metrics.get("digest"):
+                raise UsageError(
+                    f"{self.path} was made from an earlier {each.path}, which was run again since; "
+                    "run this stage again too with overwrite=true, or use another run=NAME"
+                )
 
     def _stamp(self) -> dict[str, Any]:
         stamp = self._json("dataset.json", STAMP)

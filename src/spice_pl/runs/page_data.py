@@ -73,6 +73,7 @@ def report_data(
         confidence=table.confidence,
         agreement=table.agreement,
         reliable=table.reliable,
+        num_neighbors=table.num_neighbors,
         labels=images.labels,
         class_names=images.class_names,
         logs=_logs([*reversed(upstream), folder]),

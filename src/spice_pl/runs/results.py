@@ -205,6 +205,7 @@ def _table_metrics(table: ClusterTable | None, num_clusters: int) -> dict[str, A
         "cluster_sizes": sizes.tolist(),
         "mean_confidence": float(table.confidence.mean()),
         "mean_agreement": float(table.agreement.mean()),
+        "num_neighbors": table.num_neighbors,
         "reliable_fraction": float(table.reliable.mean()),
     }
 

@@ -44,17 +44,25 @@ _ROW: Mapping[str, Kind] = {  # fields of `ResultRow`
     "seconds": AMOUNT,
     "oracle": FLAG,
 }
+_COMPARED: Mapping[str, Kind] = {  # fields of `Compared`
+    "name": TEXT,
+    "kept": FLAG,
+    **dict.fromkeys(("agreement", "evenness", "alike", "sure", "score"), NUMBER),
+    **dict.fromkeys(("smallest", "largest"), COUNT),
+}
 # Fields of metrics.json that are read later. Stages and tasks write some of them.
 METRICS: Mapping[str, Kind] = {
     **dict.fromkeys(("stage", "title", "preset", "dataset", "fingerprint", "protocol"), TEXT),
     **dict.fromkeys(("precision", "digest", "checksum"), TEXT),
-    **dict.fromkeys(("num_clusters", "num_images", "devices"), COUNT),
+    **dict.fromkeys(("num_clusters", "num_images", "num_neighbors", "devices"), COUNT),
     **dict.fromkeys(("seconds", "seconds_in_all", "peak_memory_mb"), AMOUNT),
     "seed": WHOLE,
     "overrides": list_of(TEXT),
     **dict.fromkeys(("settings", "versions", "digests"), map_of(TEXT)),
     "objective": optional(NUMBER),
     "cluster_sizes": list_of(COUNT),
+    "odd": map_of(COUNT),
+    "compared": list_of(object_of(_COMPARED, needed=set(_COMPARED))),
     "rows": list_of(object_of(_ROW, needed=_ROW.keys() - {"purity", "recall", "oracle"})),
 }
 # Fields of dataset.json.

@@ -53,6 +53,8 @@ class Stage(pl.LightningModule):
     name = ""  # key of its settings, such as moco, for messages; the job may set another
     has_clusters = True
     trains_encoder = True  # for the estimate of memory
+    reads_many = False  # whether `upstream` may name several stages
+    more_upstream: Sequence[RunFolder] = ()  # those after the first; the job sets it
     oracle = False  # whether it trains on true labels, which every result must say
     chosen_head: int | None = None  # of many, the one chosen without labels after the last epoch
     encoder: nn.Module
@@ -221,6 +223,28 @@ class Stage(pl.LightningModule):
         gathered = self.gathered(padded)  # (R, longest, ...)
         return gathered.transpose(0, 1).flatten(0, 1)[: sum(counts)]
 
+    def joined(self, rows: Tensor) -> Tensor:
+        """Join the rows of all ranks, (b, ...) -> (B, ...), rank by rank, for a loss of the batch.
+
+        The gradient flows back to the rank that the rows are from.
+        """
+        if self.trainer.world_size == 1:
+            return rows
+        return cast(Tensor, self.all_gather(rows, sync_grads=True)).flatten(0, 1)  # (R, b, ...)
+
+    @torch.no_grad()
+    def plain_features(self, encoder: nn.Module, index: Tensor) -> Tensor:
+        """Return the features (n, D) of plain views of images (n,), equal on all ranks.
+
+        Args:
+            encoder: network in eval mode, (B, 3, S, S) -> (B, D).
+            index: (n,) positions in the data set.
+        """
+        self.share_buffers()
+        batches = self.datamodule.plain_batches(index, self.device)
+        features = [encoder(batch.views["plain"]).float() for batch in batches]
+        return self.across_ranks(torch.cat(features))
+
     def gathered(self, tensor: Tensor) -> Tensor:
         """Stack a tensor of one shape over the ranks, (...) -> (R, ...)."""
         return cast(Tensor, self.all_gather(tensor))
@@ -279,6 +303,34 @@ def check_word(setting: str, word: str, words: Sequence[str]) -> None:
     """
     if word not in words:
         raise UsageError(f"{setting} {word!r} is none of {', '.join(words)}")
+
+
+def check_count(stage: str, num_clusters: int | None) -> None:
+    """Check that K is known to a stage that clusters without the features of another one.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if not num_clusters:
+        raise UsageError(
+            f"stage={stage} clusters from its first step and dataset.num_clusters is not a number; "
+            "give one (stage=estimate_k estimates it from the features of stage=moco)"
+        )
+
+
+def check_batch(stage: str, streams: Mapping[str, Stream], num_clusters: int) -> None:
+    """Check that a batch has at least as many images as there are clusters.
+
+    Raises:
+        UsageError: it has fewer.
+    """
+    for name, stream in streams.items():
+        if stream.batch_size < num_clusters:
+            raise UsageError(
+                f"{stage}.streams.{name}.batch_size {stream.batch_size} is less than the "
+                f"{num_clusters} clusters, so a batch cannot hold all of them; give at least "
+                f"{num_clusters}, better several times as many"
+            )
 
 
 class EpochMeans(pl.callbacks.Checkpoint):

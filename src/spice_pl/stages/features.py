@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spice_pl.data.datamodule import Stream, Views
+from spice_pl.data.augment import View
+from spice_pl.data.datamodule import Stream, Views, in_turn
 from spice_pl.data.images import ImageSet
 from spice_pl.data.keyed import keyed_uniform
 from spice_pl.errors import UsageError
@@ -52,6 +53,7 @@ class FeatureStage(Stage):
     """
 
     has_clusters = False
+    against_collapse = "raise the temperature"  # what else to do beside a lower lr
 
     def __init__(
         self,
@@ -111,7 +113,7 @@ class FeatureStage(Stage):
     def configure_optimizers(self) -> Any:
         """Return SGD, and its cosine per epoch after the warm-up."""
         optimizer = torch.optim.SGD(
-            [*self.encoder.parameters(), *self.projection.parameters()],
+            [each for each in self.parameters() if each.requires_grad],
             lr=self.lr,
             momentum=self.sgd_momentum,
             weight_decay=self.weight_decay,
@@ -128,9 +130,10 @@ class FeatureStage(Stage):
         if spread < COLLAPSED * self._even_spread:
             logger.warning(
                 "the embeddings have collapsed: their standard deviation is %.4f, and %.4f when "
-                "spread evenly; lower the lr or raise the temperature of this stage",
+                "spread evenly; lower the lr or %s of this stage",
                 spread,
                 self._even_spread,
+                self.against_collapse,
             )
 
     def prepare(
@@ -138,14 +141,7 @@ class FeatureStage(Stage):
     ) -> Mapping[str, Stream]:
         """Fit the stem to some of the images, if the encoder has one that must be fitted."""
         self.check(images, streams)
-        fit_stem = getattr(self.encoder, "fit_stem", None)
-        if fit_stem is not None:
-            view = streams["images"].views["query"]
-            index = images.train_index[:: math.ceil(len(images.train_index) / NUM_STEM_IMAGES)]
-            pixels = torch.from_numpy(np.asarray(images.images[index]))  # (n, 3, S, S)
-            rows = torch.from_numpy(index)
-            uniforms = keyed_uniform(0, torch.zeros_like(rows), rows, 0, view.num_uniforms)
-            fit_stem(view(pixels, uniforms))
+        fit_stem(self.encoder, images, next(iter(streams["images"].views.values())))
         return streams
 
     def weights(self) -> Mapping[str, nn.Module]:
@@ -161,8 +157,7 @@ class FeatureStage(Stage):
         views = batch.views["query"], batch.views["key"]
         if self.sizes is None:
             return views
-        part = self.current_epoch * len(self.sizes) // (self.trainer.max_epochs or 1)
-        size = self.sizes[min(part, len(self.sizes) - 1)]
+        size = in_turn(self.sizes, self.current_epoch, self.trainer.max_epochs)
         first, second = (_scaled(view, size) for view in views)
         return first, second
 
@@ -181,6 +176,19 @@ class FeatureStage(Stage):
             return (epoch + 1) / (self.warmup_epochs + 1)
         epochs = max(1, (self.trainer.max_epochs or 1) - self.warmup_epochs)
         return 0.5 * (1 + math.cos(math.pi * (epoch - self.warmup_epochs) / epochs))
+
+
+def fit_stem(encoder: nn.Module, images: ImageSet, view: View) -> None:
+    """Fit the stem of an encoder to views of some training images, if it has one to be fitted."""
+    fit = getattr(encoder, "fit_stem", None)
+    if fit is None:
+        return
+    index = images.train_index[:: math.ceil(len(images.train_index) / NUM_STEM_IMAGES)]
+    pixels = torch.from_numpy(np.asarray(images.images[index]))  # (n, 3, S, S)
+    rows = torch.from_numpy(index)
+    uniforms = keyed_uniform(0, torch.zeros_like(rows), rows, 0, view.num_uniforms)
+    views = view(pixels, uniforms)
+    fit(views if views.ndim == 4 else views[:, 0])  # one patch per image is enough
 
 
 def _scaled(images: Tensor, size: int) -> Tensor:

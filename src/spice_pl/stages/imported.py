@@ -36,6 +36,8 @@ class ImportModule(Stage):
         UsageError: the file cannot be read, does not fit, or has another number of clusters.
     """
 
+    has_clusters = False  # unless the file has a head
+
     def __init__(
         self,
         path: str | None,

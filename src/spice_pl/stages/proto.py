@@ -22,15 +22,25 @@ from spice_pl.data.datamodule import Stream, Views
 from spice_pl.data.images import ImageSet
 from spice_pl.data.keyed import keyed_generator
 from spice_pl.errors import UsageError
-from spice_pl.functional.device import to_device
-from spice_pl.functional.losses import double_softmax_floor, mean_prediction_entropy
+from spice_pl.functional.device import cluster_sizes, to_device
+from spice_pl.functional.losses import (
+    double_softmax_floor,
+    mean_prediction_entropy,
+    tempered_cross_entropy_per_head,
+)
 from spice_pl.functional.prototypes import prototype_pseudo_labels, prototype_shares
 from spice_pl.nn.heads import ParallelHeads
 from spice_pl.runs.evidence import check_features
 from spice_pl.runs.folder import RunFolder, as_tensor
 from spice_pl.stages.base import Prediction, Stage, width_of
 from spice_pl.stages.proto_choice import score_heads
-from spice_pl.stages.proto_settings import check_settings, head_losses, initial_shares
+from spice_pl.stages.proto_settings import (
+    HeadLosses,
+    check_settings,
+    head_losses,
+    initial_shares,
+)
+from spice_pl.stages.proto_start import start_clusters, start_probs
 from spice_pl.stages.proto_views import BankedViews, FrozenViews, MovingEncoder
 
 logger = logging.getLogger(__name__)
@@ -73,6 +83,10 @@ class ProtoHeadModule(Stage):
             favours even clusters.
         prior: shares of the clusters: "uniform", equal as in the paper; K numbers, which all heads
             follow; or "estimated", a moving average of each head's `prototype_shares`. Ours.
+        start: what the first E-step reads: "random", the predictions of heads that were not
+            trained, as in the paper; or "kmeans", `start_clusters` of the first buffer, the same
+            for all heads, which the first M-step learns with a single softmax. Shares that are
+            estimated then start at the sizes of these clusters. Ours.
         seed: seed of the run; head h starts from 1000 · seed + h, so that runs share no head.
     """
 
@@ -106,6 +120,7 @@ class ProtoHeadModule(Stage):
         view_bank: int | None = None,
         selection: str = "loss",
         prior: str | Sequence[float] = "uniform",
+        start: str = "random",
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -114,6 +129,7 @@ class ProtoHeadModule(Stage):
             bn_mode=bn_mode,
             joint=joint,
             selection=selection,
+            start=start,
             select_ratio=select_ratio,
             entropy=entropy,
             view_bank=view_bank,
@@ -153,7 +169,7 @@ class ProtoHeadModule(Stage):
         self.prototype_shares: Callable[..., Tensor] = partial(prototype_shares, **settings)
         shares = initial_shares(prior, num_clusters)
         self.register_buffer("shares", None if shares is None else shares.repeat(num_heads, 1))
-        self.estimated = prior == "estimated"
+        self.estimated, self.start = prior == "estimated", start
         self._cycle: list[tuple[Tensor, Tensor, Tensor]] = []
 
     @property
@@ -179,11 +195,18 @@ class ProtoHeadModule(Stage):
             probs = self.heads(weak)  # (H, M, K)
         # E-step, Eqs. 2-4: prototypes are means of embeddings of the plain images.
         embeddings = self.embeddings[index]
+        first = self.current_epoch == 0 and batch_idx + 1 == self.batches_per_cycle
+        starts = first and self.start == "kmeans"
+        if starts:
+            probs = self._start(index, embeddings).expand_as(probs)
         if self.estimated and self.shares is not None:
             found = self.prototype_shares(embeddings, probs, shares=self.shares)  # (H, K)
             self.shares.lerp_(found.to(self.shares.dtype), SHARES_RATE)
         slots, label = self.prototype_pseudo_labels(embeddings, probs, shares=self.shares)
-        losses = self._maximise(strong, slots, label, batch_idx)  # (H,)
+        # A double softmax hardly moves heads that are not trained (Appendix A), and the next cycle
+        # reads their predictions.
+        losses_of = tempered_cross_entropy_per_head if starts else self.head_losses
+        losses = self._maximise(strong, slots, label, batch_idx, losses_of)  # (H,)
         if batch_idx + 1 == self.trainer.num_training_batches:
             self._choose()
         return losses.mean()
@@ -288,7 +311,23 @@ class ProtoHeadModule(Stage):
         """Join the batches of a cycle from all ranks in the order in which they were drawn."""
         return torch.cat([self.across_ranks(part) for part in parts])
 
-    def _maximise(self, strong: Tensor, slots: Tensor, label: Tensor, batch_idx: int) -> Tensor:
+    def _start(self, index: Tensor, embeddings: Tensor) -> Tensor:
+        """Return what the first E-step reads (M, K), and let shares start at its sizes."""
+        clusters = start_clusters(self.features[index.cpu()], self.num_clusters, self.seed)
+        # Sums of k-means can differ in their last bits between processes.
+        clusters = self.trainer.strategy.broadcast(clusters).to(embeddings.device)
+        if self.estimated and self.shares is not None:
+            self.shares.copy_(cluster_sizes(clusters, self.num_clusters) / len(clusters))
+        return start_probs(embeddings, clusters, self.num_clusters)
+
+    def _maximise(
+        self,
+        strong: Tensor,
+        slots: Tensor,
+        label: Tensor,
+        batch_idx: int,
+        losses_of: HeadLosses,
+    ) -> Tensor:
         """M-step, Eq. 5: `repeats` passes over the slots (H, S), in one order for all heads."""
         optimizer = self.optimizers()
         generator = keyed_generator(self.seed, self.current_epoch, batch_idx)
@@ -299,7 +338,7 @@ class ProtoHeadModule(Stage):
                 if len(chosen) < self.head_batch_size:
                     break  # the incomplete last batch is dropped
                 logits = self.heads.logits(self.view_features.read(strong, slots[:, chosen]))
-                losses = self.head_losses(logits, label[..., chosen])  # (H, B, K) -> (H,), Eq. 5
+                losses = losses_of(logits, label[..., chosen])  # (H, B, K) -> (H,), Eq. 5
                 loss = losses.sum()  # not the mean: each head learns as if it were the only one
                 if self.entropy:
                     spread = mean_prediction_entropy(logits.softmax(dim=-1))  # (H,)

@@ -24,6 +24,7 @@ BN_MODES = ("frozen", "reference")
 JOINT = ("none", "single_head", "multi_head")
 SELECTION = ("loss", "mutual_information")
 PRIORS = ("uniform", "estimated")
+STARTS = ("random", "kmeans")
 
 HeadLosses = Callable[[Tensor, Tensor], Tensor]  # logits (H, B, K), label (B,) or (H, B) -> (H,)
 
@@ -34,6 +35,7 @@ def check_settings(
     bn_mode: str,
     joint: str,
     selection: str,
+    start: str,
     select_ratio: float,
     entropy: float,
     view_bank: int | None,
@@ -48,6 +50,7 @@ def check_settings(
     check_word("proto.module.bn_mode", bn_mode, BN_MODES)
     check_word("proto.module.joint", joint, JOINT)
     check_word("proto.module.selection", selection, SELECTION)
+    check_word("proto.module.start", start, STARTS)
     if not 0 < select_ratio <= 1:  # above 1 the slots of Eq. 4 outnumber the images
         raise UsageError(f"proto.module.select_ratio {select_ratio} is not in (0, 1]")
     if entropy < 0:
@@ -69,7 +72,8 @@ def head_losses(loss: str, temperature: float) -> HeadLosses:
     """
 
     def double_softmax(logits: Tensor, label: Tensor) -> Tensor:
-        return double_softmax_cross_entropy_per_head(logits.softmax(dim=-1), label)
+        # Along the clusters of (H, K, B), which is contiguous: no copy, and vectors of B.
+        return double_softmax_cross_entropy_per_head(logits.mT.softmax(dim=-2).mT, label)
 
     by_word: Mapping[str, HeadLosses] = {
         "double_softmax": double_softmax,

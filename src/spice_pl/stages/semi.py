@@ -272,10 +272,7 @@ class SemiSupervisedModule(Stage):
     @torch.no_grad()
     def _refresh_kmeans(self) -> None:
         """Cluster the features of the averaged model; the labelled images alone name clusters."""
-        self.share_buffers()
-        batches = self.datamodule.plain_batches(self.train_index, self.device)
-        features = torch.cat([self.ema_encoder(batch.views["plain"]).float() for batch in batches])
-        features = self.across_ranks(features)  # (n, D)
+        features = self.plain_features(self.ema_encoder, self.train_index)  # (n, D)
         clusters, _ = cosine_kmeans(
             features, self.num_clusters, generator=keyed_generator(self.seed, self.global_step)
         )

@@ -8,7 +8,6 @@ Shapes: B images of a batch, b of them on this rank, D features, P projection.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -80,10 +79,8 @@ class SimCLRModule(FeatureStage):
         """Return the loss of a batch; both views get a gradient."""
         features = self.encoder(torch.cat(self.pair(batch)))  # (2b, D)
         query, key = F.normalize(self.projection(features).float()).chunk(2)  # (b, P) each
-        everyone = (query, key)
-        if self.trainer.world_size > 1:  # every rank computes the loss of the global batch
-            everyone = (self._everyone(query), self._everyone(key))
-        loss = nt_xent(*everyone, self.temperature)
+        # Every rank computes the loss of the global batch.
+        loss = nt_xent(self.joined(query), self.joined(key), self.temperature)
         self.record_step(loss, query, key)
         return loss
 
@@ -95,7 +92,3 @@ class SimCLRModule(FeatureStage):
                     f"simclr.streams.images.batch_size {stream.batch_size} leaves no negatives for "
                     "an image; give at least 2"
                 )
-
-    def _everyone(self, rows: Tensor) -> Tensor:
-        """Gather (b, P) to (B, P); the gradient flows back to the rank that the rows are from."""
-        return cast(Tensor, self.all_gather(rows, sync_grads=True)).flatten(0, 1)  # (R, b, P)

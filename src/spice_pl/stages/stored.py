@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,15 @@ from spice_pl.errors import UsageError
 from spice_pl.runs.evidence import check_features
 from spice_pl.runs.folder import RunFolder, as_tensor
 from spice_pl.stages.base import Prediction, Stage, width_of
+
+
+class Sizes(TypedDict):
+    """Settings that subclasses pass on as they are; `StoredFeaturesStage` explains them."""
+
+    num_heads: int
+    batch_size: int
+    steps_per_epoch: int
+    seed: int
 
 
 class StoredFeaturesStage(Stage):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from spice_pl.functional.temi import temi_loss
 from spice_pl.nn.heads import ParallelHeads
 from spice_pl.runs.folder import RunFolder
 from spice_pl.stages.base import width_of
-from spice_pl.stages.stored import StoredFeaturesStage
+from spice_pl.stages.stored import Sizes, StoredFeaturesStage
 
 PARTNERS = 1  # key of the draw of partners
 
@@ -37,18 +38,15 @@ class TemiModule(StoredFeaturesStage):
     Args:
         backbone: (B, 3, S, S) -> (B, D), with `num_features`.
         num_clusters: K.
-        num_heads: H.
         hidden_dim: width of a head's hidden layer.
         num_neighbors: nearest images from which the partner of an image is drawn, without the
             image itself.
         beta: β, exponent of the pointwise mutual information.
         teacher_momentum: share of the teacher that stays at each step.
         share_momentum: share of the teacher's mean prediction that stays at each step.
-        batch_size: B, pairs of an optimizer step.
-        steps_per_epoch: optimizer steps of an epoch.
         lr: learning rate of AdamW, constant.
         weight_decay: weight decay of AdamW.
-        seed: seed of the run; head h starts from 1000 · seed + h.
+        sizes: as in `StoredFeaturesStage`; B are pairs, and head h starts from 1000 · seed + h.
     """
 
     name = "temi"
@@ -59,31 +57,21 @@ class TemiModule(StoredFeaturesStage):
         backbone: nn.Module,
         num_clusters: int,
         *,
-        num_heads: int = 10,
         hidden_dim: int = 128,
         num_neighbors: int = 25,
         beta: float = 0.6,
-        teacher_momentum: float = 0.99,
+        teacher_momentum: float = 0.92,
         share_momentum: float = 0.9,
-        batch_size: int = 256,
-        steps_per_epoch: int = 50,
         lr: float = 1e-3,
         weight_decay: float = 1e-4,
-        seed: int = 0,
+        **sizes: Unpack[Sizes],
     ) -> None:
-        super().__init__(
-            backbone,
-            num_clusters,
-            num_heads=num_heads,
-            batch_size=batch_size,
-            steps_per_epoch=steps_per_epoch,
-            seed=seed,
-        )
-        width = width_of(backbone)
-        self.students = ParallelHeads(width, hidden_dim, num_clusters, num_heads, 1000 * seed)
+        super().__init__(backbone, num_clusters, **sizes)
+        shape = (width_of(backbone), hidden_dim, num_clusters, self.num_heads)
+        self.students = ParallelHeads(*shape, 1000 * self.seed)
         self.teachers = copy.deepcopy(self.students).requires_grad_(False)
         self.selected = self.teachers.head(0).requires_grad_(False)
-        self.register_buffer("shares", torch.full((num_heads, num_clusters), 1 / num_clusters))
+        self.register_buffer("shares", torch.full((self.num_heads, num_clusters), 1 / num_clusters))
         self.num_neighbors, self.beta = num_neighbors, beta
         self.teacher_momentum, self.share_momentum = teacher_momentum, share_momentum
         self.lr, self.weight_decay = lr, weight_decay

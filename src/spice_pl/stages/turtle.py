@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Unpack
 
 import torch
 from pytorch_lightning.core.optimizer import LightningOptimizer
@@ -25,7 +26,7 @@ from spice_pl.nn.heads import LinearHead
 from spice_pl.runs.evidence import check_features, read_array
 from spice_pl.runs.folder import RunFolder, as_tensor
 from spice_pl.stages.base import Prediction, width_of
-from spice_pl.stages.stored import StoredFeaturesStage, moments
+from spice_pl.stages.stored import Sizes, StoredFeaturesStage, moments
 
 NUM_SCORED = 5000  # evenly spaced training images that the generalization score is computed on
 
@@ -41,19 +42,17 @@ class TurtleModule(StoredFeaturesStage):
     Args:
         backbone: (B, 3, S, S) -> (B, D), with `num_features`.
         num_clusters: K.
-        features_files: features (N, D) of the same images by other networks: .npy, .safetensors or
-            .csv; each is one more feature space.
-        num_heads: H.
+        features_files: features (N, D) of the same images from elsewhere: .npy, .safetensors or
+            .csv; each is one more feature space, as is each further stage that `upstream` names.
         gamma: γ, weight of the entropy of the mean label.
         inner_steps: steps of the classifiers per step of the labels; they continue from where they
             were (warm start).
-        batch_size: B.
-        steps_per_epoch: steps of the labels in an epoch.
         lr: learning rate of both Adam optimizers, constant.
-        seed: seed of the run.
+        sizes: as in `StoredFeaturesStage`; H are labelings, and a step is one of the labels.
     """
 
     name = "turtle"
+    reads_many = True
     labelings: LinearMaps  # θ; made in `prepare`, where the widths of all spaces are known
     classifiers: LinearMaps  # w
 
@@ -63,23 +62,13 @@ class TurtleModule(StoredFeaturesStage):
         num_clusters: int,
         *,
         features_files: Sequence[str] = (),
-        num_heads: int = 5,
         gamma: float = 10.0,
         inner_steps: int = 10,
-        batch_size: int = 500,
-        steps_per_epoch: int = 50,
         lr: float = 1e-3,
-        seed: int = 0,
+        **sizes: Unpack[Sizes],
     ) -> None:
-        super().__init__(
-            backbone,
-            num_clusters,
-            num_heads=num_heads,
-            batch_size=batch_size,
-            steps_per_epoch=steps_per_epoch,
-            seed=seed,
-        )
-        self.features_files = list(features_files)
+        super().__init__(backbone, num_clusters, **sizes)
+        self.features_files, self.more_features = list(features_files), list[Tensor]()
         self.gamma, self.inner_steps, self.lr = gamma, inner_steps, lr
         self.selected = LinearHead(width_of(backbone), num_clusters).requires_grad_(False)
 
@@ -119,7 +108,10 @@ class TurtleModule(StoredFeaturesStage):
 
     def prepare_heads(self, images: ImageSet, upstream: RunFolder) -> None:
         """Read further feature spaces; make the maps of each space."""
-        self.more_features = self._read(images)
+        for folder in self.more_upstream:
+            check_features(folder.features, len(images), f"{folder.path}/features.npy")
+            self.more_features.append(as_tensor(folder.features))
+        self.more_features += self._read(images)
         widths = [features.shape[1] for features in (self.features, *self.more_features)]
         generator = keyed_generator(self.seed)
         self.labelings, self.classifiers = (
@@ -132,14 +124,14 @@ class TurtleModule(StoredFeaturesStage):
 
     def state_of_head(self, head: int) -> Mapping[str, Tensor]:
         """Return a labeling, or its classifier, that reads raw features: it standardises them."""
-        maps = self.classifiers if self.features_files else self.labelings
+        maps = self.classifiers if self.more_features else self.labelings
         weight = maps.weights[0][head] / self.scale  # (K, D)
         return {"weight": weight, "bias": maps.biases[0][head] - weight @ self.mean}
 
     def predict(self, batch: Views) -> Prediction:
         """Return stored features, and the labels τ of the kept labeling."""
         prediction = super().predict(batch)
-        if not self.features_files:
+        if not self.more_features:
             return prediction
         return replace(prediction, probs=self._labels(batch.index)[int(self.kept)])
 
@@ -148,7 +140,7 @@ class TurtleModule(StoredFeaturesStage):
         super().on_fit_start()
         self.spaces = [self.inputs]
         for features in self.more_features:
-            mean, scale = moments(features[self.train_index], "features_files")
+            mean, scale = moments(features[self.train_index], "a further feature space")
             self.spaces.append(((features - mean) / scale).to(self.device))
 
     def _step(self, index: Tensor) -> Tensor:

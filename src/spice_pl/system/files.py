@@ -6,6 +6,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from spice_pl.errors import UsageError
 
 # How a cell begins that a spreadsheet may run (OWASP, "CSV injection"), and our own mark.
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "'")
@@ -89,9 +92,63 @@ def from_spreadsheet(text: str) -> str:
     return text.removeprefix("'")
 
 
+def size_text(num_bytes: float) -> str:
+    """Return a size in the unit that shows it.
+
+    >>> size_text(300), size_text(290_000), size_text(2_400_000), size_text(13e9)
+    ('300 B', '290 kB', '2.4 MB', '13.0 GB')
+    """
+    for limit, unit, digits in ((1e9, "GB", 1), (1e6, "MB", 1), (1e3, "kB", 0)):
+        if abs(num_bytes) >= limit:
+            return f"{num_bytes / limit:,.{digits}f} {unit}"
+    return f"{num_bytes:.0f} B"
+
+
 def is_unwritable(error: OSError) -> bool:
     """Whether a file could not be written because of its folder: no permission, or no folder."""
     return error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
+
+
+def check_folder(key: str, value: str, folder: Path | None = None) -> None:
+    """Try whether a folder can be written to, or made; nothing is left behind.
+
+    Args:
+        key: setting that names a folder.
+        value: its value.
+        folder: the folder to try, below that one; None tries that one.
+
+    Raises:
+        UsageError: it cannot; the message names the setting.
+    """
+    place = (folder or Path(value)).expanduser().absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    try:
+        os.rmdir(tempfile.mkdtemp(dir=place, prefix=".spice-pl-"))
+    except OSError as error:
+        raise unwritable(key, value, error) from error
+
+
+def check_temporary() -> None:
+    """Try whether the system's folder of temporary files can be written to.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    try:
+        folder = tempfile.gettempdir()
+    except OSError as error:  # none of the usual places can
+        raise unwritable("TMPDIR", os.environ.get("TMPDIR", ""), error) from error
+    check_folder("TMPDIR", folder)
+
+
+def unwritable(key: str, value: Any, error: OSError) -> UsageError:
+    """Return the error of a setting that names a folder which cannot be written to."""
+    file = f"{os.fsdecode(error.filename)}: " if error.filename else ""
+    return UsageError(
+        f"{key}={value} cannot be written to ({file}{error.strerror}); give another {key}=PATH, or "
+        "change its permissions"
+    )
 
 
 def is_disk_full(error: OSError) -> bool:

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spice_pl.errors import UsageError
+from spice_pl.system.files import check_temporary
 from spice_pl.system.interrupts import RESUME_CODE, Interrupts, Stopped
 
 PARENT = "SPICE_PL_PARENT"  # number of the process that launched the ranks
@@ -69,6 +70,7 @@ def launch_ranks(
         Stopped: the ranks were asked to stop and have saved.
         RuntimeError: a rank failed in another way; its own error is in the output above.
     """
+    check_temporary()
     with tempfile.TemporaryDirectory(prefix="spice-pl-") as folder, Interrupts() as interrupts:
         interrupts.deferred = True
         file = Path(folder, "job.yaml")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import logging
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,9 +18,11 @@ from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 from sklearn.metrics import adjusted_rand_score, silhouette_score
 from sklearn.preprocessing import normalize
+from torch import Tensor
 
 from spice_pl.errors import UsageError
-from spice_pl.functional.embeddings import smoothed_embeddings
+from spice_pl.functional.candidates import modularity
+from spice_pl.functional.embeddings import nearest_others, smoothed_embeddings
 from spice_pl.reports.lines import line_figure
 from spice_pl.system.files import atomic
 from spice_pl.tasks.base import Context, sample
@@ -30,8 +31,9 @@ logger = logging.getLogger(__name__)
 
 IMAGES_PER_CLUSTER = 8  # least n / K: four images per cluster in each half
 STABLE = 0.8  # least adjusted Rand; as prediction strength in Tibshirani and Walther 2005
-ABOUT_AS_WELL = 0.93  # share of the largest silhouette from which another K is a candidate
-NUM_NEIGHBORS = 10  # of the walk that smooths the embeddings
+ABOUT_AS_WELL = 0.9  # share of the largest score from which another K fits about as well
+WIDE = 2  # an answer is unclear if such K differ by this factor
+NUM_NEIGHBORS = 10  # of the walk that smooths the embeddings, and of modularity
 RESTARTS = 3  # starts of each k-means on a half
 RESTARTS_WHOLE = 10  # starts of k-means on all images; fewer miss small groups
 
@@ -47,6 +49,7 @@ class Point:
         null: stability of clouds of points without groups.
         silhouette: mean silhouette, by the principal components, of k-means on smoothed embeddings
             of all sampled images.
+        modularity: see `functional.candidates.modularity`, of the same clusters.
     """
 
     num_clusters: int
@@ -54,6 +57,12 @@ class Point:
     spread: float
     null: float
     silhouette: float
+    modularity: float
+
+    @property
+    def score(self) -> float:
+        """Silhouette times modularity; the largest decides. Not positive where either is not."""
+        return min(self.silhouette, self.modularity, self.silhouette * self.modularity)
 
 
 @dataclass(frozen=True)
@@ -93,19 +102,23 @@ class EstimateK:
                 f"and estimate_k.task.largest of 2 or more; here {len(rows)} and "
                 f"{self.largest}; give dataset.num_clusters=K instead of an estimate"
             )
-        embeddings = smoothed(features, largest)
+        num_neighbors = max(1, min(NUM_NEIGHBORS, len(rows) // (2 * largest)))
+        embeddings = smoothed(features, num_neighbors)
+        others = nearest_others(torch.from_numpy(features), num_neighbors)
         curve = [
-            look(rows, embeddings, num_clusters, self.num_splits, context.seed)
+            look(rows, embeddings, others, num_clusters, self.num_splits, context.seed)
             for num_clusters in range(2, largest + 1)
         ]
         found, candidates = choose(curve)
-        doubts = doubts_of(found, curve)
+        doubts = doubts_of(found, curve, candidates)
         text = sentence(found, doubts, candidates)
         write_curve(context, curve)
         for point in curve:
             logger.info(
-                "K = %2d  stability %.3f ± %.3f, without groups %.3f, silhouette %.3f",
-                *(point.num_clusters, point.stability, point.spread, point.null, point.silhouette),
+                "K = %2d  stability %.3f ± %.3f, without groups %.3f, silhouette %.3f, "
+                "modularity %.3f",
+                *(point.num_clusters, point.stability, point.spread, point.null),
+                *(point.silhouette, point.modularity),
             )
         logger.info("%s\n%s", text, context.folder.path / "k.svg")
         return {
@@ -118,7 +131,7 @@ class EstimateK:
                 "num_clusters": found.num_clusters,
                 "clear": not doubts,
                 "candidates": [point.num_clusters for point in curve],
-                "scores": [point.silhouette for point in curve],
+                "scores": [point.score for point in curve],
             },
             "about_as_well": candidates,
             "curve": [asdict(point) for point in curve],
@@ -151,13 +164,8 @@ def principal_components(rows: NDArray[np.float64], num_components: int) -> NDAr
     return scores
 
 
-def smoothed(features: NDArray[np.float64], largest: int) -> NDArray[np.float32]:
-    """Return smoothed embeddings (n, d) of features (n, D).
-
-    Where clusters are small, fewer neighbours are averaged: at most half of a cluster's images at
-    the largest K.
-    """
-    num_neighbors = max(1, min(NUM_NEIGHBORS, len(features) // (2 * largest)))
+def smoothed(features: NDArray[np.float64], num_neighbors: int) -> NDArray[np.float32]:
+    """Return smoothed embeddings (n, d) of features (n, D)."""
     found = smoothed_embeddings(torch.from_numpy(features), num_neighbors=num_neighbors)
     embeddings: NDArray[np.float32] = found.numpy()
     return embeddings
@@ -166,17 +174,28 @@ def smoothed(features: NDArray[np.float64], largest: int) -> NDArray[np.float32]
 def look(
     rows: NDArray[np.float64],
     embeddings: NDArray[np.float32],
+    others: Tensor,
     num_clusters: int,
     num_splits: int,
     seed: int,
 ) -> Point:
-    """Measure one K on principal components (n, d) and smoothed embeddings of the same images.
+    """Measure one K on the same images' principal components, embeddings and neighbours.
 
     The silhouette (Rousseeuw 1987) is not taken in the space that is clustered: smoothing makes
-    clumps, and their silhouette rises with K. Stability as in Lange et al. 2004: if there are K
-    groups, k-means finds the same ones in two halves of the images. The cloud without groups is a
-    Gaussian with the same variances. It is needed for comparison, because a small K is stable
+    clumps, and their silhouette rises with K. By itself it is largest where a few large clusters
+    take in the small ones. Modularity grows with K as long as neighbours stay together, so small
+    clusters count; by itself it cuts large clusters. Stability as in Lange et al. 2004: if there
+    are K groups, k-means finds the same ones in two halves of the images. The cloud without groups
+    is a Gaussian with the same variances. It is needed for comparison, because a small K is stable
     without groups too, along the axes in which the cloud is long.
+
+    Args:
+        rows: (n, d), principal components of the features.
+        embeddings: (n, d'), smoothed.
+        others: (n, k), neighbours by the cosine of the features.
+        num_clusters: K.
+        num_splits: number of random splits into halves.
+        seed: seed of the splits and of k-means.
     """
     generator = np.random.default_rng([seed, num_clusters])
     found, without = [], []
@@ -192,6 +211,7 @@ def look(
         float(np.std(found)),
         float(np.mean(without)),
         float(silhouette_score(rows, whole)) if 1 < groups < len(rows) else 0.0,
+        modularity(others, torch.from_numpy(whole.astype(np.int64))),
     )
 
 
@@ -212,22 +232,19 @@ def _kmeans(num_clusters: int, generator: np.random.Generator, starts: int = RES
 
 
 def choose(curve: Sequence[Point]) -> tuple[Point, list[int]]:
-    """Return the middle of the K that fit about as well as the best, and all of these.
-
-    The largest silhouette alone jumps between them from sample to sample.
-    """
-    best = max(curve, key=lambda point: point.silhouette)  # of equal ones the smallest K
-    enough = min(best.silhouette, ABOUT_AS_WELL * best.silhouette)
-    candidates = [point.num_clusters for point in curve if point.silhouette >= enough]
-    middle = statistics.median_high(candidates)
-    return next(point for point in curve if point.num_clusters == middle), candidates
+    """Return the K of the largest score, the smallest of equal ones, and all that fit as well."""
+    best = max(curve, key=lambda point: point.score)
+    enough = min(best.score, ABOUT_AS_WELL * best.score)
+    return best, [point.num_clusters for point in curve if point.score >= enough]
 
 
-def doubts_of(found: Point, curve: Sequence[Point]) -> list[str]:
+def doubts_of(found: Point, curve: Sequence[Point], candidates: Sequence[int]) -> list[str]:
     """Return the reasons against a clear K; none where K is clear."""
     doubts = []
     if found.stability < STABLE:
         doubts.append(f"halves of the images agree to {found.stability:.2f}, less than {STABLE}")
+    if max(candidates) >= WIDE * min(candidates):
+        doubts.append(f"from {min(candidates)} to {max(candidates)} clusters fit about as well")
     if found.silhouette <= 0:
         doubts.append(f"the silhouette {found.silhouette:.2f} is not positive")
     if found is curve[-1]:
@@ -247,7 +264,7 @@ def sentence(found: Point, doubts: Sequence[str], candidates: Sequence[int]) -> 
     return (
         f"the data shows {found.num_clusters} clusters: halves of the images agree to "
         f"{found.stability:.2f}, halves of points without groups to {found.null:.2f}; silhouette "
-        f"{found.silhouette:.2f}{near}"
+        f"{found.silhouette:.2f}, modularity {found.modularity:.2f}{near}"
     )
 
 
@@ -264,6 +281,8 @@ def write_curve(context: Context, curve: Sequence[Point]) -> None:
         "stability": [(point.num_clusters, point.stability) for point in curve],
         "without groups": [(point.num_clusters, point.null) for point in curve],
         "silhouette": [(point.num_clusters, point.silhouette) for point in curve],
+        "modularity": [(point.num_clusters, point.modularity) for point in curve],
+        "score": [(point.num_clusters, point.score) for point in curve],
     }
     with atomic(context.folder.path / "k.svg") as temporary:
         temporary.write_text(line_figure(curves, "K", "score"), encoding="utf-8")

@@ -75,7 +75,10 @@ class Inspect:
         data = Inspection(
             name=images.name,
             facts=self._facts(images, digests, len(near)),
-            notes=[*notes(images, digests), *_scale_notes(context, mean, std)],
+            notes=[
+                *notes(images, digests, pretrained=self.pretrained),
+                *_scale_notes(context, mean, std, pretrained=self.pretrained),
+            ],
             tables=tables(images, context, mean, std),
             skipped=images.skipped,
             keys=images.keys,
@@ -111,6 +114,11 @@ class Inspect:
         )
         logger.info("%s  look at the data", path)
 
+    @property
+    def pretrained(self) -> bool:
+        """Whether the job takes a pretrained network, which has its own size, mean and std."""
+        return "embed" in self.stages
+
     def _facts(
         self, images: ImageSet, digests: NDArray[np.uint64], num_near: int
     ) -> list[tuple[str, str]]:
@@ -139,7 +147,9 @@ class Inspect:
                 key = zlib.crc32(f"inspect/{name}".encode())
                 uniforms = keyed_uniform(seed, draw, index, key, view.num_uniforms)
                 title = f"{name} {draw + 1}" if view.num_uniforms else name
-                made[title] = as_picture(view(pixels.clone(), uniforms), view)
+                shown = view(pixels.clone(), uniforms)
+                shown = shown if shown.ndim == 4 else shown[:, 0]  # the first of many patches
+                made[title] = as_picture(shown, view)
         return made
 
 
@@ -173,7 +183,7 @@ def measure(images: ImageSet) -> tuple[NDArray[np.float64], NDArray[np.float64]]
     )
 
 
-def notes(images: ImageSet, digests: NDArray[np.uint64]) -> list[str]:
+def notes(images: ImageSet, digests: NDArray[np.uint64], *, pretrained: bool = False) -> list[str]:
     """Return sentences about what may be wrong with the data."""
     said = []
     side = images.images.shape[-1]
@@ -181,9 +191,10 @@ def notes(images: ImageSet, digests: NDArray[np.uint64]) -> list[str]:
         shorter = np.minimum(images.files["width"], images.files["height"])
         longer = np.maximum(images.files["width"], images.files["height"])
         if small := int((shorter < side).sum()):
+            way = "" if pretrained else " A smaller dataset.image_size costs less."
             said.append(
                 f"Magnified, because their shorter side has fewer than {side} pixels: {small:,} of "
-                f"{len(images):,} images. A smaller dataset.image_size costs less."
+                f"{len(images):,} images.{way}"
             )
         if long := int((longer > 2 * shorter).sum()):
             said.append(
@@ -200,7 +211,7 @@ def notes(images: ImageSet, digests: NDArray[np.uint64]) -> list[str]:
 
 
 def _scale_notes(
-    context: Context, mean: NDArray[np.float64], std: NDArray[np.float64]
+    context: Context, mean: NDArray[np.float64], std: NDArray[np.float64], *, pretrained: bool
 ) -> list[str]:
     plain = context.plain
     if not isinstance(plain, PlainView):
@@ -215,7 +226,7 @@ def _scale_notes(
             "them apart by."
         )
     far = max(np.abs(mean - plain.mean).max(), np.abs(std - plain.std).max())
-    if far < 0.1:
+    if far < 0.1 or pretrained:
         return said
     measured = [f"[{', '.join(f'{value:.3f}' for value in each)}]" for each in (mean, std)]
     return [

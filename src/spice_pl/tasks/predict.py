@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import csv
 import logging
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,17 +21,12 @@ from spice_pl.errors import UsageError
 from spice_pl.models.hub import is_on_hub, pull
 from spice_pl.models.pixels import fitting_batch
 from spice_pl.models.portable import PortableModel, Predictions, load
+from spice_pl.runs.sorting import PLACE, Sorter
 from spice_pl.system.files import atomic, for_spreadsheet
 from spice_pl.system.progress import Bar
 from spice_pl.tasks.base import Context
 
 logger = logging.getLogger(__name__)
-
-PLACE: dict[str, Callable[[Path, Path], Any]] = {
-    "copy": shutil.copy2,
-    "hardlink": os.link,
-    "symlink": lambda source, target: target.symlink_to(source),
-}
 
 
 class Predict:
@@ -89,8 +82,12 @@ class Predict:
                 "levels of more than 8 bits: black %g, white %g, as the model says", *model.levels
             )
         images = context.images(image_size=model.image_size, **levels)
-        sorter = self._sorter(context, images, model)
+        sorter = None
+        if self.sort != "none":
+            target = context.folder.path / "sorted"
+            sorter = Sorter(images, target, model.names, self.sort, "predict.sort")
         counts, doubtful = np.zeros(model.num_clusters, dtype=np.int64), 0
+        compared = Compared(model, images)
         started = time.monotonic()
         batches = pixel_batches(images, self.batch_size)
         with ExitStack() as stack:
@@ -101,13 +98,14 @@ class Predict:
             for part in model.stream(batches, num_nearest=self.num_nearest):
                 write(part)
                 if sorter is not None:
-                    sorter(part)
+                    sorter.place(part.keys, part.clusters, part.not_sure)
+                compared(part)
                 counts += np.bincount(part.clusters, minlength=model.num_clusters)
                 doubtful += int(part.not_sure.sum())
                 bar.advance(len(part))
                 bar.show()
         rate = len(images) / (time.monotonic() - started)
-        meaning = "fewer than half of the most similar known images are in the same cluster"
+        meaning = "too few of the most similar known images are in the same cluster"
         if model.known is None:
             meaning = f"confidence at most {model.threshold:g}"
         for name, count in zip(model.names, counts, strict=True):
@@ -117,96 +115,48 @@ class Predict:
             *(len(images), rate, doubtful, meaning),
             context.folder.path / "predictions.csv",
         )
-
-    def _sorter(
-        self, context: Context, images: ImageSet, model: PortableModel
-    ) -> Callable[[Predictions], None] | None:
-        if self.sort == "none":
-            return None
-        target = (context.folder.path / "sorted").resolve()
-        if images.root is None:
-            raise UsageError(
-                f"predict.sort={self.sort} needs image files and {images.name} has none; use "
-                "dataset=folder, or predict.sort=none"
-            )
-        if target.is_relative_to(images.root):
-            raise UsageError(
-                f"{target} is inside dataset.root={images.root}, so sorted files would be "
-                "clustered the next time; give another runs_dir"
-            )
-        if target.is_dir() and any(target.iterdir()):
-            raise UsageError(
-                f"{target} holds sorted files already and nothing is replaced or deleted here; "
-                "remove it yourself, or use another run=NAME"
-            )
-        return Sorter(images.root, target, folder_names(model.names), PLACE[self.sort])
+        if sorter is not None:
+            logger.info("%s  one folder per cluster", sorter.target)
+        compared.say()
 
 
-class Sorter:
-    """Put each file into the folder of its cluster.
+class Compared:
+    """Compare predictions of the images that a model was made from with the clusters of its run.
 
     Args:
-        root: folder of the data set, which the keys are relative to.
-        target: folder to make the clusters' folders in.
-        folders: (K,) names of these folders.
-        place: function (source, target) that copies or links a file.
+        model: its known images have the clusters of the run.
+        images: images to predict; others than those of the run are not compared.
     """
 
-    def __init__(
-        self, root: Path, target: Path, folders: Sequence[str], place: Callable[[Path, Path], Any]
-    ) -> None:
-        self.root, self.target, self.folders, self.place = root, target, folders, place
+    def __init__(self, model: PortableModel, images: ImageSet) -> None:
+        self.same = self.others = 0
+        self.precision = str(model.about.get("precision", "another precision"))
+        self.clusters: dict[str, int] = {}
+        if model.known is not None and model.about.get("fingerprint") == images.fingerprint:
+            pairs = zip(model.known.keys, model.known.clusters.tolist(), strict=True)
+            self.clusters = dict(pairs)
 
     def __call__(self, part: Predictions) -> None:
-        """Place the files of a batch; a name that is taken gets a number.
+        """Count the images of a batch that are in the cluster of the run, and the others."""
+        for key, cluster in zip(part.keys, part.clusters.tolist(), strict=True):
+            if key in self.clusters:
+                equal = self.clusters[key] == cluster
+                self.same, self.others = self.same + equal, self.others + (not equal)
 
-        Raises:
-            UsageError: a file cannot be placed.
-        """
-        for key, cluster, doubtful in zip(part.keys, part.clusters, part.not_sure, strict=True):
-            folder = self.target / self.folders[cluster] / ("not sure" if doubtful else "")
-            folder.mkdir(parents=True, exist_ok=True)
-            source = self.root / key
-            try:
-                self.place(source, _free(folder, source))
-            except OSError as error:
-                raise UsageError(
-                    f"{source} cannot be placed in {folder} ({error.strerror}); use another "
-                    "predict.sort (a hard link needs one file system), or make room"
-                ) from error
-
-
-def _free(folder: Path, source: Path) -> Path:
-    """Return a free path in the folder: photo.jpg, photo (2).jpg, ..."""
-    target, number = folder / source.name, 1
-    while os.path.lexists(target):
-        number += 1
-        target = folder / f"{source.stem} ({number}){source.suffix}"
-    return target
-
-
-def folder_names(names: Sequence[str]) -> list[str]:
-    """Turn names of clusters into distinct names of folders that any system accepts.
-
-    >>> folder_names(["cats", "a/b: c", "Cats", "..", "CON"])
-    ['cats', 'a_b_ c', 'Cats (2)', '_', 'CON_']
-    """
-    reserved = {"con", "prn", "aux", "nul", "not sure"}  # by Windows, and by Sorter
-    reserved |= {f"{port}{i}" for port in ("com", "lpt") for i in range(10)}
-    taken: set[str] = set()
-    folders = []
-    for name in names:
-        plain = "".join("_" if c in '/\\:*?"<>|' or not c.isprintable() else c for c in name)
-        plain = plain.strip(" .")[:100] or "_"
-        if plain.casefold() in reserved:
-            plain += "_"
-        folder, number = plain, 1
-        while folder.casefold() in taken:
-            number += 1
-            folder = f"{plain} ({number})"
-        taken.add(folder.casefold())
-        folders.append(folder)
-    return folders
+    def say(self) -> None:
+        """Log both numbers, if these are the images of the run."""
+        if not self.clusters:
+            return
+        logger.info(
+            "these are the images of the run; of %d compared, %d are in another cluster than in "
+            "its clusters.csv%s",
+            *(self.same + self.others, self.others),
+            f", which was computed in {self.precision} and with answer= as set there, and this "
+            "with the network in 32-true; clusters.csv is the result, and the verb sort copies "
+            "files by it"
+            if self.others
+            else "",
+        )
 
 
 def pixel_batches(

@@ -24,7 +24,6 @@ from spice_pl.data.images import ImageSet
 from spice_pl.data.keyed import keyed_uniform
 from spice_pl.errors import UsageError
 from spice_pl.functional.assignment import clustering_scores
-from spice_pl.models.known import NOT_SURE
 from spice_pl.models.portable import FILE_NAME as MODEL
 from spice_pl.models.portable import load
 from spice_pl.nn.frozen import Frozen
@@ -78,7 +77,7 @@ class Trust:
             "consistency": float(table.agreement.mean()),
             "views": self._views(folder, images, chosen, clusters, seed),
             "separation": separation(folder.features[chosen], table.clusters[chosen]),
-            "sure": float((table.agreement >= NOT_SURE).mean()),
+            "sure": 1 - float(table.not_sure.mean()),
         }
         null = null_check(
             folder.features[chosen],

@@ -276,3 +276,10 @@ def test_a_hugging_face_data_set(tmp_path: Path) -> None:
         hugging_face(str(tmp_path / "saved"), S, cache, image_column="pixels")
     with pytest.raises(UsageError, match="is not a data set on disk"):
         hugging_face(str(tmp_path / "nowhere"), S, cache)
+
+
+def test_a_compressed_shard_is_named(tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards/0.tar.gz").write_bytes(b"\x1f\x8b")
+    with pytest.raises(UsageError, match=r"no \*\.tar file; 0\.tar\.gz is compressed: unpack it"):
+        load(tmp_path)

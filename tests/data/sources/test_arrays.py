@@ -74,11 +74,12 @@ def test_labels_stay_with_their_images(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("pixels", "more", "message"),
     [
-        (COLOUR.astype(np.int32), {}, r"is int32 \(6, 3, 8, 8\); needed are uint8"),
+        (COLOUR.astype(complex), {}, r"is complex128 \(6, 3, 8, 8\); needed are integers"),
+        (COLOUR[0].transpose(1, 2, 0), {}, r"has the shape \(8, 8, 3\) of one image"),
         (COLOUR[0, 0], {}, r"is uint8 \(8, 8\); needed are"),
         (COLOUR[:0], {}, r"is uint8 \(0, 3, 8, 8\); needed are"),
         (np.array([{}], dtype=object), {}, "is not a readable array"),
-        (COLOUR.astype(np.float32), {}, "none of the 6 images .* floats must be within 0 and 1"),
+        (np.full((2, 3, 8, 8), np.nan), {}, "no level is a finite number"),
     ],
 )
 def test_what_is_no_array_of_images(
@@ -86,6 +87,26 @@ def test_what_is_no_array_of_images(
 ) -> None:
     with pytest.raises(UsageError, match=message):
         load(tmp_path, pixels, **more)
+
+
+@pytest.mark.parametrize(
+    ("kind", "factor"),
+    [("float32", 1.0), ("float64", 1 / 255), (">u2", 257), ("int64", 1), ("uint16", 16)],
+)
+def test_one_white_fits_all_images_of_an_array(tmp_path: Path, kind: str, factor: float) -> None:
+    pixels = COLOUR.copy()
+    pixels[0, 0, 0, :2] = 0, 255
+    dark = pixels.copy()
+    dark[1:] //= 16  # images that are nearly black stay so
+    given = (dark.astype(float) * factor).astype(kind)
+    found = load(tmp_path, given).images.astype(int)
+    expected = dark.astype(int)
+    assert np.abs(found - expected).max() <= 1
+
+
+def test_true_is_white(tmp_path: Path) -> None:
+    found = load(tmp_path, COLOUR > 100).images
+    assert np.array_equal(found, 255 * (COLOUR > 100))
 
 
 def test_what_is_missing(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from spice_pl.data.decode import Decoded, Decoding, Loaded, decode, read_image
 from spice_pl.data.images import ImageSet
 from spice_pl.data.sources import folder as module
 from spice_pl.data.sources.folder import folder
+from spice_pl.data.sources.survey import survey
 from spice_pl.errors import UsageError
 
 S = 4
@@ -1033,6 +1034,8 @@ def test_a_parquet_table_is_one_too(
         ("path,label\n1.png,a\nx/../1.png,b", r"row 2 of .* which row 1 names as 1\.png"),
         ("label,path\na,b,1.png", r"line 2 of .* has 3 fields and the header 2; put a path with"),
         ("path,label\n" + "x" * 200_000, r"cannot be read: field larger than"),
+        ('path,label\n"a.png,b\n', r"cannot be read: unexpected end .* is each quote closed"),
+        ("path,label\na\0.png,b\n", r"row 1 .* names a\\x00\.png, which no file can be called"),
     ],
 )
 def test_a_table_that_does_not_fit(
@@ -1157,3 +1160,22 @@ def test_heic_is_read_where_its_package_is(tmp_path: Path) -> None:
     read_image(b"", Decoding(S))  # registers what is there
     Image.new("RGB", (16, 16), (50, 100, 150)).save(tmp_path / "x.heic")
     assert np.abs(decoded(tmp_path / "x.heic", S).astype(int) - (50, 100, 150)).max() < 8
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", " "])
+def test_a_root_that_no_folder_can_have_does_not_exist(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match=r"does not exist; give the folder"):
+        folder(name, 4, str(tmp_path))
+    assert survey({"root": name, "cache_dir": str(tmp_path)}) is None
+
+
+def test_an_archive_among_photos_is_left_out_with_what_to_do(
+    root: Path, load: Callable[..., ImageSet]
+) -> None:
+    solid(root / "1.png", 10)
+    for name in ("a.zip", "b.tar.gz", "c.7z"):
+        (root / name).write_bytes(b"PK\3\4 and more")
+    images = load()
+    assert list(images.skipped) == [
+        (name, "an archive; unpack it") for name in ("a.zip", "b.tar.gz", "c.7z")
+    ]

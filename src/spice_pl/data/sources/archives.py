@@ -98,7 +98,9 @@ def shards(
     place = Path(root).expanduser()
     files = sorted(place.glob("*.tar")) if place.is_dir() else [place]
     if not files or not all(file.is_file() for file in files):
-        raise UsageError(f"dataset.root={root} holds no *.tar file")
+        packed = sorted(place.glob("*.tar.*")) + sorted(place.glob("*.tgz"))
+        way = f"; {packed[0].name} is compressed: unpack it to a plain tar file" if packed else ""
+        raise UsageError(f"dataset.root={root} holds no *.tar file{way}")
     stats, decoding = [file.stat() for file in files], Decoding(image_size, levels, max_decode_mb)
     indices = functools.cache(lambda: [read_index(file) for file in files])
     members = functools.cache(lambda: [image for index in indices() for image in index.images])

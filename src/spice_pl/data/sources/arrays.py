@@ -5,6 +5,8 @@ Shapes: N images, S side in pixels.
 
 from __future__ import annotations
 
+import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,15 @@ from PIL import Image
 
 from spice_pl.data.decode import Decoded, Loaded, square
 from spice_pl.data.images import ImageSet, fingerprint
+from spice_pl.data.levels import CHUNK_PIXELS, black_and_white, scaled
 from spice_pl.data.sources.table import class_labels
 from spice_pl.data.store import open_store
 from spice_pl.data.store_writer import Source
 from spice_pl.errors import UsageError
+
+logger = logging.getLogger(__name__)
+
+SAMPLED = 1000  # images whose levels decide what black and white are
 
 
 def array(
@@ -32,7 +39,9 @@ def array(
 ) -> ImageSet:
     """Return the images of an array: grey (N, H, W), (N, H, W, 1, 3 or 4) or (N, 1 or 3, H, W).
 
-    Levels are uint8 from 0 to 255, or floats from 0 to 1. A `.npy` file of uint8 (N, 3, S, S) is
+    Levels other than uint8 are brought to 8 bits, all images by the same black and white, which are
+    chosen from the whole array as `black_and_white` says: floats of 0 to 1 or 0 to 255, integers of
+    8, 10, 12, 14 or 16 bits, true and false. A `.npy` file of uint8 (N, 3, S, S) is
     memory-mapped directly; anything else is converted once into the image store.
 
     Args:
@@ -43,7 +52,7 @@ def array(
         images: name of the entry of a `.npz` file with the images.
         labels: name of the entry of the `.npz` file, or a `.npy` file, with (N,) true classes, for
             `truth/*` metrics only; None has no truth.
-        on_bad_image: "skip" leaves out images with NaN and reports them, "raise" stops.
+        on_bad_image: "skip" leaves out images with NaN or infinity and reports them, "raise" stops.
         protocol: "whole".
 
     Raises:
@@ -73,20 +82,21 @@ def array(
             protocol=protocol,
         )
 
+    levels = None if rows.dtype == np.uint8 else _levels(rows, path)
+
     def load(i: int) -> Loaded:
         row = np.asarray(rows[i])  # (H, W, channels)
-        if row.dtype != np.uint8:
+        if levels is not None:
             if not np.isfinite(row).all():
                 return "holds NaN or infinity"
-            if row.min() < 0 or row.max() > 1:
-                return f"levels {row.min():.3g} to {row.max():.3g}; floats must be within 0 and 1"
-            row = (row * 255).round().astype(np.uint8)
-        image = Image.fromarray(row[..., 0] if row.shape[-1] == 1 else row)
-        return Decoded(square(image, image_size), "array", row.shape[1], row.shape[0])
+            image = scaled(_flat(row), levels)[0]
+        else:
+            image = Image.fromarray(_flat(row))
+        return Decoded(square(image, image_size), "array", image.width, image.height)
 
     stat = file.stat()
     stored = open_store(
-        [str(file.resolve()), stat.st_size, stat.st_mtime_ns, images],
+        [str(file.resolve()), stat.st_size, stat.st_mtime_ns, images, levels],
         image_size,
         cache_dir,
         lambda: Source(f"dataset.path={path}", [str(i) for i in range(len(rows))], load),
@@ -102,6 +112,24 @@ def array(
         protocol=protocol,
         skipped=stored.skipped,
     )
+
+
+def _flat(row: NDArray[Any]) -> NDArray[Any]:
+    """View (H, W, 1) as (H, W)."""
+    return row[..., 0] if row.shape[-1] == 1 else row
+
+
+def _levels(rows: NDArray[Any], path: str) -> tuple[float, float]:
+    """Return the levels of an array (N, H, W, C) that are shown as black and white."""
+    num_images = max(1, min(SAMPLED, CHUNK_PIXELS // max(1, math.prod(rows.shape[1:]))))
+    step = -(-len(rows) // num_images)
+    try:
+        black, white = black_and_white(rows[::step].astype(np.float32).ravel())
+    except ValueError as error:
+        raise UsageError(f"dataset.path={path}: {error}") from error
+    if rows.dtype != np.bool_:
+        logger.info("%s: levels %g to %g are shown as black to white", path, black, white)
+    return black, white
 
 
 def _open(file: Path, entry: str) -> NDArray[Any]:
@@ -121,8 +149,12 @@ def _open(file: Path, entry: str) -> NDArray[Any]:
 
 def _channels_last(pixels: NDArray[Any], path: str) -> NDArray[Any]:
     """View (N, H, W), (N, H, W, C) or (N, C, H, W) as (N, H, W, C), without a copy."""
-    fits = pixels.dtype == np.uint8 or np.issubdtype(pixels.dtype, np.floating)
-    if fits and len(pixels) and 0 not in pixels.shape:
+    if pixels.dtype.kind in "buif" and 0 not in pixels.shape:
+        if pixels.ndim == 3 and pixels.shape[-1] in (1, 3, 4) and pixels.shape[1] > 4:
+            raise UsageError(
+                f"dataset.path={path} has the shape {pixels.shape} of one image; needed is one of "
+                "several images, (N, H, W, 1|3|4)"
+            )
         if pixels.ndim == 3:
             return pixels[..., None]
         if pixels.ndim == 4 and pixels.shape[-1] in (1, 3, 4):
@@ -130,6 +162,6 @@ def _channels_last(pixels: NDArray[Any], path: str) -> NDArray[Any]:
         if pixels.ndim == 4 and pixels.shape[1] in (1, 3):
             return pixels.transpose(0, 2, 3, 1)
     raise UsageError(
-        f"dataset.path={path} is {pixels.dtype} {pixels.shape}; needed are uint8, or floats of 0 "
-        "to 1, of shape (N, H, W), (N, H, W, 1|3|4) or (N, 1|3, H, W)"
+        f"dataset.path={path} is {pixels.dtype} {pixels.shape}; needed are integers, floats or "
+        "true and false, of shape (N, H, W), (N, H, W, 1|3|4) or (N, 1|3, H, W)"
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -50,6 +51,7 @@ def folder(
     max_decode_mb: float | None = None,
     on_bad_image: str = "skip",
     protocol: str = "whole",
+    found: Note | Found | None = None,
 ) -> ImageSet:
     """Return every image below `root`, in the order of the sorted paths, or those of a table.
 
@@ -76,6 +78,7 @@ def folder(
         max_decode_mb: megabytes of memory that decoding may take; None is 1024.
         on_bad_image: "skip" leaves out what cannot be decoded and reports it, "raise" stops.
         protocol: "whole"; a folder has no test images.
+        found: what a search of root has just found; None searches it.
 
     Raises:
         UsageError: root is missing, is not a folder, or has no image that can be decoded; the
@@ -86,8 +89,8 @@ def folder(
     if labels == "csv" and table is None:
         raise UsageError("dataset.labels=csv reads the column `label` of dataset.table; give it")
     directory = Path(root).expanduser()
-    if not directory.is_dir():
-        state = "is a file, not a folder" if directory.exists() else "does not exist"
+    if not os.path.isdir(directory):  # False, too, for a name that no file can have
+        state = "is a file, not a folder" if os.path.exists(directory) else "does not exist"
         raise UsageError(f"dataset.root={root} {state}; give the folder that holds the images")
     if isinstance(exclude, str):
         raise UsageError(
@@ -97,11 +100,11 @@ def folder(
     search = Search(directory, exclude=exclude or (), cache_dir=cache)
     truths: Sequence[str | None] | None = None
     if table is None:
-        found = look(search, scan)
+        found = look(search, scan) if found is None else found
     else:
         paths, truths = read_table(Path(table).expanduser(), directory, labelled=labels == "csv")
         found = _listed(directory, paths)
-    if not (found.num_images if isinstance(found, Note) else len(found.paths)):
+    if not found.num_images:
         raise UsageError(
             f"no image below dataset.root={root}, {len(found.left_out)} other files"
             f"{found.left_out.summary()}; looked for {', '.join(FORMATS)}"

@@ -16,7 +16,7 @@ from typing import Any
 
 from spice_pl.data.decode import Decoding, quiet_warnings, read_image
 from spice_pl.data.left_out import LeftOut
-from spice_pl.data.listing import Note, Search, look, scan_files
+from spice_pl.data.listing import Found, Note, Search, look, scan_files
 from spice_pl.data.store import store_folder
 
 TRIED = 32  # evenly spaced images that are decoded to measure the time
@@ -28,14 +28,22 @@ class Survey:
     """What a folder holds.
 
     Attributes:
-        num_images: N, files that may be images.
-        left_out: the other files, with reasons.
-        seconds: time that decoding all of them will take; 0 if an earlier run has decoded them.
+        found: what a search of the folder found; the data set is opened from it.
+        seconds: time that decoding all images will take; 0 if an earlier run has decoded them.
     """
 
-    num_images: int
-    left_out: LeftOut
+    found: Note | Found
     seconds: float
+
+    @property
+    def num_images(self) -> int:
+        """N, files that may be images."""
+        return self.found.num_images
+
+    @property
+    def left_out(self) -> LeftOut:
+        """The other files, with reasons."""
+        return self.found.left_out
 
 
 def survey(settings: Mapping[str, Any]) -> Survey | None:
@@ -50,21 +58,21 @@ def survey(settings: Mapping[str, Any]) -> Survey | None:
     """
     root, cache = Path(settings["root"]).expanduser(), Path(settings["cache_dir"]).expanduser()
     exclude = settings.get("exclude") or ()
-    if settings.get("table") is not None or not root.is_dir() or isinstance(exclude, str):
+    if settings.get("table") is not None or not os.path.isdir(root) or isinstance(exclude, str):
         return None
     search = Search(root, exclude=exclude, cache_dir=cache)
     found = look(search, str(settings["scan"]))
-    num_images = found.num_images if isinstance(found, Note) else len(found.paths)
-    if not num_images:
+    if not found.num_images:
         return None
     size = int(settings["image_size"])
     decoding = Decoding(size, settings.get("levels"), settings.get("max_decode_mb"))
     identity = [str(root.resolve()), found.identity, decoding.levels]
     place = store_folder(identity, size, str(cache))
     if (place / "index.json").is_file():
-        return Survey(num_images, found.left_out, 0.0)
-    paths = (scan_files(search) if isinstance(found, Note) else found).paths
-    tried = [root / path for path in paths[:: -(-len(paths) // TRIED)]]
+        return Survey(found, 0.0)
+    if isinstance(found, Note):
+        found = scan_files(search)
+    tried = [root / path for path in found.paths[:: -(-found.num_images // TRIED)]]
 
     def load(path: Path) -> None:
         with suppress(OSError, MemoryError):  # opening the data set says what is wrong
@@ -78,4 +86,4 @@ def survey(settings: Mapping[str, Any]) -> Survey | None:
             done += len(list(pool.map(load, part)))
             if time.monotonic() - begun > LIMIT_S:
                 break
-    return Survey(num_images, found.left_out, (time.monotonic() - begun) / done * num_images)
+    return Survey(found, (time.monotonic() - begun) / done * found.num_images)

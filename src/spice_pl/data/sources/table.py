@@ -9,7 +9,7 @@ import codecs
 import csv
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +45,14 @@ def read_table(
             twice, or there are no rows.
     """
     if not path.is_file():
-        raise UsageError(f"dataset.table={path} does not exist")
+        state = "is a folder, not a file" if path.is_dir() else "does not exist"
+        raise UsageError(f"dataset.table={path} {state}")
     wanted = ["path", "label"] if labelled else ["path"]
     parquet = path.suffix.lower() in (".parquet", ".pq")
     try:
         columns = _parquet(path, wanted) if parquet else _csv(path, wanted)
+    except UsageError:
+        raise
     except (OSError, ValueError, csv.Error) as error:  # pyarrow's errors are some of these
         raise UsageError(f"dataset.table={path} cannot be read: {error}") from error
     paths = [value or "" for value in columns["path"]]
@@ -59,10 +62,12 @@ def read_table(
     for row, each in enumerate(paths, 1):
         file = os.path.normpath(root / each)
         first = rows.setdefault(file, row)
-        if each and first == row:
+        if each and first == row and "\0" not in each:
             continue
         if not each:
             what = "names no file"
+        elif "\0" in each:
+            what = f"names {printable(each)}, which no file can be called"
         elif paths[first - 1] == each:
             what = f"names {printable(each)} twice, first in row {first}"
         else:
@@ -90,10 +95,10 @@ def _csv(path: Path, wanted: Sequence[str]) -> dict[str, list[str | None]]:
     with path.open(newline="", encoding=encoding, errors=errors) as file:
         delimiter = _delimiter(file.readline(), wanted)
         file.seek(0)
-        reader = csv.DictReader(file, delimiter=delimiter)
+        reader = csv.DictReader(file, delimiter=delimiter, strict=True)  # no quote stays open
         header = reader.fieldnames or ()
         _check_columns(path, wanted, header)
-        for row in reader:
+        for row in _rows(reader, path):
             if None in row:
                 raise UsageError(
                     f"line {reader.line_num} of dataset.table={path} has "
@@ -103,6 +108,16 @@ def _csv(path: Path, wanted: Sequence[str]) -> dict[str, list[str | None]]:
             for name in wanted:
                 columns[name].append(row[name])
     return columns
+
+
+def _rows(reader: csv.DictReader[str], path: Path) -> Iterator[dict[str | Any, str | Any]]:
+    try:
+        yield from reader
+    except csv.Error as error:
+        raise UsageError(
+            f"dataset.table={path} cannot be read: {error}, in or before line {reader.line_num}; "
+            "is each quote closed?"
+        ) from error
 
 
 def _delimiter(header: str, wanted: Sequence[str]) -> str:

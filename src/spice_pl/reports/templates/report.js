@@ -222,7 +222,7 @@ for (const button of document.querySelectorAll(".preview")) button.addEventListe
     list.append(line);
   }
   const says = `${preview.num_clusters} clusters, a preview by k-means` + (left ? `; the ${preview.groups.length} largest are shown` : "");
-  const copy = make("button", "Copy", {type: "button"}), command = make("code", preview.command), line = make("p", "To make them the result: ");
+  const copy = make("button", "Copy", {type: "button"}), command = make("code", preview.command), line = make("p", "To make them a result: ");
   copy.addEventListener("click", () => navigator.clipboard?.writeText(preview.command).then(() => copy.textContent = "Copied"));
   line.append(command, " ", copy);
   box.replaceChildren(make("h3", says), list, line);

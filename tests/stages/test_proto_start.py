@@ -1,0 +1,114 @@
+"""Where the heads start: clusters of the first buffer, which may have any sizes."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.stages.small import K, fit
+from tests.stages.test_proto import CYCLES, B, H, M, proto
+from torch import Tensor
+
+from spice_pl.errors import UsageError
+from spice_pl.stages.proto_start import start_clusters, start_probs
+
+SIZES = [300, 60, 30, 15, 15]  # 20 : 1
+
+
+def groups(sizes: list[int], seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Make features around one centre per group, and the groups."""
+    generator = torch.Generator().manual_seed(seed)
+    truth = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    centres = 4 * torch.randn(len(sizes), 20, generator=generator)
+    features = centres[truth] + torch.randn(len(truth), 20, generator=generator)
+    return features, truth
+
+
+def pairs(clusters: Tensor) -> Tensor:
+    """Return which samples are together."""
+    return clusters[:, None] == clusters
+
+
+@pytest.mark.parametrize("sizes", [SIZES, [60] * 5, [400, 15, 15]])
+def test_groups_of_any_size_are_found(sizes: list[int]) -> None:
+    features, truth = groups(sizes)
+    clusters = start_clusters(features, len(sizes), seed=0)
+    assert torch.equal(pairs(clusters), pairs(truth))
+    scaled = start_clusters(3 * features.half(), len(sizes), seed=1)
+    assert torch.equal(pairs(scaled), pairs(truth))
+
+
+def test_members_near_their_mean_rank_first() -> None:
+    """Directions 0, 60 and 90 degrees: the mean of the first two is at 30."""
+    angles = torch.tensor([0.0, 60.0, 90.0]).deg2rad()
+    embeddings = 5 * torch.stack([angles.cos(), angles.sin()], dim=1)
+    probs = start_probs(embeddings, torch.tensor([1, 1, 0]), num_clusters=3)
+    near = (3 + math.cos(math.radians(30))) / 4
+    expected = torch.tensor([[0.0, near, 0.0], [0.0, near, 0.0], [1.0, 0.0, 0.0]])
+    torch.testing.assert_close(probs, expected)
+
+
+def seen_by_e_steps(module: Any, streams: Any, epochs: int = 2) -> tuple[list[Tensor], list[Any]]:
+    """Train, and return probabilities and shares of the E-steps, without those of the choice."""
+    probs: list[Tensor] = []
+    shares: list[Any] = []
+    original = module.prototype_pseudo_labels
+
+    def watched(embeddings: Tensor, given: Tensor, **more: Any) -> tuple[Tensor, Tensor]:
+        if given.ndim == 3:
+            probs.append(given.clone())
+            shares.append(None if more["shares"] is None else more["shares"].clone())
+        return original(embeddings, given, **more)  # type: ignore[no-any-return]
+
+    module.prototype_pseudo_labels = watched
+    fit(module, streams, epochs=epochs)
+    return probs, shares
+
+
+def test_only_the_first_cycle_reads_kmeans(tmp_path: Path) -> None:
+    module, streams = proto(tmp_path, start="kmeans")
+    probs, shares = seen_by_e_steps(module, streams)
+    assert len(probs) == 2 * CYCLES
+    assert set((probs[0] > 0).sum(dim=-1).flatten().tolist()) == {1}
+    assert all(torch.equal(row, probs[0][0]) for row in probs[0])  # the same for all heads
+    for later in probs[1:]:
+        torch.testing.assert_close(later.sum(dim=-1), torch.ones(H, M))
+    assert shares == [None] * len(shares)
+
+
+def test_the_first_m_step_learns_with_a_single_softmax(tmp_path: Path) -> None:
+    module, streams = proto(tmp_path, start="kmeans")
+    original, steps = module.head_losses, []
+
+    def counted(logits: Tensor, label: Tensor) -> Tensor:
+        steps.append(len(label))
+        return original(logits, label)
+
+    module.head_losses = counted
+    fit(module, streams, epochs=2)
+    per_cycle = 2 * (M // K * K // B)  # repeats, and full batches of slots
+    assert len(steps) == (2 * CYCLES - 1) * per_cycle
+
+
+def test_estimated_shares_start_at_the_sizes_of_the_clusters(tmp_path: Path) -> None:
+    module, streams = proto(tmp_path, start="kmeans", prior="estimated")
+    module.prototype_shares = lambda *_, shares: shares  # what is estimated moves nothing
+    probs, shares = seen_by_e_steps(module, streams)
+    sizes = (probs[0][0] > 0).sum(dim=0)
+    assert int(sizes.sum()) == M
+    for each in shares:
+        torch.testing.assert_close(each, (sizes / M).expand(H, K))
+
+
+def test_random_is_the_paper(tmp_path: Path) -> None:
+    module, streams = proto(tmp_path)
+    probs, _ = seen_by_e_steps(module, streams, epochs=1)
+    torch.testing.assert_close(probs[0].sum(dim=-1), torch.ones(H, M))
+
+
+def test_an_unknown_start_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="'spectral' is none of random, kmeans"):
+        proto(tmp_path, start="spectral")
