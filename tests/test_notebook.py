@@ -26,7 +26,6 @@ def test_no_output_is_kept() -> None:
 
 @pytest.mark.slow
 def test_its_cells_lead_from_a_folder_to_predictions(tmp_path: Path) -> None:
-    pytest.importorskip("timm", reason="pip install 'spice-pl[backbones]'")
     # The cells are plain Python without magics, so they need no kernel.
     code = "\n\n".join("".join(cell["source"]) for cell in cells())
     code += "\n\nnp.save('before.npy', labels)\nnp.save('after.npy', clusterer.labels_)"

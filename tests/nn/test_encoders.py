@@ -9,7 +9,7 @@ from tests.nn.test_pretrained import needs_weights
 
 from spice_pl.errors import UsageError
 from spice_pl.nn import encoders
-from spice_pl.nn.encoders import PREFERRED, pretrained
+from spice_pl.nn.encoders import PREFERRED, pretrained, trained_by
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +62,24 @@ def test_a_network_of_timm_brings_its_own_normalisation(
     assert (found.mean, found.std) == (list(config.mean), list(config.std))
     assert found.backbone["model_name"] == name
     assert trained_by in found.title
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("vit_base_patch16_clip_224.openai_ft_in1k", "text, then ImageNet labels"),
+        ("hiera_base_224.mae_in1k_ft_in1k", "images alone, then ImageNet labels"),
+        ("hiera_base_224.mae", "images alone"),
+        ("convnextv2_tiny.fcmae_ft_in22k_in1k", "images alone, then ImageNet labels"),
+        ("vit_huge_patch14_gap_224.in1k_ijepa", "images alone"),
+        ("eva02_base_patch14_224.mim_in22k", "text and images"),
+        ("resnext101_32x8d.fb_wsl_ig1b_ft_in1k", "ImageNet labels"),
+        ("vit_base_patch16_eupe.eupe_lvd1689m", "unknown"),  # distilled from text-trained ones too
+        ("aimv2_large_patch14_224.apple_pt", "unknown"),
+    ],
+)
+def test_what_trained_a_network_is_read_from_its_tag(name: str, expected: str) -> None:
+    assert trained_by(name) == expected
 
 
 def test_an_unknown_name_is_refused_with_names_that_work() -> None:

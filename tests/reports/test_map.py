@@ -1,7 +1,9 @@
+from typing import Any
+
 import numpy as np
 import pytest
 from sklearn.decomposition import PCA
-from threadpoolctl import threadpool_limits
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from spice_pl.reports.map import METHODS, Map, _components, feature_map
 
@@ -53,6 +55,10 @@ def test_unknown_method_is_named() -> None:
         feature_map(np.ones((3, 2)), "umap")
 
 
+def openmp() -> list[Any]:
+    return [each for each in threadpool_info() if each["user_api"] == "openmp"]
+
+
 def trust(drawn: Map) -> float:
     return float(drawn.how.partition("Trustworthiness ")[2].partition(":")[0])
 
@@ -79,6 +85,7 @@ def test_a_seed_gives_one_map_whatever_the_number_of_threads() -> None:
     for threads in (1, 2):
         with threadpool_limits(threads, user_api="openmp"):
             maps.append(feature_map(features, seed=3))
+            assert {each["num_threads"] for each in openmp()} == {threads}  # given back
     np.testing.assert_array_equal(maps[0].points, maps[1].points)
     assert maps[0].how == maps[1].how
 

@@ -13,6 +13,7 @@ from spice_pl.errors import UsageError
 from spice_pl.job.parts import open_images
 from spice_pl.job.run import run_stages
 from spice_pl.reports.choices import Comparison
+from spice_pl.reports.map import Map, feature_map
 from spice_pl.runs import choices, page_data
 from spice_pl.runs.attention import read_attention
 from spice_pl.runs.folder import RunFolder
@@ -72,3 +73,27 @@ def test_a_page_is_computed_once_and_again_after_a_change(
     digests = {**metrics["digests"], "clusters.csv": "other"}
     report_data(folder, [], images, metrics | {"digests": digests}, table)
     assert looks == ["seed0"] * 2
+
+
+def test_a_map_is_made_once_for_the_same_features(
+    finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+
+    def counted(features: Any, method: str, seed: int) -> Map:
+        made.append(method)
+        return feature_map(features, method, seed)
+
+    monkeypatch.setattr(page_data, "feature_map", counted)
+    monkeypatch.setattr(page_data, "_last", {})
+    monkeypatch.setattr(page_data, "_last_map", {})
+    folder = finished.folder("fixmatch")
+    metrics, table = folder.metrics, folder.read_clusters()
+    images = open_images(finished.job().cfg)
+    edited = {**metrics["digests"], "clusters.csv": "other"}
+    trained = {**edited, "features.npy": "other"}
+    for digests in (metrics["digests"], edited, trained):
+        report_data(folder, [], images, metrics | {"digests": digests}, table)
+    assert made == ["tsne"] * 2
+    assert report_data(folder, [], images, metrics, table, "pca").map is not None
+    assert made == ["tsne", "tsne", "pca"]

@@ -6,7 +6,7 @@ another setting of the command line may have replaced the network.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +16,38 @@ from spice_pl.nn.encoders import trained_by
 EMBED = "embed"
 
 
-def titled(name: str, settings: Mapping[str, Any], recorded: str | None = None) -> str:
-    """Return the title of a stage, with the origin of the features that it begins with.
+def titled(
+    name: str,
+    settings: Mapping[str, Any],
+    recorded: str | None = None,
+    more: Sequence[str] = (),
+) -> str:
+    """Return the title of a stage, with the origin of the pretrained network that it begins with.
 
     Args:
         name: name of the stage.
         settings: all settings of the job, resolved.
         recorded: title of the finished embed stage that is read, if another job made it.
+        more: titles of the further stages that are read, where there are several.
     """
     title = str(settings[name]["title"])
     if name == EMBED:
         return origin(settings[EMBED]["module"])
-    reads = upstream_names(settings[name].get("upstream"))[:1]
-    if reads == [EMBED] and "module" in settings[name]:
-        return f"{title} on {recorded or origin(settings[EMBED]['module'])}"
+    own = settings[name].get("module")
+    if own is not None and own.get("init") != "scratch" and EMBED in _before(name, settings):
+        first = recorded or origin(settings[EMBED]["module"])
+        return f"{title} on {' and '.join([first, *more])}"
     return title
+
+
+def _before(name: str, settings: Mapping[str, Any]) -> list[str]:
+    """Return the stages that a stage is made from, the nearest first."""
+    found: list[str] = []
+    before = upstream_names(settings[name].get("upstream"))[:1]
+    while before and before[0] in settings and before[0] not in found:
+        found += before
+        before = upstream_names(settings[before[0]].get("upstream"))[:1]
+    return found
 
 
 def origin(module: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytorch_lightning as pl
@@ -19,6 +19,7 @@ from spice_pl.data.sources.survey import Survey, survey
 from spice_pl.errors import UsageError
 from spice_pl.job.fit import fitted
 from spice_pl.job.job import Job
+from spice_pl.job.origin import EMBED
 from spice_pl.job.plan import Step
 from spice_pl.job.settings import build, plain
 from spice_pl.nn.pretrained import is_not_fetched, without_network
@@ -136,7 +137,40 @@ def build_stage(job: Job, step: Step, images: ImageSet) -> tuple[Stage, dict[str
         )
     module.more_upstream = step.more
     module.check(images, streams)
+    if step.name == EMBED and (said := other_normalisation(own["module"], module, step.settings)):
+        logger.warning(said)
     return module, streams
+
+
+def other_normalisation(
+    own: Mapping[str, Any], module: Stage, settings: Mapping[str, Any]
+) -> str | None:
+    """Return a warning where images are normalised otherwise than a network of timm expects.
+
+    Args:
+        own: settings of the module.
+        module: stage with the network as its encoder.
+        settings: all settings of the job.
+    """
+    backbone = own["backbone"]
+    is_timm = str(backbone["_target_"]).startswith("timm.")
+    if not is_timm or not (backbone.get("pretrained") or own.get("weights")):
+        return None
+    expected = getattr(module.encoder, "pretrained_cfg", None) or {}
+    given = {key: list(map(float, settings["dataset"][key])) for key in ("mean", "std")}
+    other = {
+        key: [float(each) for each in expected[key]]
+        for key in given
+        if key in expected
+        and any(abs(a - b) > 1e-3 for a, b in zip(expected[key], given[key], strict=True))
+    }
+    if not other:
+        return None
+    ways = " ".join(f"dataset.{key}={value}".replace(", ", ",") for key, value in other.items())
+    return (
+        f"embed: {backbone['model_name']} was trained on images of another normalisation; give "
+        f"{ways}, or recipe=pretrained encoder={backbone['model_name']}, which takes its own"
+    )
 
 
 def check_distinct(images: ImageSet, num_clusters: int) -> None:

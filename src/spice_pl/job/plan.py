@@ -153,10 +153,11 @@ def _step(job: Job, name: str, settings: Mapping[str, Any]) -> Step:
 def _title(job: Job, name: str, settings: Mapping[str, Any]) -> str:
     """Return the title of a stage; a finished upstream of another job says what it is made of."""
     recorded = None
-    if EMBED not in job.stages and job.upstream(name)[:1] == [EMBED]:
+    if EMBED not in job.stages and EMBED in job.upstream(name):
         embed = job.folder(EMBED)
         recorded = str(embed.metrics["title"]) if embed.finished else None
-    return titled(name, settings, recorded)
+    more = [each.metrics["title"] for each in job.more_upstream(name) if each.finished]
+    return titled(name, settings, recorded, more)
 
 
 def _check_num_clusters(job: Job) -> None:

@@ -183,7 +183,7 @@ def _hub(what: str) -> Iterator[Any]:
     except (OSError, ValueError, httpx.HTTPError) as error:
         if isinstance(error, UsageError):
             raise
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split())[:300].rstrip(". ")
         raise UsageError(
             f"{what}: {type(error).__name__}: {reason}; check the name and the connection, and log "
             "in with hf auth login (or HF_TOKEN)"

@@ -29,7 +29,7 @@ class PretrainedEncoder:
         pixels: side of its images.
         mean: of its input levels, which are in [0, 1], per channel.
         std: likewise.
-        trained_by: what trained it: "ImageNet labels", "images alone", "text" or "unknown".
+        trained_by: what trained it, such as "ImageNet labels", "images alone", "text" or "unknown".
         reason: why it was chosen.
     """
 
@@ -112,13 +112,32 @@ def _described(name: str, reason: str) -> PretrainedEncoder:
     )
 
 
+IMAGES_ALONE = ("dinov2", "dinov3", "dino", "mae", "lvd", "ijepa", "seer")
+TEXT = ("clip", "siglip", "openai", "laion", "metaclip")
+IMAGENET = ("in1k", "in21k", "in12k", "in22k")
+
+
 def trained_by(name: str) -> str:
-    """Return what trained a network of timm, from the tag of its name."""
+    """Return what trained a network of timm, from its name and the tag after the dot.
+
+    A tag with "ft" was fine-tuned, which timm says of networks that then learned labels.
+
+    >>> trained_by("vit_base_patch16_224.mae"), trained_by("hiera_base_224.mae_in1k_ft_in1k")
+    ('images alone', 'images alone, then ImageNet labels')
+    """
     tag = name.partition(".")[2]
-    if any(word in name for word in ("dinov2", "dinov3", "dino", "mae", "lvd")):
-        return "images alone"
-    if any(word in name for word in ("clip", "siglip", "openai", "laion", "metaclip")):
-        return "text"
-    if "in1k" in tag or "in21k" in tag or "in12k" in tag or "in22k" in tag:
+    words = tag.split("_")
+    before, _, after = tag.partition("_ft_")
+    labels = "ImageNet labels" if any(word in after for word in IMAGENET) else "labels"
+    then = f", then {labels}" if after else ""
+    if "eupe" in tag:  # distilled from networks of both kinds
+        return "unknown"
+    if any(word in name for word in IMAGES_ALONE):
+        return f"images alone{then}"
+    if any(word in name for word in TEXT):
+        return f"text{then}"
+    if "mim" in words:  # EVA: the features of CLIP of masked images
+        return f"text and images{then}"
+    if any(word in before for word in IMAGENET) or labels == "ImageNet labels":
         return "ImageNet labels"
     return "unknown"
