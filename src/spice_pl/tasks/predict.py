@@ -23,6 +23,7 @@ from spice_pl.errors import UsageError
 from spice_pl.models.pixels import fitting_batch
 from spice_pl.models.portable import PortableModel, Predictions, load
 from spice_pl.system.files import atomic, for_spreadsheet
+from spice_pl.system.output import printable
 from spice_pl.system.progress import Bar
 from spice_pl.tasks.base import Context
 
@@ -152,7 +153,7 @@ class Compared:
 
     def __init__(self, model: PortableModel, images: ImageSet) -> None:
         self.same = self.others = 0
-        self.precision = str(model.about.get("precision", "another precision"))
+        self.precision = printable(str(model.about.get("precision", "another precision"))[:40])
         self.clusters: dict[str, int] = {}
         if model.known is not None and model.about.get("fingerprint") == images.fingerprint:
             pairs = zip(model.known.keys, model.known.clusters.tolist(), strict=True)

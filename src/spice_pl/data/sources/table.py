@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spice_pl.data.images import printable
 from spice_pl.errors import UsageError
+from spice_pl.system.output import printable
 
 logger = logging.getLogger(__name__)
 
@@ -59,10 +59,12 @@ def read_table(
     for row, each in enumerate(paths, 1):
         file = os.path.normpath(root / each)
         first = rows.setdefault(file, row)
-        if each and first == row:
+        if each and first == row and "\0" not in each:
             continue
         if not each:
             what = "names no file"
+        elif "\0" in each:
+            what = f"names {printable(each)}, which no file can be called"
         elif paths[first - 1] == each:
             what = f"names {printable(each)} twice, first in row {first}"
         else:
