@@ -106,6 +106,8 @@ class Predict:
                 doubtful += int(part.not_sure.sum())
                 bar.advance(len(part))
                 bar.show()
+        if sorter is not None:
+            sorter.finish()
         rate = len(images) / (time.monotonic() - started)
         meaning = "fewer than half of the most similar known images are in the same cluster"
         if model.known is None:
@@ -119,9 +121,7 @@ class Predict:
         )
         compared.say()
 
-    def _sorter(
-        self, context: Context, images: ImageSet, model: PortableModel
-    ) -> Callable[[Predictions], None] | None:
+    def _sorter(self, context: Context, images: ImageSet, model: PortableModel) -> Sorter | None:
         if self.sort == "none":
             return None
         target = (context.folder.path / "sorted").resolve()
@@ -184,6 +184,8 @@ class Compared:
 class Sorter:
     """Put each file into the folder of its cluster.
 
+    The folder gets its name when it is complete. What an interrupted prediction left is replaced.
+
     Args:
         root: folder of the data set, which the keys are relative to.
         target: folder to make the clusters' folders in.
@@ -195,6 +197,9 @@ class Sorter:
         self, root: Path, target: Path, folders: Sequence[str], place: Callable[[Path, Path], Any]
     ) -> None:
         self.root, self.target, self.folders, self.place = root, target, folders, place
+        self.unfinished = target.with_name(f".{target.name}")
+        if self.unfinished.is_dir():
+            shutil.rmtree(self.unfinished)
 
     def __call__(self, part: Predictions) -> None:
         """Place the files of a batch; a name that is taken gets a number.
@@ -203,7 +208,7 @@ class Sorter:
             UsageError: a file cannot be placed.
         """
         for key, cluster, doubtful in zip(part.keys, part.clusters, part.not_sure, strict=True):
-            folder = self.target / self.folders[cluster] / ("not sure" if doubtful else "")
+            folder = self.unfinished / self.folders[cluster] / ("not sure" if doubtful else "")
             folder.mkdir(parents=True, exist_ok=True)
             source = self.root / key
             try:
@@ -213,6 +218,12 @@ class Sorter:
                     f"{source} cannot be placed in {folder} ({error.strerror}); use another "
                     "predict.sort (a hard link needs one file system), or make room"
                 ) from error
+
+    def finish(self) -> None:
+        """Give the folder its name."""
+        if self.target.is_dir():  # it is empty
+            self.target.rmdir()
+        self.unfinished.rename(self.target)
 
 
 def _free(folder: Path, source: Path) -> Path:
