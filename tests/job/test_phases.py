@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tests.conftest import Finished
 
+from spice_pl.callbacks.checkpoints import Checkpoints
 from spice_pl.job import finish
 from spice_pl.job.run import run_stages
 from spice_pl.models.portable import PortableModel
+from spice_pl.nn.frozen import Frozen
 from spice_pl.runs.folder import RunFolder
+from spice_pl.stages.proto_views import BankedViews
 from spice_pl.system.interrupts import Stopped
 
 FILES = (
@@ -29,6 +34,61 @@ PHASES: dict[str, tuple[Any, str]] = {
     "report": (finish, "write_report"),
     "results": (finish, "stage_metrics"),
 }
+
+
+BANKED = ("stage=proto", "proto.module.view_bank=2", "embeddings=smoothed")
+BANK_PHASES: dict[str, tuple[Any, str, int]] = {  # and at which call
+    "before the banks": (BankedViews, "_fill", 1),
+    "views of the banks": (Frozen, "__call__", 3),
+    "mark of the banks": (RunFolder, "write_json", 1),
+    "end of training": (Checkpoints, "on_train_end", 1),
+    "banks are removed": (BankedViews, "_remove", 1),
+    "half of the banks is removed": (shutil, "rmtree", 1),
+    "the banks are gone": (RunFolder, "write_rows", 1),
+    "smoothed embeddings": (np, "save", 1),
+}
+
+
+@pytest.fixture(scope="module")
+def banked(straight: Finished, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """Stage 2 with banks of views and smoothed embeddings, never stopped."""
+    runs = straight.copy(tmp_path_factory.mktemp("banked"), without="proto")
+    run_stages(runs.job(*BANKED))
+    return runs
+
+
+@pytest.mark.parametrize("phase", BANK_PHASES)
+def test_a_stop_while_banks_or_embeddings_are_made_changes_nothing(
+    straight: Finished,
+    banked: Finished,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    phase: str,
+) -> None:
+    runs = straight.copy(tmp_path, without="proto")
+    holder, name, at = BANK_PHASES[phase]
+    original, calls = getattr(holder, name), []
+
+    def stop(*args: Any, **more: Any) -> Any:
+        calls.append(1)
+        if len(calls) < at:
+            return original(*args, **more)
+        if holder is shutil:
+            next(Path(args[0]).glob("*.npy")).unlink()
+        raise Stopped
+
+    with monkeypatch.context() as patched:
+        patched.setattr(holder, name, stop)
+        with pytest.raises(Stopped):
+            run_stages(runs.job(*BANKED))
+    assert not runs.folder("proto").finished
+    run_stages(runs.job(*BANKED, "resume=true"))
+    for each in (*FILES, "embeddings.npy"):
+        one, other = (made.folder("proto").path / each for made in (runs, banked))
+        assert one.read_bytes() == other.read_bytes(), each
+    left = [path.name for path in runs.folder("proto").path.iterdir()]
+    assert "view_bank" not in left
+    assert [name for name in left if name.startswith(".")] == [".hydra"]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import resource
 import socket
 import subprocess
 from dataclasses import replace
@@ -298,6 +299,7 @@ NAMES = "a list of one text per cluster"
         ({"names": "abc"}, f"names is 'abc', and it must be {NAMES}"),
         ({"names": ["a", "b", 3]}, f"names is .*{NAMES}"),
         ({"names": ["a", "b", "\ud800"]}, r"names is .*\\ud800.*one text per cluster"),
+        ({"names": ["a", "b", "\x1b[2J"]}, r"names is .*x1b.*without control characters"),
         ({"names": None}, f"names is None, and it must be {NAMES}"),
         ({"names": ["a"]}, "names has 1 entries for 3 clusters"),
         ({"names": ["a"] * 4}, "names has 4 entries for 3 clusters"),
@@ -460,6 +462,20 @@ def test_a_file_asks_for_nothing_outside_it(
     with pytest.raises(UsageError, match=message) as refused:
         spice_pl.load(file)
     assert str(file) in str(refused.value)
+
+
+@pytest.mark.usefixtures("offline")
+def test_the_largest_network_of_timm_takes_no_memory(straight: Finished, tmp_path: Path) -> None:
+    """4 GB of weights, in a file that holds a small network."""
+    encoder = TIMM | {"model_name": "vit_giant_patch14_224", "num_classes": 0}
+    settings = header_of(model_file(straight))["settings"] | {"encoder": encoder}
+    file = damage(straight, tmp_path, settings=settings)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UsageError, match=r"of another architecture") as refused:
+        spice_pl.load(file)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kB
+    assert "more" in str(refused.value)
+    assert len(str(refused.value)) < 20_000
 
 
 @pytest.mark.usefixtures("offline")

@@ -92,7 +92,7 @@ def test_clusters_are_those_that_there_are(
     tmp_path: Path, cluster: str, num_clusters: int | None
 ) -> None:
     file = write(tmp_path / "c.csv", f"image,cluster\nb.png,2\na.png,{cluster}\nc.png,1\n")
-    with pytest.raises(UsageError, match=f"c.csv names cluster {cluster}(;| and there are)"):
+    with pytest.raises(UsageError, match=f"^{file} names cluster {cluster}(;| and there are)"):
         read_array(file, KEYS, "f", num_clusters)
 
 

@@ -185,6 +185,15 @@ def test_names_of_what_is_not_a_cluster_are_refused(tmp_path: Path, names: Any) 
         _ = RunFolder(tmp_path).names
 
 
+@pytest.mark.parametrize("name", ["a\nb", "\x1b[2J", "\x9b2J", "\u202egpj", "a\u2028b", "\0"])
+def test_names_that_could_rewrite_a_terminal_are_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "names.json").write_text(json.dumps({"0": name}))
+    with pytest.raises(UsageError, match="without control characters"):
+        _ = RunFolder(tmp_path).names
+    with pytest.raises(UsageError, match="a name with control characters"):
+        parse_edits(EDITS | {"names": {"0": name}}, "x")
+
+
 def test_names_may_be_written_by_any_editor(tmp_path: Path) -> None:
     (tmp_path / "names.json").write_text('{"0": "Füchse", "12": "日"}', encoding="utf-8-sig")
     assert RunFolder(tmp_path).names == {0: "Füchse", 12: "日"}

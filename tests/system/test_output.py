@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from tests.process import ROOT
 
+from spice_pl.job.errors import quiet
+from spice_pl.reports.tables import ResultRow, results_rich
+from spice_pl.runs import compare
 from spice_pl.system.output import PIPE_CODE
 
 OPEN = "import sys; from spice_pl.system.output import open_output; open_output(); "
@@ -25,6 +31,37 @@ def python(code: str, redirection: str) -> subprocess.CompletedProcess[str]:
         text=True,
         check=False,
     )
+
+
+HOSTILE = "\x1b[31mred \x1b]0;title\x07 \x9b2J \u202egpj.exe\nerror: forged"
+
+
+def test_names_in_metrics_do_not_rewrite_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the tables of a run and of a comparison, and of their notes below."""
+    row = ResultRow(HOSTILE, None, None, None, "whole", 0, 1.0, purity=0.5)
+    Console(force_terminal=False, width=200).print(results_rich([row]))
+    line = compare.Line("d", HOSTILE, {HOSTILE: HOSTILE}, "whole", (0,), (), (), ())
+    compare.show([line], tmp_path, Console(force_terminal=False, width=400))
+    said = capsys.readouterr().out
+    assert said.count("\\x1b[31mred") >= 4
+    assert not {letter for letter in said if not (letter.isprintable() or letter == "\n")}
+    assert not any(each.lstrip().startswith("error: forged") for each in said.splitlines())
+
+
+def test_messages_of_the_log_are_escaped() -> None:
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    logging.getLogger().addHandler(handler)
+    try:
+        quiet()
+        quiet()
+        logging.getLogger("spice_pl").warning("%s: %d", "a\x1b[2J", 3)
+    finally:
+        logging.getLogger().removeHandler(handler)
+    assert stream.getvalue() == "a\\x1b[2J: 3\n"
+    assert len(handler.filters) == 1
 
 
 pytestmark = pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")

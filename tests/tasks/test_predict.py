@@ -17,7 +17,8 @@ from tests.conftest import TINY, Finished, make_job, photographs
 import spice_pl
 from spice_pl.errors import UsageError
 from spice_pl.job.run import run_stages
-from spice_pl.runs.sorting import folder_names
+from spice_pl.runs.sorting import PLACE, Sorter, folder_names
+from spice_pl.system.interrupts import Stopped
 
 # TINY without the settings that the model brings.
 NO_K = [text for text in TINY if not text.startswith(("dataset.num_clusters", "dataset.image"))]
@@ -148,6 +149,40 @@ def test_files_of_one_name_and_cluster_get_numbers(straight: Finished, tmp_path:
     folder = predict(straight, root, tmp_path, "predict.sort=copy")
     names = sorted(path.name for path in (folder / "sorted").rglob("*.png"))
     assert names == ["x (2).png", "x (3).png", "x.png"]
+
+
+@pytest.mark.parametrize("at", ["copying", "sorted"])
+def test_a_stop_while_files_are_sorted_leaves_none_that_look_complete(
+    straight: Finished, new_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    """Stopped in the middle of the third file, or before the folder gets its name."""
+    copied: list[Path] = []
+
+    def cut(source: Path, target: Path) -> None:
+        copied.append(target)
+        target.write_bytes(source.read_bytes()[: 10 if len(copied) == 3 else None])
+        if len(copied) == 3:
+            raise Stopped
+
+    def stop(sorter: Sorter) -> None:
+        raise Stopped
+
+    with monkeypatch.context() as patched:
+        if at == "copying":
+            patched.setitem(PLACE, "copy", cut)
+        else:
+            patched.setattr(Sorter, "finish", stop)
+        with pytest.raises(Stopped):
+            predict(straight, new_photos, tmp_path, "predict.sort=copy")
+    folder = tmp_path / "new runs" / "new photos" / "predict" / "seed0"
+    assert not (folder / "sorted").exists()
+    assert (folder / "predictions.csv").exists() == (at == "sorted")
+    predict(straight, new_photos, tmp_path, "predict.sort=copy", "resume=true")
+    placed = [path for path in (folder / "sorted").rglob("*") if path.is_file()]
+    originals = [path for path in new_photos.rglob("*") if path.name != "bad.jpg"]
+    contents = [path.read_bytes() for path in originals if path.is_file()]
+    assert sorted(path.read_bytes() for path in placed) == sorted(contents)
+    assert not (folder / ".sorted").exists()
 
 
 def test_sorted_folders_are_not_mixed(straight: Finished, new_photos: Path, tmp_path: Path) -> None:

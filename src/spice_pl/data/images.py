@@ -131,14 +131,3 @@ def fingerprint(images: NDArray[np.uint8], chunk: int = 4096) -> str:
 def joint_fingerprint(*parts: str) -> str:
     """Return the digest of several strings in this order, such as fingerprints."""
     return hashlib.blake2b("/".join(parts).encode(), digest_size=8).hexdigest()
-
-
-def printable(text: str) -> str:
-    r"""Return a text for logs and terminals: line ends and other control characters are escaped.
-
-    >>> print(printable("a\nb"))
-    a\nb
-    """
-    return "".join(
-        each if each.isprintable() else each.encode("unicode_escape").decode() for each in text
-    )

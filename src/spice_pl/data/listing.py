@@ -299,12 +299,12 @@ def image_files(root: Path) -> list[str]:
 
 
 def leaves(path: str) -> bool:
-    """Return whether a path named by a data set would leave its folder.
+    """Return whether a path named by a data set would leave its folder, or is not one.
 
     >>> leaves("val/images/1.JPEG"), leaves("val/../../1.JPEG"), leaves("/etc/passwd")
     (False, True, True)
     """
-    return Path(path).is_absolute() or ".." in Path(path).parts
+    return Path(path).is_absolute() or ".." in Path(path).parts or "\0" in path
 
 
 def size_and_time(path: str | Path) -> tuple[int, int]:

@@ -23,12 +23,13 @@ from numpy.typing import NDArray
 from spice_pl.data import retry
 from spice_pl.data.decode import Decoded, Loaded, Unread, quiet_warnings, unread
 from spice_pl.data.duplicates import num_copies, row_digests
-from spice_pl.data.images import FILE_FACTS, fingerprint, printable
+from spice_pl.data.images import FILE_FACTS, fingerprint
 from spice_pl.data.left_out import LeftOut
 from spice_pl.data.retry import may_pass
 from spice_pl.data.store_files import Journal, Names, Skipped, StoreJob, save_array
 from spice_pl.errors import UsageError
 from spice_pl.system.files import atomic, sync_folder
+from spice_pl.system.output import printable
 
 logger = logging.getLogger(__name__)
 

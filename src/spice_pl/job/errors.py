@@ -20,7 +20,7 @@ from spice_pl.job.job import Job
 from spice_pl.system import ranks
 from spice_pl.system.files import is_disk_full, is_unwritable, unwritable
 from spice_pl.system.interrupts import Stopped
-from spice_pl.system.output import end_output
+from spice_pl.system.output import ESCAPED, end_output, escaped
 
 
 class TrialFailed(CompactHydraException):
@@ -45,7 +45,7 @@ def clear_errors(job: Job) -> Iterator[None]:
         raise
     except Exception as error:
         if isinstance(error, UsageError):
-            print(f"\nerror: {error}", file=sys.stderr)
+            print(escaped(f"\nerror: {error}"), file=sys.stderr)
         if job.sweep:
             sweep.note_failure(job.overrides, error)
             if isinstance(error, UsageError):
@@ -92,7 +92,9 @@ def _shares(place: Path, file: Path) -> bool:
 
 
 def quiet() -> None:
-    """Keep messages that the user cannot act on out of the log."""
+    """Keep messages that the user cannot act on out of the log, and escape the others."""
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(ESCAPED)
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for known in (

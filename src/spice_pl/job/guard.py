@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from spice_pl.errors import UsageError
 from spice_pl.job.settings import current_target
+from spice_pl.system.output import escaped
 
 # Parts of Hydra's settings from which it makes objects.
 PARTS = ("callbacks", "launcher", "sweeper", "hydra_logging", "job_logging")
@@ -76,7 +77,7 @@ class CheckedLoader(ConfigLoaderImpl):
         try:
             check_composed(cfg, overrides)
         except UsageError as error:
-            print(f"\nerror: {error}", file=sys.stderr)
+            print(escaped(f"\nerror: {error}"), file=sys.stderr)
             raise SystemExit(2) from error
         _rename_moved(cfg)
         return cfg

@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from spice_pl.errors import UsageError
 from spice_pl.job.guard import CheckedLoader
 from spice_pl.job.of_run import with_settings_of_run
+from spice_pl.system.output import escaped
 
 NODES = ("module", "task", "streams", "dataset", "reliable", "selectors", "augment", "trainer")
 
@@ -60,7 +61,7 @@ class Loader(CheckedLoader):
             if added:
                 self._check_added(added, config_name, overrides, *args, **more)
         except UsageError as error:
-            print(f"\nerror: {error}", file=sys.stderr)
+            print(escaped(f"\nerror: {error}"), file=sys.stderr)
             raise SystemExit(2) from error
         return cfg
 

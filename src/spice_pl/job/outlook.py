@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from spice_pl.data.images import ImageSet, printable
+from spice_pl.data.images import ImageSet
 from spice_pl.data.sources.survey import Survey
 from spice_pl.job.budget import Budget, Work, recorded
 from spice_pl.job.checks import check_folders
@@ -29,6 +29,7 @@ from spice_pl.job.plan import Step, plan
 from spice_pl.job.settings import build
 from spice_pl.job.trainer import auto_precision, num_ranks
 from spice_pl.nn.encoders import pretrained
+from spice_pl.system.output import printable
 
 logger = logging.getLogger(__name__)
 

@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from spice_pl.errors import UsageError
 from spice_pl.job.settings import masked_override
 from spice_pl.system.files import check_folder, check_temporary
+from spice_pl.system.output import escaped, printable
 
 TRIALS = "SPICE_PL_TRIALS"  # environment variable: the file that every trial adds lines to
 
@@ -51,7 +52,7 @@ class CompareTrials(Callback):
             check_folder("hydra.sweep.dir", str(config.hydra.sweep.dir))
             check_temporary()
         except UsageError as error:  # Hydra takes any Exception of a callback for a warning
-            print(f"\nerror: {error}", file=sys.stderr)
+            print(escaped(f"\nerror: {error}"), file=sys.stderr)
             raise SystemExit(2) from error
         handle, name = tempfile.mkstemp(prefix="spice-pl-trials-")
         os.close(handle)
@@ -79,7 +80,7 @@ class CompareTrials(Callback):
                 file=sys.stderr,
             )
             for overrides, reason in found:
-                print(f"  {overrides}: {reason}", file=sys.stderr)
+                print(printable(f"  {overrides}: {reason}"), file=sys.stderr)
 
 
 def _show_table(folders: Sequence[str], target: Path) -> None:
@@ -98,4 +99,4 @@ def _show_table(folders: Sequence[str], target: Path) -> None:
             said = metrics.get("verdict") or metrics.get("sentence") or "done"
             print(f"  {run.path}: {said}")
     except UsageError as error:
-        print(f"no table of this sweep: {error}", file=sys.stderr)
+        print(escaped(f"no table of this sweep: {error}"), file=sys.stderr)

@@ -34,7 +34,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from spice_pl.errors import UsageError
-from spice_pl.system.schema import Kind, is_text, is_whole, parse_object, read_names
+from spice_pl.system.schema import Kind, is_name, is_text, is_whole, parse_object, read_names
 
 FILE_NAME = "model.spice"
 FORMAT = 1  # raised when a file can no longer be read by the releases before
@@ -74,8 +74,8 @@ RULES: dict[str, Kind] = {
         lambda value: type(value) is int and 1 <= value <= MAX_PIXELS,
     ),
     "names": Kind(
-        "a list of one text per cluster",
-        lambda value: isinstance(value, list) and all(map(_is_plain_text, value)),
+        "a list of one text per cluster, without control characters",
+        lambda value: isinstance(value, list) and all(map(is_name, value)),
     ),
     "threshold": Kind(
         "a number from 0 to 1",
@@ -213,11 +213,6 @@ def unreadable(file: Path, reason: str) -> UsageError:
         f"{file} is damaged or not a {FILE_NAME} ({reason}); copy it again, or make it again by "
         "running its stage with overwrite=true"
     )
-
-
-def _is_plain_text(value: Any) -> bool:
-    """Return whether a value is text of UTF-8; keys may hold bytes of file names beside it."""
-    return is_text(value) and not any("\udc80" <= letter <= "\udcff" for letter in value)
 
 
 def _kind(tensor: Tensor) -> str:

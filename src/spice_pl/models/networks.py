@@ -1,7 +1,8 @@
 """What a `model.spice` may build: networks and a view, each with the arguments that it may give.
 
-None of them opens a connection or reads another file. Their size is bounded: ours must have the
-shapes of the tensors in the file, and others are at most the largest of torchvision or timm.
+None of them opens a connection or reads another file. Their size is bounded: they must have the
+shapes of the tensors in the file. A few of torchvision and timm cannot be made without memory
+first, and take at most that of the largest of them.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ from spice_pl.models.header import (
     unreadable,
 )
 from spice_pl.models.known import Known, choose_known
-from spice_pl.models.networks import WITHOUT_MEMORY, rule_for
+from spice_pl.models.networks import ARGUMENTS, WITHOUT_MEMORY, rule_for
 from spice_pl.models.pixels import pixel_batches
 from spice_pl.models.predictions import Predictions, join
 from spice_pl.nn.edited_head import EditedHead
@@ -255,6 +255,7 @@ def load(
             f"{file} does not exist; give the {FILE_NAME} of a finished run that has clusters"
         )
     header, tensors = read(file)
+    _check_size(file, header.settings.get("encoder"), below_prefix(tensors, "encoder."))
     parts = {
         part: _made(file, part, header.settings[part], allow_targets)
         for part in PARTS
@@ -319,6 +320,27 @@ def portable_settings(encoder: Any, head: nn.Module, plain: Any) -> dict[str, An
         return None
     target = f"{type(head).__module__}.{type(head).__qualname__}"
     return {"encoder": encoder, "head": {"_target_": target, **described}, "plain": plain}
+
+
+def _check_size(file: Path, described: Any, state: Mapping[str, Tensor]) -> None:
+    """Refuse an encoder of timm or torchvision with other shapes than the file, before it is made.
+
+    Otherwise a small file could take the memory of the largest of them. It is made without memory
+    first. A few cannot be, and are as large as they are.
+    """
+    target = described.get("_target_") if isinstance(described, dict) else None
+    if not isinstance(target, str) or target in WITHOUT_MEMORY:
+        return
+    if target not in ARGUMENTS["encoder"]:
+        return
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            sketch = build_plain(described, rule_for("encoder", file, ()))
+    except Exception:  # said again, or not, where it is made with memory
+        return
+    own = {key: value.shape for key, value in sketch.state_dict().items()}
+    if own != {key: value.shape for key, value in state.items()}:
+        load_strictly(sketch, state, f"{file} (encoder)")
 
 
 def _made(file: Path, part: str, described: Any, allow_targets: Sequence[str]) -> Any:

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from spice_pl.errors import UsageError
 
+MOST_LISTED = 200  # differences in a message; a file may hold any number of tensors
+
 
 def below_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Return the tensors whose names begin with a prefix, with the prefix removed.
@@ -30,7 +32,7 @@ def load_strictly(module: nn.Module, state: Mapping[str, Any], source: str) -> N
         source: file or object that the weights come from, for the error message.
 
     Raises:
-        UsageError: tensors are missing, unexpected or of another shape; all are listed.
+        UsageError: tensors are missing, unexpected or of another shape; MOST_LISTED are listed.
     """
     own = module.state_dict()
     differences = [f"missing     {key} {tuple(own[key].shape)}" for key in own if key not in state]
@@ -42,6 +44,8 @@ def load_strictly(module: nn.Module, state: Mapping[str, Any], source: str) -> N
         for key in own
         if key in state and own[key].shape != state[key].shape
     ]
+    if more := differences[MOST_LISTED:]:
+        differences = [*differences[:MOST_LISTED], f"and {len(more):,} more"]
     if differences:
         raise UsageError(
             f"{source} holds weights of another architecture; give the backbone and K it was "

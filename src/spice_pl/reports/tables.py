@@ -9,6 +9,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from spice_pl.reports.choices import Compared
+from spice_pl.system.output import printable
 
 NO_LABELS = "No labels were given, so no accuracy can be computed."
 ORACLE = "Oracle rows used the true labels; do not compare them with rows that did not."
@@ -135,7 +136,7 @@ def results_rich(rows: Sequence[ResultRow]) -> Table:
         box=SIMPLE,
         padding=(0, 0, 0, 1),
         pad_edge=False,
-        caption="\n".join(footnotes(rows)) or None,
+        caption=Text("\n".join(map(printable, footnotes(rows)))) if footnotes(rows) else None,
         caption_justify="left",
     )
     columns = _columns(rows)
@@ -145,7 +146,8 @@ def results_rich(rows: Sequence[ResultRow]) -> Table:
         cells = _cells(row)
         # Text, not str: a "[" in a name is not markup.
         table.add_row(
-            *(Text(cells[column]) for column in columns), style="dim" if row.oracle else None
+            *(Text(printable(cells[column])) for column in columns),
+            style="dim" if row.oracle else None,
         )
     return table
 

@@ -38,6 +38,7 @@ from spice_pl.reports.published import PublishedRow, published_results
 from spice_pl.reports.tables import NO_LABELS, ResultRow, duration_text, mean_std, score_text
 from spice_pl.runs.folder import RunFolder
 from spice_pl.system.files import atomic
+from spice_pl.system.output import escaped, printable
 
 ALIKE = "Seeds alike"
 FOLDER = "folder"  # key that `finished_runs` adds: where the clusters are
@@ -258,7 +259,7 @@ def show(lines: Sequence[Line], folder: Path, console: Console | None = None) ->
     for line in lines:
         # Text, not str: rich would read a "[" in a name as markup.
         style = None if line.seeds else "dim"
-        table.add_row(*(Text(line.cells[i]) for i in shown), style=style)
+        table.add_row(*(Text(printable(line.cells[i])) for i in shown), style=style)
     console = console or Console(width=None if sys.stdout.isatty() else 160)
     console.print(table)
     for note in notes(lines):
@@ -279,7 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         lines = compare(finished_runs(given.runs))
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(escaped(f"error: {error}"), file=sys.stderr)
         raise SystemExit(2) from error
     places = [run if Path(run).is_dir() else Path("runs", run) for run in given.runs]
     show(lines, Path(given.to or os.path.commonpath([Path(run).absolute() for run in places])))

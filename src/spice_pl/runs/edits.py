@@ -23,7 +23,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spice_pl.errors import UsageError
-from spice_pl.runs.small_files import is_cluster, is_text, is_whole, parse_object, read_text
+from spice_pl.runs.small_files import (
+    is_cluster,
+    is_name,
+    is_text,
+    is_whole,
+    parse_object,
+    read_text,
+)
 
 FORMAT = "spice-pl edits 1"
 MAX_PARTS = 20
@@ -81,6 +88,8 @@ class Edits:
                 )
         if any(not name.strip() or len(name) > MAX_NAME for name in self.names.values()):
             raise UsageError(f"edits give an empty name, or one above {MAX_NAME} characters")
+        if wrong := [name for name in self.names.values() if not is_name(name)]:
+            raise UsageError(f"edits give a name with control characters: {reprlib.repr(wrong[0])}")
 
     @property
     def origins(self) -> list[list[int]]:

@@ -158,6 +158,8 @@ def _csv(path: Path, keys: Sequence[str], num_clusters: int | None) -> NDArray[A
         if header and header[:2] == ["image", "cluster"]:
             return _one_hot(path, [int(line[0]) for line in lines], num_clusters)
         return np.array(lines, dtype=np.float32)
+    except UsageError:
+        raise
     except ValueError as error:
         raise UsageError(f"{path} holds a value that is not a number: {error}") from error
 

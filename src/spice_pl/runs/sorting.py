@@ -27,6 +27,8 @@ PLACE: dict[str, Callable[[Path, Path], Any]] = {
 class Sorter:
     """Put each file into the folder of its cluster.
 
+    The target gets its name when it is complete. What an interrupted command left is replaced.
+
     Args:
         images: data set that the files are of.
         target: folder to make the clusters' folders in.
@@ -59,6 +61,9 @@ class Sorter:
             )
         self.root, self.target, self.folders = root, target, folder_names(names)
         self.how, self.setting = how, setting
+        self.unfinished = target.with_name(f".{target.name}")
+        if self.unfinished.is_dir():
+            shutil.rmtree(self.unfinished)
 
     def place(
         self, keys: Sequence[str], clusters: NDArray[np.int64], not_sure: NDArray[np.bool_]
@@ -74,7 +79,7 @@ class Sorter:
             UsageError: a file cannot be placed.
         """
         for key, cluster, doubtful in zip(keys, clusters, not_sure, strict=True):
-            folder = self.target / self.folders[cluster] / ("not sure" if doubtful else "")
+            folder = self.unfinished / self.folders[cluster] / ("not sure" if doubtful else "")
             folder.mkdir(parents=True, exist_ok=True)
             source = self.root / key
             try:
@@ -84,6 +89,12 @@ class Sorter:
                     f"{source} cannot be placed in {folder} ({error.strerror}); use another "
                     f"{self.setting} (a hard link needs one file system), or make room"
                 ) from error
+
+    def finish(self) -> None:
+        """Give the target its name."""
+        if self.target.is_dir():  # it is empty
+            self.target.rmdir()
+        self.unfinished.rename(self.target)
 
 
 def _free(folder: Path, source: Path) -> Path:

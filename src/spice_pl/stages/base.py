@@ -65,6 +65,11 @@ class Stage(pl.LightningModule):
         super().__init__()
         # Name to (sum of weighted values, sum of weights) of this epoch so far, (2,) each.
         self.epoch_sums: dict[str, Tensor] = {}
+        self.restored_epoch = 0
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note the epoch that the run continues with."""
+        self.restored_epoch = int(checkpoint["epoch"])
 
     @property
     def resumable(self) -> bool:

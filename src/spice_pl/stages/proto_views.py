@@ -11,6 +11,7 @@ a step, D features.
 from __future__ import annotations
 
 import json
+import shutil
 from contextlib import AbstractContextManager
 from itertools import product
 from pathlib import Path
@@ -128,6 +129,10 @@ class BankedViews(FrozenViews):
         self.banked = [name for name in VIEWS if self.views[name] != plain]
         self.folder = Path(trainer.default_root_dir) / "view_bank"
         stamp = self.folder / "made_from.json"
+        self.banks: dict[str, NDArray[np.float16]] = {}
+        if self.stage.restored_epoch >= (trainer.max_epochs or 0):  # only the prediction is left
+            self._remove()
+            return
         fresh = not stamp.is_file() or json.loads(stamp.read_text()) != self.made_from
         trainer.strategy.barrier("stamp read")
         if fresh:
@@ -142,9 +147,7 @@ class BankedViews(FrozenViews):
             trainer.strategy.barrier("banks filled")
             if trainer.is_global_zero:
                 RunFolder(self.folder).write_json(stamp.name, self.made_from)
-        self.banks: dict[str, NDArray[np.float16]] = {
-            name: np.load(self._file(name), mmap_mode="r") for name in self.banked
-        }
+        self.banks = {name: np.load(self._file(name), mmap_mode="r") for name in self.banked}
 
     def embed(self, batch: Views) -> tuple[Tensor, Tensor]:
         """Return one weak and one strong view per image out of the n, (b, D) each."""
@@ -161,11 +164,13 @@ class BankedViews(FrozenViews):
         """Remove the banks."""
         self.banks.clear()
         self.stage.trainer.strategy.barrier("banks read")
-        if self.stage.trainer.is_global_zero:
-            for name in self.banked:
-                self._file(name).unlink()
-            (self.folder / "made_from.json").unlink()
-            self.folder.rmdir()
+        self._remove()
+
+    def _remove(self) -> None:
+        """Remove the banks; the stamp first, so that none is taken for whole after a stop."""
+        if self.stage.trainer.is_global_zero and self.folder.is_dir():
+            (self.folder / "made_from.json").unlink(missing_ok=True)
+            shutil.rmtree(self.folder)
 
     def _drawn(self, key: int, epoch: int, index: Tensor) -> NDArray[np.int64]:
         """Return the numbers (b,), 0 to n - 1, of the views that the images have in an epoch."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import sys
 from contextlib import suppress
@@ -88,3 +89,36 @@ def _occupy(number: int) -> None:
         os.fstat(number)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+
+
+def printable(text: str) -> str:
+    r"""Return a text for logs and terminals: line ends and other control characters are escaped.
+
+    >>> print(printable("a\nb"))
+    a\nb
+    """
+    return "".join(
+        each if each.isprintable() else each.encode("unicode_escape").decode() for each in text
+    )
+
+
+def escaped(text: str) -> str:
+    r"""Return a message of several lines with all control characters but line ends escaped.
+
+    >>> print(escaped("a\nb\x1b[2J"))
+    a
+    b\x1b[2J
+    """
+    return "\n".join(printable(line) for line in text.replace("\t", "    ").split("\n"))
+
+
+class EscapedMessages(logging.Filter):
+    """Escapes control characters in log messages: names in files could rewrite the terminal."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Escape the message of a record, and keep it."""
+        record.msg, record.args = escaped(record.getMessage()), None
+        return True
+
+
+ESCAPED = EscapedMessages()  # one object, so that a handler gets it once

@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import math
 import reprlib
+import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import Any
 
 MAX_BYTES = 64_000_000  # enough for the largest edits of a browser, indented and escaped
 MAX_DEPTH = 20  # levels of nesting
+TURNING = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # the direction of text
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,23 @@ def is_text(value: Any) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def is_name(value: Any) -> bool:
+    r"""Return whether a value is the name of a cluster: text that a terminal shows as it is.
+
+    Control characters and those that change the direction of text could show other lines than
+    those that are there.
+
+    >>> [is_name(each) for each in ("cats", "Käse 🧀", "a\nb", "\x1b[2J", "\u202ex", 3)]
+    [True, True, False, False, False, False]
+    """
+    return is_text(value) and not any(_is_control(letter) for letter in value)
+
+
+def _is_control(letter: str) -> bool:
+    kind = unicodedata.category(letter)
+    return kind in ("Cc", "Cs", "Zl", "Zp") or letter in TURNING
 
 
 def is_cluster(key: str) -> bool:
@@ -168,9 +187,11 @@ def read_names(file: Path) -> dict[int, str]:
     """
     found = parse_object(read_text(file))
     for key, name in found.items():
-        if not (is_cluster(key) and is_text(name)):
+        if not (is_cluster(key) and is_name(name)):
             pair = reprlib.repr({key: name})
-            raise ValueError(f"{pair} is not the number of a cluster and its name")
+            raise ValueError(
+                f"{pair} is not the number of a cluster and its name, without control characters"
+            )
     return {int(key): name for key, name in found.items()}
 
 

@@ -23,6 +23,7 @@ from spice_pl.models.pixels import fitting_batch
 from spice_pl.models.portable import PortableModel, Predictions, load
 from spice_pl.runs.sorting import PLACE, Sorter
 from spice_pl.system.files import atomic, for_spreadsheet
+from spice_pl.system.output import printable
 from spice_pl.system.progress import Bar
 from spice_pl.tasks.base import Context
 
@@ -104,6 +105,8 @@ class Predict:
                 doubtful += int(part.not_sure.sum())
                 bar.advance(len(part))
                 bar.show()
+        if sorter is not None:
+            sorter.finish()
         rate = len(images) / (time.monotonic() - started)
         meaning = "too few of the most similar known images are in the same cluster"
         if model.known is None:
@@ -130,7 +133,7 @@ class Compared:
 
     def __init__(self, model: PortableModel, images: ImageSet) -> None:
         self.same = self.others = 0
-        self.precision = str(model.about.get("precision", "another precision"))
+        self.precision = printable(str(model.about.get("precision", "another precision"))[:40])
         self.clusters: dict[str, int] = {}
         if model.known is not None and model.about.get("fingerprint") == images.fingerprint:
             pairs = zip(model.known.keys, model.known.clusters.tolist(), strict=True)

@@ -40,6 +40,7 @@ class Sort:
         target = context.folder.path / "sorted"
         sorter = Sorter(images, target, names, self.how, "sort.how")
         sorter.place(table.keys, table.clusters, table.not_sure)
+        sorter.finish()
         for name, count in zip(names, table.sizes(num_clusters), strict=True):
             if count:
                 logger.info("%8d  %s", count, name)

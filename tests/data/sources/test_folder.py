@@ -1030,6 +1030,7 @@ def test_a_parquet_table_is_one_too(
         ("path,label", r"has no rows"),
         ("path,label\n1.png,a\n1.png,b", r"row 2 of .* names 1\.png twice"),
         ("path,label\n,a", r"row 1 of .* names no file"),
+        ("path,label\na\0b.png,a", r"row 1 of .* names a\\x00b.png, which no file can be called"),
         ("path,label\n1.png,a\n./1.png,b", r"row 2 of .* names \./1\.png, which row 1 names as 1"),
         ("path,label\n1.png,a\nx/../1.png,b", r"row 2 of .* which row 1 names as 1\.png"),
         ("label,path\na,b,1.png", r"line 2 of .* has 3 fields and the header 2; put a path with"),

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spice_pl.data.images import printable
 from spice_pl.errors import UsageError
+from spice_pl.system.output import printable
 
 logger = logging.getLogger(__name__)
 
