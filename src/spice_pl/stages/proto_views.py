@@ -114,6 +114,7 @@ class BankedViews(FrozenViews):
         self.train_index, self.num_views, self.seed = train_index, num_views, seed
         self.made_from: dict[str, Any] = {"upstream": upstream.digest(), "seed": seed}
         self.made_from |= {"shape": [num_views, *features.shape]}
+        self.banks: dict[str, NDArray[np.float16]] = {}
 
     def stream(self, stream: Stream) -> Stream:
         """Return the stream without views: batches hold positions, and the banks hold the views."""
@@ -130,7 +131,6 @@ class BankedViews(FrozenViews):
         self.folder = Path(trainer.default_root_dir) / "view_bank"
         stamp = self.folder / "made_from.json"
         if self.stage.restored_epoch >= (trainer.max_epochs or 0):  # only the prediction is left
-            self.banks = {}
             self._remove()
             return
         fresh = not stamp.is_file() or json.loads(stamp.read_text()) != self.made_from
@@ -147,9 +147,7 @@ class BankedViews(FrozenViews):
             trainer.strategy.barrier("banks filled")
             if trainer.is_global_zero:
                 RunFolder(self.folder).write_json(stamp.name, self.made_from)
-        self.banks: dict[str, NDArray[np.float16]] = {
-            name: np.load(self._file(name), mmap_mode="r") for name in self.banked
-        }
+        self.banks |= {name: np.load(self._file(name), mmap_mode="r") for name in self.banked}
 
     def embed(self, batch: Views) -> tuple[Tensor, Tensor]:
         """Return one weak and one strong view per image out of the n, (b, D) each."""
