@@ -25,6 +25,8 @@ from spice_pl.callbacks.metrics_csv import CurveLogger
 from spice_pl.data.images import ImageSet
 from spice_pl.data.sources.archives import read_index
 from spice_pl.errors import UsageError
+from spice_pl.job.checks import saved_settings
+from spice_pl.job.job import literal
 from spice_pl.job.settings import build
 from spice_pl.models import portable
 from spice_pl.models.tensor_files import read_file
@@ -132,6 +134,15 @@ class Readers:
     def settings(self, file: Path) -> Any:
         cfg = OmegaConf.create(yaml.safe_load(file.read_text()))
         return build(OmegaConf.create({"allow_targets": []}), cfg)
+
+    def config_yaml(self, file: Path) -> Any:
+        """Read the saved settings of a run, as a task on it does, and build them."""
+        saved = saved_settings(file)
+        cfg = OmegaConf.create({"allow_targets": [], "taken": literal(saved)})
+        found = OmegaConf.to_container(cfg, resolve=True)
+        assert isinstance(found, dict)
+        assert repr(found["taken"]) == repr(saved)
+        return build(cfg, cfg.taken)
 
     def request(self, file: Path) -> Any:
         """Answer one request; a text TOKEN or PORT in the file stands for the server's."""

@@ -1,4 +1,4 @@
-"""5,800 seeded files, settings and requests that keep their form and lie in their content.
+"""6,200 seeded files, settings and requests that keep their form and lie in their content.
 
 Each is refused with a documented error or read, in bounded time and memory. A connection, a new
 process or a write outside the run's folder fails the test.
@@ -383,6 +383,17 @@ def test_descriptions_of_calls(readers: Readers) -> None:
         return text.encode()
 
     refused, read = fuzz(readers, "settings", make, 600, ".yaml")
+    assert min(refused, read) > 20
+
+    def saved(draw: random.Random) -> bytes:
+        """Saved settings: more escapes, aliases and tags; some cut."""
+        text = make(draw).decode().replace("${", "\\" * draw.randint(0, 3) + "${")
+        more = ["", "", "", "y: &a [1]\nz: *a\n", "y: !!python/name:os.system\n", "? [1]\n", "\t"]
+        text = text.replace("weights:", "more:")  # settings may download weights
+        content = (text + draw.choice(more)).encode()
+        return content[: draw.randrange(len(content))] if draw.random() < 0.1 else content
+
+    refused, read = fuzz(readers, "config.yaml", saved, 400, ".yaml")
     assert min(refused, read) > 20
 
 

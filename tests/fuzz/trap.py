@@ -21,6 +21,7 @@ CHANGING = {
     *("os.chmod", "os.chown", "os.utime", "shutil.rmtree", "shutil.move", "shutil.copyfile"),
 }
 TWO_PATHS = {"os.rename", "os.link", "os.symlink", "shutil.move", "shutil.copyfile"}
+MOVING = {"os.rename", "shutil.move"}  # the source goes
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
@@ -47,11 +48,21 @@ def _watch(event: str, arguments: tuple[Any, ...]) -> None:
             return
     elif event in CHANGING:
         path = arguments[1] if event in TWO_PATHS else arguments[0]
+        if event in MOVING and not _inside(arguments[0], own):
+            raise Trapped(f"{event} {arguments!r:.200}")
     else:
         return
-    name = os.path.abspath(os.fsdecode(path)) if not isinstance(path, int) else ""
-    if name and not name.startswith((own, "/dev/null")) and "__pycache__" not in name:
-        raise Trapped(f"{event} {name}")
+    if not _inside(path, own):
+        raise Trapped(f"{event} {path!r:.200}")
+
+
+def _inside(path: Any, own: str) -> bool:
+    """Whether a path is below the folder, links to elsewhere counted as elsewhere."""
+    if isinstance(path, int):  # of a file that is open already
+        return True
+    folder, name = os.path.split(os.path.abspath(os.fsdecode(path)))
+    whole = os.path.join(os.path.realpath(folder), name)
+    return whole == "/dev/null" or "__pycache__" in whole or f"{whole}/".startswith(f"{own}/")
 
 
 sys.addaudithook(_watch)  # a hook cannot be removed again

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hydra._internal.utils import create_config_search_path
 from hydra.types import RunMode
 from tests.conftest import CONF, NUM_CLASSES, PIXELS, Finished, write_folder
@@ -93,3 +94,22 @@ def test_verbs_run_on_a_run_and_leave_their_results_in_it(finished: Finished) ->
     assert (run / "export" / "model.pt2").is_file()
     run_stages(job_of("trust", str(run)))  # again: nothing is in its way
     assert RunFolder(run).finished
+
+
+@pytest.mark.parametrize("backslashes", [0, 1, 2, 3])
+def test_settings_of_a_foreign_run_show_no_secret(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backslashes: int
+) -> None:
+    """An interpolation in the saved settings of a run stays the text that it is there."""
+    monkeypatch.setenv("SPICE_TEST_SECRET", "s3cret")
+    run = finished.folder("proto").path
+    file = run / ".hydra" / "config.yaml"
+    saved = yaml.safe_load(file.read_text())
+    text = "/x/" + "\\" * backslashes + "${oc.env:SPICE_TEST_SECRET}"
+    saved["dataset"]["root"] = text
+    file.write_text(yaml.safe_dump(saved))
+    job = job_of("trust", str(run))
+    assert job.cfg.dataset.root == text
+    assert "s3cret" not in job.dump()
+    (tmp_path / "job.yaml").write_text(job.dump())
+    assert Job.load(str(tmp_path / "job.yaml")).cfg.dataset.root == text

@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from tests.conftest import CONF
 
 from spice_pl.errors import UsageError
-from spice_pl.job.job import Job
+from spice_pl.job.job import Job, literal
 from spice_pl.job.settings import build
 
 IDENTITY = "torch.nn.Identity"  # takes any argument and ignores it
@@ -277,3 +277,13 @@ def test_what_is_called_is_what_one_resolution_gives(
             assert build(cfg, cfg.it) == wanted, case
         assert not (tmp_path / "trace").exists(), case
     assert min(counts.values()) > 200, counts
+
+
+def test_resolved_settings_are_not_resolved_again() -> None:
+    """Any text comes back from `literal` as it is: OmegaConf's own parser is the reference."""
+    draw = random.Random(0)  # noqa: S311 - which text to make
+    parts = ["\\", "\\", "${", "${oc.env:SPICE_TEST_SECRET}", "}", "$", "{", "a", ":", "'", " "]
+    for _ in range(5000):
+        text = "".join(draw.choice(parts) for _ in range(draw.randint(1, 8)))
+        node = OmegaConf.create({"a": literal({"b": [text]})})
+        assert OmegaConf.to_container(node, resolve=True) == {"a": {"b": [text]}}, text

@@ -28,6 +28,7 @@ from spice_pl.system.files import atomic, check_folder
 
 logger = logging.getLogger(__name__)
 
+MAX_SETTINGS = 1_000_000  # bytes of the saved settings of a run, which take a few thousand
 # Settings that say where images are. The fingerprint decides whether they are the same.
 PLACES = {"dataset.root", "dataset.path", "dataset.table"}
 
@@ -215,6 +216,8 @@ def _quick(step: Step, changed: Mapping[str, Any]) -> str:
 def saved_settings(file: Path) -> dict[str, Any]:
     """Read the settings that a run was made with."""
     try:
+        if file.stat().st_size > MAX_SETTINGS:  # YAML is slow to read
+            raise ValueError(f"it is larger than {MAX_SETTINGS // 1000} kB")
         text = file.read_text(encoding="utf-8")
         if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
             raise ValueError("it has aliases, which can grow without end")

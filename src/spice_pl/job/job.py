@@ -206,9 +206,15 @@ class Job:
 
 
 def literal(value: Any) -> Any:
-    """Return resolved settings in which OmegaConf finds nothing to resolve again."""
+    r"""Return resolved settings in which OmegaConf finds nothing to resolve again.
+
+    Backslashes before an interpolation escape each other there, so all of them are doubled.
+
+    >>> print(literal("${a}"), literal(r"\${a}"))
+    \${a} \\\${a}
+    """
     if isinstance(value, dict):
         return {key: literal(item) for key, item in value.items()}
     if isinstance(value, list):
         return [literal(item) for item in value]
-    return value.replace("${", "\\${") if isinstance(value, str) else value
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value

@@ -114,6 +114,7 @@ class BankedViews(FrozenViews):
         self.train_index, self.num_views, self.seed = train_index, num_views, seed
         self.made_from: dict[str, Any] = {"upstream": upstream.digest(), "seed": seed}
         self.made_from |= {"shape": [num_views, *features.shape]}
+        self.banks: dict[str, NDArray[np.float16]] = {}
 
     def stream(self, stream: Stream) -> Stream:
         """Return the stream without views: batches hold positions, and the banks hold the views."""
@@ -129,7 +130,6 @@ class BankedViews(FrozenViews):
         self.banked = [name for name in VIEWS if self.views[name] != plain]
         self.folder = Path(trainer.default_root_dir) / "view_bank"
         stamp = self.folder / "made_from.json"
-        self.banks: dict[str, NDArray[np.float16]] = {}
         if self.stage.restored_epoch >= (trainer.max_epochs or 0):  # only the prediction is left
             self._remove()
             return
