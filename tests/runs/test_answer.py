@@ -148,6 +148,16 @@ def test_the_vote_of_longer_walks_has_to_be_about_as_even(monkeypatch: pytest.Mo
     assert list(found) == [NETWORK, VOTE, "k-means after 100 steps"]
 
 
+def test_a_candidate_with_an_empty_cluster_is_left_out_where_another_has_none() -> None:
+    three = probs_of(GROUPS.clamp_max(2))  # of a network that leaves the fourth cluster empty
+    found, _ = candidates(features(), three, seed=0)
+    assert NETWORK not in found
+    assert all(len(row.unique()) == 4 for row in found.values())
+    # All images are equal: every candidate has one cluster, and all are kept.
+    found, _ = candidates(torch.ones(200, 16), probs_of(torch.zeros_like(GROUPS)), seed=0)
+    assert NETWORK in found
+
+
 SMALL = torch.eye(4)[torch.arange(40) % 4]  # ten copies of each of four images
 
 

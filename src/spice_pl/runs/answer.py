@@ -92,7 +92,8 @@ def candidates(features: Tensor, probs: Tensor, seed: int) -> tuple[dict[str, Te
         seed: seed of k-means.
 
     Returns:
-        Clusters (N,) of each candidate that has not collapsed, by its name; neighbours (N, k).
+        Clusters (N,) of each candidate that has not collapsed and has no empty cluster, by its
+        name; neighbours (N, k). If each has an empty one, all that have not collapsed.
     """
     num_clusters, own = probs.shape[1], probs.argmax(dim=1)
     inside = max(1, len(probs) // num_clusters - 1)  # other images of a cluster of mean size
@@ -111,7 +112,10 @@ def candidates(features: Tensor, probs: Tensor, seed: int) -> tuple[dict[str, Te
     even = {name: evenness(row, num_clusters) for name, row in found.items()}
     limits = dict.fromkeys(found, max(even.values()) - COLLAPSED)
     limits[WALKS_VOTE] = max(even.values()) - COLLAPSED_VOTE
-    return {name: row for name, row in found.items() if even[name] >= limits[name]}, others
+    kept = {name: row for name, row in found.items() if even[name] >= limits[name]}
+    # K clusters were asked for: a vote that empties one is kept only where all have an empty one.
+    full = {name: row for name, row in kept.items() if len(row.unique()) == num_clusters}
+    return full or kept, others
 
 
 def _propagated(clusters: Tensor, others: Tensor, num_clusters: int) -> Tensor:
