@@ -114,7 +114,7 @@ def candidates(features: Tensor, probs: Tensor, seed: int) -> tuple[dict[str, Te
     limits[WALKS_VOTE] = max(even.values()) - COLLAPSED_VOTE
     kept = {name: row for name, row in found.items() if even[name] >= limits[name]}
     # K clusters were asked for: a vote that empties one is kept only where all have an empty one.
-    full = {name: row for name, row in kept.items() if len(row.unique()) == num_clusters}
+    full = {name: row for name, row in kept.items() if len(set(row.tolist())) == num_clusters}
     return full or kept, others
 
 
