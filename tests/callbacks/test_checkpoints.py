@@ -224,7 +224,7 @@ def test_no_space_is_an_error_before_the_first_row_is_written(tmp_path: Path) ->
 def test_disk_that_is_too_small_is_said_before(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.check_space(1)
-    with pytest.raises(UsageError, match=r"needs about 1,000,000,000,000 MB .* another runs_dir"):
+    with pytest.raises(UsageError, match=r"needs about 1,000,000,000.0 GB .* another runs_dir"):
         folder.check_space(10**18)
 
 

@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from tests.conftest import CONF
 
 from spice_pl.errors import UsageError
+from spice_pl.job.checks import saved_settings
 from spice_pl.job.job import Job, literal
 from spice_pl.job.settings import build
 
@@ -287,3 +288,10 @@ def test_resolved_settings_are_not_resolved_again() -> None:
         text = "".join(draw.choice(parts) for _ in range(draw.randint(1, 8)))
         node = OmegaConf.create({"a": literal({"b": [text]})})
         assert OmegaConf.to_container(node, resolve=True) == {"a": {"b": [text]}}, text
+
+
+def test_saved_settings_are_bounded(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("a: " + "x" * 1_000_000)
+    with pytest.raises(UsageError, match=r"config.yaml is damaged \(it is larger than 1000 kB\)"):
+        saved_settings(file)
