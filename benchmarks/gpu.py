@@ -36,7 +36,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from spice_pl.data.augment import MoCoView, PatchView, StrongView, View, WeakView
+from spice_pl.data.augment import StrongView, View, WeakView
+from spice_pl.data.crop_views import MoCoView, PatchView
 from spice_pl.data.datamodule import Stream, Views, ViewsDataModule
 from spice_pl.data.images import ImageSet
 from spice_pl.data.transfer import Ahead, resident_store

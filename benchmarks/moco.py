@@ -38,7 +38,8 @@ from torchvision.transforms import v2
 from views import MEAN, STD, photographs
 
 from spice_pl.callbacks.stage_progress import StageProgress
-from spice_pl.data.augment import MoCoView, PlainView
+from spice_pl.data.augment import PlainView
+from spice_pl.data.crop_views import MoCoView
 from spice_pl.data.datamodule import Stream, ViewsDataModule
 from spice_pl.data.images import ImageSet
 from spice_pl.job.trainer import auto_precision

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from spice_pl.data.augment import MoCoView, StrongView, View, WeakView
+from spice_pl.data.augment import StrongView, View, WeakView
+from spice_pl.data.crop_views import MoCoView
 from spice_pl.data.keyed import keyed_uniform
 
 MEAN, STD = (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)  # CIFAR-10

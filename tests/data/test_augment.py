@@ -9,16 +9,8 @@ from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as tv
 
-from spice_pl.data.augment import (
-    ALL_14,
-    RANDAUGMENT,
-    MoCoView,
-    PatchView,
-    PlainView,
-    StrongView,
-    View,
-    WeakView,
-)
+from spice_pl.data.augment import ALL_14, RANDAUGMENT, PlainView, StrongView, View, WeakView
+from spice_pl.data.crop_views import MoCoView, PatchView
 from spice_pl.data.keyed import keyed_generator, keyed_uniform
 from spice_pl.data.operations import random_boxes
 
@@ -76,7 +68,7 @@ def test_an_image_looks_the_same_in_any_batch(view: View) -> None:
 def test_large_batches_are_made_in_parts(view: View, monkeypatch: pytest.MonkeyPatch) -> None:
     images, uniforms = _images(9, 16), _uniforms(view, 9)
     whole = view(images, uniforms)
-    monkeypatch.setattr("spice_pl.data.augment.LEVELS_AT_ONCE", 3 * 16 * 16 * 2)  # 5 parts of 2
+    monkeypatch.setattr("spice_pl.data.crop_views.LEVELS_AT_ONCE", 3 * 16 * 16 * 2)  # 5 parts of 2
     torch.testing.assert_close(view(images, uniforms), whole)
 
 
@@ -196,6 +188,14 @@ def test_a_patch_is_the_view_of_moco_with_its_own_numbers() -> None:
     patches = many(images, uniforms)
     for number, part in enumerate(uniforms.chunk(3, dim=1)):
         torch.testing.assert_close(patches[:, number], one(images, part))
+
+
+def test_large_batches_of_small_patches_are_made_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    view = PatchView(**IDENTITY, num_patches=3, side=4)
+    images, uniforms = _images(7, 8), _uniforms(view, 7)
+    whole = view(images, uniforms)
+    monkeypatch.setattr("spice_pl.data.crop_views.LEVELS_AT_ONCE", 1000)  # six parts
+    torch.testing.assert_close(view(images, uniforms), whole)
 
 
 def test_half_a_side_is_the_mean_of_four_pixels() -> None:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from spice_pl.data.augment import MoCoView, PlainView, StrongView, WeakView
+from spice_pl.data.augment import PlainView, StrongView, WeakView
+from spice_pl.data.crop_views import MoCoView
 from spice_pl.data.datamodule import Pixels, Stream, Views, ViewsDataModule
 from spice_pl.data.images import ImageSet
 

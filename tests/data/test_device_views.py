@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from spice_pl.data.augment import ALL_14, MoCoView, PatchView, PlainView, StrongView, WeakView
+from spice_pl.data.augment import ALL_14, PlainView, StrongView, WeakView
+from spice_pl.data.crop_views import MoCoView, PatchView
 
 MEAN, STD = (0.49, 0.48, 0.45), (0.2, 0.21, 0.22)
 BATCH = 60

@@ -17,7 +17,7 @@ from tests.process import ROOT
 from tests.stages.small import MEAN, STD, backbone, image_set
 from torch import nn
 
-from spice_pl.data.augment import PatchView
+from spice_pl.data.crop_views import PatchView
 from spice_pl.data.datamodule import Stream
 from spice_pl.errors import UsageError
 from spice_pl.job import memory

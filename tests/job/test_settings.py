@@ -22,6 +22,7 @@ PLAIN = OmegaConf.create({"allow_targets": []})
     [
         ("spice_pl.data.folder.folder", "spice_pl.data.sources.folder.folder"),
         ("spice_pl.data.datasets.cifar10", "spice_pl.data.sources.torchvision.cifar10"),
+        ("spice_pl.data.augment.MoCoView", "spice_pl.data.crop_views.MoCoView"),
         ("spice_pl.data.datasets.digits", "spice_pl.data.sources.torchvision.digits"),
         ("spice_pl.data.imagenet.imagenet", "spice_pl.data.sources.imagenet.imagenet"),
         ("spice_pl.data.arrays.array", "spice_pl.data.sources.arrays.array"),
@@ -38,7 +39,7 @@ def test_old_names_mean_the_new_ones(old: str, new: str) -> None:
 
 
 def test_no_moved_module_is_there_under_both_names() -> None:
-    assert len(MOVED) == 8
+    assert len(MOVED) == 9
     for new in MOVED.values():
         assert current_target(f"{new}x") == f"{new}x"
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spice_pl.callbacks.checkpoints import Checkpoints
-from spice_pl.data.augment import PatchView
+from spice_pl.data.crop_views import PatchView
 from spice_pl.data.datamodule import Views
 from spice_pl.errors import UsageError
 from spice_pl.job.run import run_stages

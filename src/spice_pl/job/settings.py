@@ -33,6 +33,7 @@ MOVED = {
     "spice_pl.callbacks.curves.": "spice_pl.callbacks.metrics_csv.",
     "spice_pl.data.archives.": "spice_pl.data.sources.archives.",
     "spice_pl.data.arrays.": "spice_pl.data.sources.arrays.",
+    "spice_pl.data.augment.MoCoView": "spice_pl.data.crop_views.MoCoView",
     "spice_pl.data.datasets.": "spice_pl.data.sources.torchvision.",
     "spice_pl.data.folder.": "spice_pl.data.sources.folder.",
     "spice_pl.data.imagenet.": "spice_pl.data.sources.imagenet.",

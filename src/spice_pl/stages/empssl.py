@@ -15,7 +15,7 @@ from typing import cast
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spice_pl.data.augment import PatchView
+from spice_pl.data.crop_views import PatchView
 from spice_pl.data.datamodule import Stream, Views
 from spice_pl.data.images import ImageSet
 from spice_pl.errors import UsageError
