@@ -35,6 +35,16 @@ def test_a_new_image_of_a_small_cluster_can_be_sure() -> None:
     assert known.not_sure(new, torch.full((4,), 4), num_clusters=5).all()  # no known image
 
 
+def test_shares_of_the_clusters_among_the_nearest_known_images() -> None:
+    angles = torch.arange(8) * 0.1
+    rows = torch.stack([angles.cos(), angles.sin()], dim=1)
+    known = Known([str(i) for i in range(8)], rows.half(), torch.tensor([0, 0, 1, 0, 1, 1, 1, 1]))
+    # 8 known images in 2 clusters: the 2 nearest count.
+    found = known.shares(rows[[0, 7]], num_clusters=3)
+    assert found.tolist() == [[1, 0, 0], [0, 1, 0]]
+    assert known.shares(rows[2:3] + 0.01, num_clusters=2).tolist() == [[0.5, 0.5]]  # 2 and 3
+
+
 def test_the_nearest_known_images_come_first() -> None:
     ids = torch.zeros(3, dtype=torch.long)
     known = Known(["east", "north", "west"], torch.tensor([[1.0, 0], [0, 1], [-1, 0]]).half(), ids)

@@ -580,3 +580,19 @@ def test_a_folder_without_a_model_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="does not exist"):
         spice_pl.load(tmp_path)
     assert make_job().cfg.known_images == 10_000
+
+
+def test_known_images_vote_where_the_run_kept_other_clusters(
+    straight: Finished, tmp_path: Path
+) -> None:
+    model = spice_pl.load(straight.folder("fixmatch").path)
+    assert not model.known_vote  # the network's clusters were kept
+    assert model.known is not None
+    pixels = torch.randint(0, 256, (4, 3, model.image_size, model.image_size), dtype=torch.uint8)
+    probs, embeddings = model.network(pixels)
+    torch.testing.assert_close(model.outputs(pixels)[0], probs)
+    model.known_vote = True
+    model.save(tmp_path / "model.spice")
+    votes = spice_pl.load(tmp_path / "model.spice").outputs(pixels)[0]
+    shares = model.known.shares(embeddings, model.num_clusters)
+    torch.testing.assert_close(votes, (probs + shares) / 2)

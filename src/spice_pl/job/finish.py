@@ -34,6 +34,7 @@ from spice_pl.reports.tables import (
 )
 from spice_pl.runs.answer import NETWORK, Answer, choose_answer
 from spice_pl.runs.attention import FeatureMap, write_attention
+from spice_pl.runs.checked_files import ANSWER
 from spice_pl.runs.clusters import ClusterTable, cluster_table
 from spice_pl.runs.earlier import better_of
 from spice_pl.runs.edited import inherited_names, order_like, renumber_
@@ -187,6 +188,7 @@ def write_portable(
             images.keys, folder.features, table.clusters, int(step.settings["known_images"])
         ),
         levels=step.settings["dataset"].get("levels"),
+        known_vote=(folder.path / ANSWER).is_file(),
     )
     model.save(folder.path / portable.FILE_NAME)
 

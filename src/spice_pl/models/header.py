@@ -10,6 +10,7 @@
 | about | dictionary |
 | known | null, or one key per known image |
 | levels | null, or black and white of images of more than 8 bits; may be missing |
+| known_vote | whether the clusters of known images count as much as the head's; may be missing |
 | digest | digest of the other fields and all tensors; files of before 0.2 have none |
 
 It is JSON of at most 64 MB and 20 levels. Tensors begin with `encoder.`, `head.` or `known.`, are
@@ -53,6 +54,7 @@ class Header:
     about: dict[str, Any]
     known: list[str] | None
     levels: list[float] | None = None
+    known_vote: bool = False
 
 
 def _is_levels(value: Any) -> bool:
@@ -65,7 +67,7 @@ def _is_levels(value: Any) -> bool:
     return numbers and value[0] < value[1]
 
 
-OPTIONAL = ("levels",)  # not in the files of before 0.2
+OPTIONAL = ("levels", "known_vote")  # not in the files of before 0.2
 RULES: dict[str, Kind] = {
     "format": Kind("a whole number of 1 or more", lambda value: is_whole(value) and value >= 1),
     "settings": Kind("a dictionary", lambda value: isinstance(value, dict)),
@@ -87,6 +89,7 @@ RULES: dict[str, Kind] = {
         lambda value: value is None or (isinstance(value, list) and all(map(is_text, value))),
     ),
     "levels": Kind("null or black and white, two numbers in rising order", _is_levels),
+    "known_vote": Kind("true or false", lambda value: isinstance(value, bool)),
 }
 
 

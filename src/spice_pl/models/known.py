@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from spice_pl.functional.neighbors import similarities
 from spice_pl.functional.reliability import least_agreement, neighbors_for
 
+NUM_VOTERS = 10  # known images whose clusters are averaged, at most; as in `runs.answer`
 NUM_NEIGHBORS = 20  # known images that a new one is compared with, at most
 
 
@@ -68,6 +69,20 @@ class Known:
         agreement = (known[index] == clusters[:, None]).float().mean(dim=1)
         sizes = torch.bincount(known, minlength=num_clusters)
         return agreement < least_agreement(sizes, index.shape[1])[clusters]
+
+    def shares(self, embeddings: Tensor, num_clusters: int) -> Tensor:
+        """Return the share of each cluster among the known images most like a new one.
+
+        Args:
+            embeddings: (B, D), of length one.
+            num_clusters: K.
+
+        Returns:
+            (B, K); rows sum to 1.
+        """
+        known = self.clusters.to(embeddings.device, torch.int64)
+        _, index = self._alike(embeddings, neighbors_for(NUM_VOTERS, len(self.keys), num_clusters))
+        return F.one_hot(known[index], num_clusters).float().mean(dim=1)
 
     def _alike(self, embeddings: Tensor, most: int) -> tuple[Tensor, Tensor]:
         alike = similarities(embeddings, self.embeddings.to(embeddings))  # (B, n)

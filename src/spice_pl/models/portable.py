@@ -102,6 +102,7 @@ class PortableModel:
         about: data set, fingerprint, stage, seed and versions, as information for the user.
         known: training images to show beside a new one, or None.
         levels: black and white of images of more than 8 bits; None chooses them for each image.
+        known_vote: whether the clusters of known images count as much as the head's, see `outputs`.
     """
 
     network: ClusterNetwork
@@ -112,6 +113,7 @@ class PortableModel:
     about: Mapping[str, Any] = field(default_factory=dict)
     known: Known | None = None
     levels: Sequence[float] | None = None
+    known_vote: bool = False
 
     def __post_init__(self) -> None:
         self.network.eval().requires_grad_(False)
@@ -146,11 +148,24 @@ class PortableModel:
             "about": self.about,
             "known": None if self.known is None else list(self.known.keys),
             "levels": None if self.levels is None else [float(each) for each in self.levels],
+            "known_vote": self.known_vote,
         }
         header = json.loads(json.dumps(header))
         header["digest"] = digest(header, tensors)
         with atomic(Path(path)) as temporary:
             save_file(tensors, temporary, {"spice_pl": json.dumps(header)})
+
+    def outputs(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return probabilities (B, K) and embeddings (B, D) of pixels (B, 3, S, S) uint8.
+
+        With `known_vote` the probabilities are the mean of the head's and of the shares of the
+        clusters among the most similar known images (k-nearest-neighbour rule, Cover and Hart
+        1967). These have the clusters that the run kept, which may not be the head's.
+        """
+        probs, embeddings = self.network(pixels)
+        if self.known_vote and self.known is not None and len(self.known.keys):
+            probs = (probs + self.known.shares(embeddings, self.num_clusters)) / 2
+        return probs, embeddings
 
     def predict(self, images: Any, *, batch_size: int = 256, num_nearest: int = 3) -> Predictions:
         """Cluster images of any size and mode.
@@ -196,7 +211,7 @@ class PortableModel:
         """
         for keys, pixels in batches:
             pieces = in_parts(torch.from_numpy(pixels).to(self.device))
-            made = [self.network(part) for part in pieces]
+            made = [self.outputs(part) for part in pieces]
             probs, embeddings = (torch.cat(each) for each in zip(*made, strict=True))
             confidence, clusters = probs.max(dim=1)  # (B,)
             nearest: list[list[str]] = [[] for _ in keys]
@@ -283,6 +298,7 @@ def load(
         about=header.about,
         known=known,
         levels=header.levels,
+        known_vote=header.known_vote,
     )
     model.network.to(device).to(memory_format=torch.channels_last)  # faster on a processor
     return model
