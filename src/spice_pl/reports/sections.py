@@ -28,7 +28,7 @@ WALLS = {
 TERMS = {
     "Confidence": "the largest of an image's cluster probabilities, from 0 to 1",
     "Agreement": "the share of an image's nearest neighbours that are in the same cluster",
-    "Reliable": "an image of high confidence and agreement; stage 3 trains on its cluster as label",
+    "Reliable": "an image of high confidence and agreement; stage 3, if it follows, trains on these",
     "Not sure": "an image with agreement below 50%: most neighbours are in other clusters",
     "Protocol": "whole: all images are trained on and scored; split: one part is trained on, the "
     "other scored",
@@ -122,9 +122,9 @@ def warnings(data: ReportData) -> list[str]:
     choice = data.k_choice
     if choice is not None and choice.estimated is not None and not choice.clear:
         found.append(
-            "The number of clusters is unclear: the images do not divide into one number of groups "
-            f"better than into others. The best guess is {choice.estimated}. “How many clusters” "
-            "below shows others at once."
+            "The number of clusters is unclear: the images divide into several numbers of groups about "
+            f"equally well. The best guess is {choice.estimated}. “How many clusters” below shows "
+            "others at once."
         )
     if data.num_clusters > 2 and 2 * sizes.max() > data.num_images > 0:
         found.append(

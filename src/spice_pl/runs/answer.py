@@ -70,7 +70,7 @@ def choose_answer(features: Tensor, probs: Tensor, seed: int) -> Answer:
     values = cluster_scores(others, torch.stack(list(found.values())), num_clusters)
     scores = dict(zip(found, values.tolist(), strict=True))
     name = max(scores, key=lambda each: scores[each])
-    logger.info("clusters of %s are kept: %s", name, _listed(scores))
+    logger.info("kept: clusters of %s, the best score of %s", name, _listed(scores))
     if name == NETWORK:
         return Answer(name, scores, probs)
     clusters = numbered_like(found[name], own, num_clusters)

@@ -77,7 +77,7 @@ class EmbedModule(Stage):
     ) -> Mapping[str, Stream]:
         """Load the weights."""
         if self.file is None:
-            logger.info("no embed.module.weights: the backbone keeps those it was built with")
+            logger.info("the encoder has the weights that it comes with")
         else:
             logger.info(load_backbone_weights(self.encoder, self.file, partial=self.partial))
         return streams
