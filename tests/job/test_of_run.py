@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 from hydra._internal.utils import create_config_search_path
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from tests.conftest import CONF, NUM_CLASSES, PIXELS, Finished, write_folder
 
@@ -15,6 +16,7 @@ from spice_pl.cli import with_verb
 from spice_pl.job.job import Job
 from spice_pl.job.loader import Loader
 from spice_pl.job.run import run_stages
+from spice_pl.job.words import with_quotes
 from spice_pl.runs.folder import RunFolder
 
 
@@ -60,6 +62,7 @@ def test_new_images_are_decoded_as_the_run_decoded_its_own(
         (("trust", "RUN", "trust.num_nulls=2"), "there is no setting trust.num_nulls"),
         (("trust", "not/there"), "not/there is not a finished run"),
         (("trust",), "trust takes RUN, none given; the form is"),
+        (("trust", "seed=1"), "trust takes RUN, none given; the form is"),
         (("predict", "RUN"), "predict takes RUN and NEW, 1 given"),
         (("predict", "RUN", "not/there"), "NEW=not/there is not a folder that exists"),
     ],
@@ -82,6 +85,48 @@ def test_a_file_of_settings_cannot_call_what_the_run_names(finished: Finished) -
     assert "[os]" in text
     file.write_text(text)
     assert list(job_of("report", str(run)).cfg.allow_targets) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "values"),
+    [
+        (("trust", "RUN", "seed=1"), {"of": "RUN", "seed": "1"}),
+        (("sort", "RUN/report.html"), {"of": "RUN/report.html"}),
+        (("report", "photos/proto/seed0,a.b=4"), {"of": "photos/proto/seed0,a.b=4"}),
+        (("export", "RUN", "stage=x"), {"of": "RUN", "stage": "x"}),
+        (("predict", "new=1", "RUN", "open=false"), {"of": "new=1", "dataset.root": "RUN"}),
+        (("edit", "seed=0", "RUN", "e=1.json"), {"of": "RUN", "edit.file": "e=1.json"}),
+        (("review", "photos", "seed=0"), {"of": "photos", "seed": "0"}),
+    ],
+)
+def test_the_folder_of_a_run_of_a_sweep_is_not_a_setting(
+    words: tuple[str, ...],
+    values: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Folders and files with "=" in their names are words; without one missing it is a setting."""
+    monkeypatch.chdir(tmp_path)
+    run = Path("runs/photos/proto/seed0,a.b=4")
+    run.mkdir(parents=True)
+    for file in (run / "report.html", Path("e=1.json")):
+        file.write_text("")
+    Path("new=1").mkdir()
+    named = {key: value.replace("RUN", str(run)) for key, value in values.items()}
+    parsed = OverridesParser.create().parse_overrides(
+        with_quotes(with_verb([word.replace("RUN", str(run)) for word in words]))
+    )
+    found = {each.get_key_element(): str(each.value()) for each in parsed}
+    assert found.items() >= named.items()
+
+
+def test_a_run_of_a_sweep_is_read_as_any_other(finished: Finished) -> None:
+    run = finished.folder("proto").path
+    swept = run.rename(run.with_name("seed0,dataset.num_clusters=4"))
+    job = job_of("trust", str(swept), "augment.weak.padding=2")
+    assert job.folder("trust").path == swept / "trust"
+    assert job.cfg.run == swept.name
+    assert job.upstream_folders("trust")[0].path == swept
 
 
 @pytest.mark.slow
