@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from tests.conftest import CONF, NUM_CLASSES, PIXELS, Finished, write_folder
 from spice_pl.cli import with_verb
 from spice_pl.job.job import Job
 from spice_pl.job.loader import Loader
+from spice_pl.job.of_run import chosen_run
+from spice_pl.job.parts import open_images
 from spice_pl.job.run import run_stages
 from spice_pl.job.words import with_quotes
 from spice_pl.runs.folder import RunFolder
@@ -127,6 +130,32 @@ def test_a_run_of_a_sweep_is_read_as_any_other(finished: Finished) -> None:
     assert job.folder("trust").path == swept / "trust"
     assert job.cfg.run == swept.name
     assert job.upstream_folders("trust")[0].path == swept
+
+
+def test_the_newest_of_several_runs_is_named(finished: Finished) -> None:
+    """The data set has two runs with clusters, of stages 2 and 3; stage 3 was the last."""
+    folder = finished.folder("fixmatch").path
+    job = job_of("trust", str(folder.parents[1]))
+    assert chosen_run(job) == f"run: {folder}, the newest of 2"
+    below = job_of("trust", folder.parents[1].name, f"runs_dir={folder.parents[2]}")
+    assert chosen_run(below) == chosen_run(job)
+    assert chosen_run(job_of("trust", str(folder))) is None  # there was no choice
+    assert chosen_run(job_of("trust", str(folder.parent))) is None
+    assert chosen_run(replace(job, overrides=("stage=trust",))) is None
+
+
+def test_new_images_have_no_unknown_clusters(
+    straight: Finished, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    new = write_folder(tmp_path / "new", classes=False)
+    cache = f"cache_dir={tmp_path / 'cache'}"
+    job = job_of("predict", str(straight.folder("fixmatch").path), str(new), cache)
+    with caplog.at_level("INFO"):
+        images = open_images(job.cfg)
+        open_images(job.with_settings({"stages": ["estimate_k"]}).cfg)
+    said = f"new: {len(images)} images of {PIXELS} x {PIXELS} pixels"
+    assert said in caplog.messages
+    assert f"{said}, unknown clusters, protocol whole, no labels" in caplog.text
 
 
 @pytest.mark.slow
