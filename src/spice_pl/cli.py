@@ -74,9 +74,9 @@ def with_verb(arguments: list[str]) -> list[str]:
     "predict.model='hf://ann/birds'"
     """
     verb, *rest = arguments
-    words = [word for word in rest if not word.startswith(("-", "+", "~")) and "=" not in word]
-    others = _in_order([word for word in rest if word not in words])
     about = VERBS[verb]
+    words = _words(rest, len(about.words))
+    others = _in_order([word for word in rest if word not in words])
     if len(words) != len(about.words):
         _say_words(verb, words)
     settings = [f"stage={about.stage}"]
@@ -88,6 +88,24 @@ def with_verb(arguments: list[str]) -> list[str]:
             _stop(f"{name}={word} is not a folder that exists; give a folder of images")
         settings += [text.format(quoted(word)) for text in about.settings[name]]
     return [*settings, *others]
+
+
+def _words(arguments: list[str], number: int) -> list[str]:
+    """Return those of the arguments of a verb that are not settings.
+
+    The folder of a run of a sweep has "=" in its name. Where one of the `number` words is missing,
+    an argument that exists as a file or folder, or below the folder of runs, is taken as it.
+    """
+    given = [word for word in arguments if not word.startswith(("-", "+", "~"))]
+    place = next((word[9:] for word in given if word.startswith("runs_dir=")), "runs")
+    there = [word for word in given if "=" in word and _exists(word, place)]
+    missing = max(number - sum("=" not in word for word in given), 0)
+    return [word for word in given if "=" not in word or word in there[:missing]]
+
+
+def _exists(word: str, runs_dir: str) -> bool:
+    """Whether a word names a file or folder, as `runs.find.find_run` reads it."""
+    return os.path.exists(os.path.expanduser(word)) or os.path.exists(os.path.join(runs_dir, word))
 
 
 def _in_order(arguments: list[str]) -> list[str]:

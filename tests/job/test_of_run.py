@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from hydra._internal.utils import create_config_search_path
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from tests.conftest import CONF, NUM_CLASSES, PIXELS, Finished, write_folder
 
 from spice_pl.cli import with_verb
 from spice_pl.job.job import Job
 from spice_pl.job.loader import Loader
+from spice_pl.job.of_run import chosen_run
+from spice_pl.job.parts import open_images
 from spice_pl.job.run import run_stages
+from spice_pl.job.words import with_quotes
 from spice_pl.runs.folder import RunFolder
 
 
@@ -60,6 +65,7 @@ def test_new_images_are_decoded_as_the_run_decoded_its_own(
         (("trust", "RUN", "trust.num_nulls=2"), "there is no setting trust.num_nulls"),
         (("trust", "not/there"), "not/there is not a finished run"),
         (("trust",), "trust takes RUN, none given; the form is"),
+        (("trust", "seed=1"), "trust takes RUN, none given; the form is"),
         (("predict", "RUN"), "predict takes RUN and NEW, 1 given"),
         (("predict", "RUN", "not/there"), "NEW=not/there is not a folder that exists"),
     ],
@@ -82,6 +88,74 @@ def test_a_file_of_settings_cannot_call_what_the_run_names(finished: Finished) -
     assert "[os]" in text
     file.write_text(text)
     assert list(job_of("report", str(run)).cfg.allow_targets) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "values"),
+    [
+        (("trust", "RUN", "seed=1"), {"of": "RUN", "seed": "1"}),
+        (("sort", "RUN/report.html"), {"of": "RUN/report.html"}),
+        (("report", "photos/proto/seed0,a.b=4"), {"of": "photos/proto/seed0,a.b=4"}),
+        (("export", "RUN", "stage=x"), {"of": "RUN", "stage": "x"}),
+        (("predict", "new=1", "RUN", "open=false"), {"of": "new=1", "dataset.root": "RUN"}),
+        (("edit", "seed=0", "RUN", "e=1.json"), {"of": "RUN", "edit.file": "e=1.json"}),
+        (("review", "photos", "seed=0"), {"of": "photos", "seed": "0"}),
+    ],
+)
+def test_the_folder_of_a_run_of_a_sweep_is_not_a_setting(
+    words: tuple[str, ...],
+    values: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Folders and files with "=" in their names are words; without one missing it is a setting."""
+    monkeypatch.chdir(tmp_path)
+    run = Path("runs/photos/proto/seed0,a.b=4")
+    run.mkdir(parents=True)
+    for file in (run / "report.html", Path("e=1.json")):
+        file.write_text("")
+    Path("new=1").mkdir()
+    named = {key: value.replace("RUN", str(run)) for key, value in values.items()}
+    parsed = OverridesParser.create().parse_overrides(
+        with_quotes(with_verb([word.replace("RUN", str(run)) for word in words]))
+    )
+    found = {each.get_key_element(): str(each.value()) for each in parsed}
+    assert found.items() >= named.items()
+
+
+def test_a_run_of_a_sweep_is_read_as_any_other(finished: Finished) -> None:
+    run = finished.folder("proto").path
+    swept = run.rename(run.with_name("seed0,dataset.num_clusters=4"))
+    job = job_of("trust", str(swept), "augment.weak.padding=2")
+    assert job.folder("trust").path == swept / "trust"
+    assert job.cfg.run == swept.name
+    assert job.upstream_folders("trust")[0].path == swept
+
+
+def test_the_newest_of_several_runs_is_named(finished: Finished) -> None:
+    """The data set has two runs with clusters, of stages 2 and 3; stage 3 was the last."""
+    folder = finished.folder("fixmatch").path
+    job = job_of("trust", str(folder.parents[1]))
+    assert chosen_run(job) == f"run: {folder}, the newest of 2"
+    below = job_of("trust", folder.parents[1].name, f"runs_dir={folder.parents[2]}")
+    assert chosen_run(below) == chosen_run(job)
+    assert chosen_run(job_of("trust", str(folder))) is None  # there was no choice
+    assert chosen_run(job_of("trust", str(folder.parent))) is None
+    assert chosen_run(replace(job, overrides=("stage=trust",))) is None
+
+
+def test_new_images_have_no_unknown_clusters(
+    straight: Finished, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    new = write_folder(tmp_path / "new", classes=False)
+    cache = f"cache_dir={tmp_path / 'cache'}"
+    job = job_of("predict", str(straight.folder("fixmatch").path), str(new), cache)
+    with caplog.at_level("INFO"):
+        images = open_images(job.cfg)
+        open_images(job.with_settings({"stages": ["estimate_k"]}).cfg)
+    said = f"new: {len(images)} images of {PIXELS} x {PIXELS} pixels"
+    assert said in caplog.messages
+    assert f"{said}, unknown clusters, protocol whole, no labels" in caplog.text
 
 
 @pytest.mark.slow

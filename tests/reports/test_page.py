@@ -271,6 +271,13 @@ def test_terms_are_explained_and_scores_only_where_they_are_shown() -> None:
     assert "<dt>ACC</dt>" not in render_report(unlabelled())
 
 
+def test_the_time_says_what_it_is_of() -> None:
+    """It is that of the stages; decoding, the estimate of K and the page are not in it."""
+    shown = sections.facts(report(), report().rows[0], num_not_sure=0)
+    times = [(name, value) for name, value, _ in shown if "ime" in name]
+    assert times == [("Time for features and clusters", "1 min 01 s")]
+
+
 def test_a_collapse_is_named() -> None:
     clusters = np.array([2] * 50 + [0] * 10)
     assert "Cluster 2 holds 83% of all images" in render_report(report(clusters=clusters))

@@ -44,8 +44,8 @@ def test_seeds_share_a_row_and_settings_do_not() -> None:
     ]
     assert lines[0].acc == (0.8, 0.9)
     # Mean ± sample standard deviation; no clusters to compare; mean time; largest memory.
-    assert lines[0].cells[5:11] == (
-        *("0.850 ± 0.071", "0.850 ± 0.071", "0.850 ± 0.071", "–"),
+    assert lines[0].cells[7:16] == (
+        *("0.850 ± 0.071", "0.850 ± 0.071", "0.850 ± 0.071", "–", "–", "–", "–"),
         *("1 min 00 s", "501 MB"),
     )
 
@@ -106,8 +106,65 @@ def test_published_results_are_added() -> None:
 
 def test_runs_without_labels_have_no_score() -> None:
     lines = compare([run(0, None)])
-    assert lines[0].cells[5:8] == ("–", "–", "–")
+    assert lines[0].cells[7:10] == ("–", "–", "–")
     assert "No labels were given" in markdown(lines)
+
+
+def compared(name: str, agreement: float, *, kept: bool) -> dict[str, Any]:
+    more = {"evenness": 1.0, "alike": 1.0, "sure": agreement - 0.1, "score": 10 * agreement}
+    return {"name": name, "kept": kept, "agreement": agreement} | more
+
+
+def test_without_labels_stored_measures_are_shown() -> None:
+    runs = [
+        run(
+            seed,
+            None,
+            num_clusters=4,
+            answer={"name": "vote", "scores": {}},
+            compared=[
+                compared("vote", 0.8 + seed / 10, kept=True),
+                compared("SPICE stage 2", 0.5, kept=False),
+            ],
+        )
+        for seed in (0, 1)
+    ]
+    for each in runs:
+        each["rows"].append(each["rows"][-1] | {"name": "SPICE stage 2, chosen clusters"})
+    network, chosen = compare(runs)
+    assert network.cells[10:13] == ("50.0%", "40%", "5.000")
+    assert chosen.cells[10:13] == ("85.0%", "75%", "8.500")  # means of .8, .9; .7, .8; 8, 9
+    rows = list(csv.DictReader(io.StringIO(table_csv([network, chosen]))))
+    assert float(rows[1]["neighbours_mean"]) == pytest.approx(0.85)
+    assert float(rows[1]["score_mean"]) == pytest.approx(8.5)
+    assert "share of the ten most alike" in markdown([network])
+    for each in runs:  # with labels there are scores instead
+        for row in each["rows"]:
+            row |= {"acc": 0.5, "nmi": 0.5, "ari": 0.5}
+    assert "Neighbours" not in markdown(compare(runs))
+
+
+def test_runs_of_other_names_and_numbers_of_clusters_are_told_apart() -> None:
+    def made(name: str, num_clusters: int, folder: str) -> dict[str, Any]:
+        found = run(0, None, num_clusters=num_clusters, folder=f"/no/{folder}")
+        found["settings"] |= {"dataset.num_clusters": str(num_clusters)}
+        found["rows"][-1]["name"] = name
+        return found
+
+    runs = [
+        made("SPICE stage 2", 4, "proto/seed0,dataset.num_clusters=4"),
+        made("SPICE stage 2", 8, "proto/eight"),
+        made("k-means", 5, "kmeans/seed0"),
+    ]
+    lines = compare(runs)
+    assert {line.cells[1:4] for line in lines} == {
+        ("SPICE stage 2", "seed0", "4"),
+        ("SPICE stage 2", "eight", "8"),
+        ("k-means", "seed0", "5"),
+    }
+    assert not any(line.settings for line in lines)  # the column K says it
+    assert "| Run | K |" in markdown(lines)
+    assert "| Run |" not in markdown(compare([runs[0], runs[2]]))  # they have one name
 
 
 def test_baselines_are_not_repeated_for_every_setting() -> None:
@@ -148,11 +205,20 @@ def test_it_reads_the_folders_of_runs(
     assert "SPICE stage 3" in (tmp_path / "compare.md").read_text()
 
 
-def test_folders_without_runs_are_named(tmp_path: Path) -> None:
+def test_folders_without_runs_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="no finished run in or below"):
         finished_runs([tmp_path])
-    with pytest.raises(UsageError, match="is not a folder; give folders of runs"):
-        finished_runs([tmp_path / "not there"])
+    monkeypatch.chdir(tmp_path)
+    none = "digits is not a folder; give folders of runs; there are none below runs"
+    with pytest.raises(UsageError, match=f"^{none}$"):
+        finished_runs(["digits"])
+    for name in ("birds", "digits", "f1", "f2", "f3", "f4"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    near = "runs/digit is not a folder; give folders of runs; below runs are runs/digits"
+    with pytest.raises(UsageError, match=near):
+        finished_runs(["runs/digit"])
+    with pytest.raises(UsageError, match=r"below runs are runs/birds, .*, runs/f3 and 1 more$"):
+        finished_runs(["/a/x"])
     with pytest.raises(SystemExit) as stopped:
         main([str(tmp_path)])
     assert stopped.value.code == 2

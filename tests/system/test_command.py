@@ -9,6 +9,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from spice_pl.cli import with_folder
+from spice_pl.job.words import as_typed, with_quotes
 from spice_pl.system.command import quoted
 
 NAMES = ["it's 50 %, a=b", "back\\slash\\", "Müller 🎉", "#1 (copy)", "${seed}", "a\\'b", "[x]"]
@@ -37,3 +38,29 @@ def test_a_folder_by_itself_is_the_data_set(
         *("seed=1,2", "--config-dir", "conf", "-m"),
     ]
     assert with_folder(["elsewhere", "seed=3"]) == ["elsewhere", "seed=3"]
+
+
+@pytest.mark.parametrize("name", [*NAMES, "runs/photos", "7", "a,b", "true", "photos=2024", "'a'"])
+@pytest.mark.parametrize("key", ["of", "run"])
+def test_a_command_in_a_message_is_read_as_the_one_that_was_typed(
+    name: str, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(name).mkdir(parents=True)
+    word = f"{key}={quoted(name)}"
+    (again,) = with_quotes([as_typed(word)])
+    read, wanted = (OverridesParser.create().parse_override(each).value() for each in (again, word))
+    assert (read, type(read)) == (wanted, type(wanted))
+
+
+def test_quotes_for_hydra_alone_are_not_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert as_typed("of='runs/photos'") == "of=runs/photos"
+    assert as_typed("of='a b,c=4'") == "of=a b,c=4"  # as it was typed
+    assert as_typed("run='a,b'") == "run='a,b'"  # without quotes these are two values
+    assert as_typed("of='a,b'", sweep=True) == "of='a,b'"
+    assert as_typed("run='true'") == "run='true'"  # without quotes it is not text
+    for kept in ("dataset.exclude=['a']", "x='a','b'", "~x", "seed=1", "x='[a'"):
+        assert as_typed(kept) == kept

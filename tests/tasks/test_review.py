@@ -5,9 +5,10 @@ from __future__ import annotations
 import http.client
 import io
 import json
+import signal
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,14 @@ from tests.stages.small import image_set
 
 from spice_pl.data.images import ImageSet
 from spice_pl.errors import UsageError
+from spice_pl.runs.clusters import ReliableRule
 from spice_pl.runs.edits import FORMAT, Edits
 from spice_pl.runs.folder import RunFolder
-from spice_pl.tasks.review import Answers, is_loopback, make_server
+from spice_pl.system.interrupts import Interrupts
+from spice_pl.tasks.base import Context
+from spice_pl.tasks.review import Answers, Review, is_loopback, make_server
+
+RULE = ReliableRule(num_neighbors=10, agreement=0.5, confidence=0.5, balance="none")
 
 
 @dataclass
@@ -311,3 +317,35 @@ def test_saved_edits_are_applied_before_they_count_as_saved(served: Served) -> N
     assert report == str(served.folder.path.parent / "edited" / "report.html")
     assert version == answers.version() != before
     assert len(asked) == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_is_the_normal_end_of_a_review(
+    served: Served,
+    number: signal.Signals,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ctrl_c = threading.Timer(0.2, signal.raise_signal, [number])
+    monkeypatch.setattr("spice_pl.tasks.review.open_page", lambda *_: ctrl_c.start())
+    context = Context(
+        folder=RunFolder(served.folder.path / "review"),
+        upstream=(served.folder,),
+        images=lambda **_: served.images,
+        plain=None,  # type: ignore[arg-type]  # no image is decoded
+        num_clusters=0,
+        seed=0,
+    )
+    before = signal.getsignal(number)
+    with Interrupts() as interrupts, caplog.at_level("INFO"):
+        Review(0, asdict(RULE))(context)
+        assert interrupts.asked is None  # the job goes on to its own end: exit code 0
+    assert signal.getsignal(number) == before
+    assert caplog.messages[-1] == "review ended; no edits were saved"
+
+
+def test_the_end_of_a_review_counts_saves(served: Served) -> None:
+    answers = Answers(served.folder, [], served.images)
+    assert answers.end() == 0
+    answers.save(body(served))
+    assert answers.end() == 1

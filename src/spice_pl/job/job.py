@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from spice_pl.errors import UsageError
 from spice_pl.job.settings import masked_override
+from spice_pl.job.words import as_typed
 from spice_pl.nn.encoders import pretrained
 from spice_pl.runs.edited import reviewed_run
 from spice_pl.runs.edits import Edits, read_edits
@@ -176,7 +177,7 @@ class Job:
         return sorted(kept)
 
     def command(self, *first: str, without: Sequence[str] = (), last: Sequence[str] = ()) -> str:
-        """Return the command line of this job.
+        """Return the command line of this job, for a shell.
 
         Args:
             first: arguments before the job's own settings.
@@ -184,7 +185,11 @@ class Job:
             last: arguments after the job's own settings.
         """
         left_out = tuple(f"{key}=" for key in without)
-        same = [masked_override(text) for text in self.overrides if not text.startswith(left_out)]
+        same = [
+            as_typed(masked_override(text), sweep=self.sweep)
+            for text in self.overrides
+            if not text.startswith(left_out)
+        ]
         sweep = ["-m"] if self.sweep else []  # folders of a sweep have other names
         return shlex.join([*command(), *sweep, *first, *same, *last])
 

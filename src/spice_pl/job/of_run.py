@@ -10,13 +10,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from spice_pl.errors import UsageError
 from spice_pl.job.checks import saved_settings
-from spice_pl.job.job import literal
-from spice_pl.runs.find import earlier_runs, find_run
+from spice_pl.job.job import Job, literal
+from spice_pl.runs.find import earlier_runs, find_run, find_runs
 from spice_pl.runs.folder import RunFolder
 
 TAKEN = ("seed", "dataset", "backbone", "augment", "embeddings", "answer", "reliable", "chain")
@@ -73,6 +74,19 @@ def with_settings_of_run(cfg: DictConfig, given: Sequence[Override]) -> DictConf
             if replaced and plain and not OmegaConf.is_config(OmegaConf.select(cfg, key)):
                 OmegaConf.update(cfg, key, each.value(), force_add=True)
     return cfg
+
+
+def chosen_run(job: Job) -> str | None:
+    """Return a line that names the run of a task, where the command line named several.
+
+    Hydra composes settings before it opens the log, so the job logs this line.
+    """
+    given = [text for text in job.overrides if text.startswith("of=")]
+    if not given or not job.cfg.of:
+        return None
+    word = str(OverridesParser.create().parse_override(given[-1]).value())
+    found = find_runs(word, str(job.cfg.runs_dir), NEED.get(job.stages[0], "clusters"))
+    return f"run: {job.cfg.of}, the newest of {len(found)}" if len(found) > 1 else None
 
 
 def _new_values(saved: Mapping[str, Any], run: Path) -> dict[str, Any]:

@@ -53,10 +53,10 @@ def open_images(cfg: DictConfig, found: Note | Found | None = None, **other: Any
     num_clusters = int(cfg.dataset.num_clusters or 0)
     truth = "labels for truth/* only" if images.labels is not None else "no labels"
     pixels = images.images.shape[-1]
-    logger.info(
-        f"{images.name}: {len(images)} images of {pixels} x {pixels} pixels, "
-        f"{num_clusters or 'unknown'} clusters, protocol {images.protocol}, {truth}"
-    )
+    line = f"{images.name}: {len(images)} images of {pixels} x {pixels} pixels"
+    if num_clusters or list(cfg.stages) != ["predict"]:  # new images have the model's clusters
+        line += f", {num_clusters or 'unknown'} clusters, protocol {images.protocol}, {truth}"
+    logger.info(line)
     return images
 
 

@@ -24,6 +24,7 @@ from spice_pl.job.finish import show
 from spice_pl.job.job import Job
 from spice_pl.job.locks import holds_locks, remove_replaced, used_folders
 from spice_pl.job.num_clusters import settled
+from spice_pl.job.of_run import chosen_run
 from spice_pl.job.outlook import planned
 from spice_pl.job.parts import JobImages, build_stage, check_distinct, open_images
 from spice_pl.job.plan import Step, check_settings, plan
@@ -45,6 +46,8 @@ def run_stages(job: Job) -> float | None:
     """
     quiet()
     check_settings(job)
+    if run := chosen_run(job):
+        logger.info(run)
     budget, opened = Budget(job.cfg.minutes), JobImages(open_images)
     if not ranks.in_rank() and (job.cfg.minutes is not None or not job.sweep):
         with Interrupts():

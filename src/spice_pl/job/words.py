@@ -12,7 +12,7 @@ from spice_pl.system.command import quoted
 # Settings that name a file or folder.
 PATHS = {
     *("dataset.root", "dataset.path", "dataset.table", "runs_dir", "cache_dir", "path", "like"),
-    *("edits", "predict.model", "backbone.path", "embed.module.weights"),
+    *("edits", "of", "edit.file", "predict.model", "backbone.path", "embed.module.weights"),
 }
 PLAIN = re.compile(r"[A-Za-z_./-][A-Za-z0-9_./-]*")  # text to every grammar, but for these words
 WORDS = {"null", "true", "false", "nan", "inf"}
@@ -54,6 +54,27 @@ def _with_quotes(word: str, *, sweep: bool) -> str:
         )
     changed = f"{key}={quoted(value)}"
     return changed if value[0] not in "'\"" and _is_read(changed) else word
+
+
+def as_typed(word: str, *, sweep: bool = False) -> str:
+    """Return a setting without quotes around its value, if it is read the same without them.
+
+    >>> as_typed("of='runs/photos'"), as_typed("run='7'"), as_typed("run='a, b'")
+    ('of=runs/photos', "run='7'", "run='a, b'")
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    key, _, value = word.partition("=")
+    if not value.startswith("'") or not _is_read(word):
+        return word
+    parser = OverridesParser.create()
+    text = parser.parse_override(word).value()
+    if not isinstance(text, str) or text[:1] in ("", "[", "{", "'", '"'):
+        return word
+    typed = f"{key}={text}"
+    again = _with_quotes(typed, sweep=sweep)
+    same = _is_read(again) and parser.parse_override(again).value() == text
+    return typed if same else word
 
 
 def _is_read(word: str) -> bool:

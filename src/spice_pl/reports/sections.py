@@ -104,7 +104,7 @@ def facts(
     if data.oddities:
         found.append(("Odd", f"{num_odd(data.oddities):,}", False))
     if headline is not None:
-        found.append(("Time", duration_text(headline.seconds), False))
+        found.append(("Time for features and clusters", duration_text(headline.seconds), False))
     return found
 
 

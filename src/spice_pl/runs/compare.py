@@ -2,8 +2,7 @@
 
 How alike the clusters of two seeds are is measured without labels.
 
-    spice compare digits photos/fixmatch [--to DIR]
-    python -m spice_pl.runs.compare runs/digits runs/photos/fixmatch
+    spice compare runs/digits runs/photos/fixmatch [--to DIR]
 
 Rows are ordered by data set, stage and settings, never by a score.
 """
@@ -19,6 +18,7 @@ import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -43,10 +43,11 @@ from spice_pl.system.output import escaped, printable
 ALIKE = "Seeds alike"
 FOLDER = "folder"  # key that `finished_runs` adds: where the clusters are
 COLUMNS = (
-    *("Data", "Method", "Settings that differ", "Protocol", "Seeds"),
-    *("ACC", "NMI", "ARI", ALIKE, "Time", "Memory", "Source"),
+    *("Data", "Method", "Run", "K", "Settings that differ", "Protocol", "Seeds"),
+    *("ACC", "NMI", "ARI", "Neighbours", "Sure", "Score", ALIKE, "Time", "Memory", "Source"),
 )
-RIGHT = {"ACC", "NMI", "ARI", ALIKE, "Time", "Memory"}
+RIGHT = {"K", *COLUMNS[7:-1]}
+UNLABELLED = ("agreement", "sure", "score")  # fields of `Compared`: Neighbours, Sure, Score
 # Settings that may differ within a group: the seed, and where images are.
 NOT_COMPARED = ("seed", "cache_dir", "on_bad_image", "root", "path", "name")
 
@@ -67,6 +68,9 @@ class Line:
         repeated: number of runs left out, because the line has one with their seed.
         alike: ARI between the clusters of each two seeds, in [-1, 1]; empty without clusters or
             with one seed.
+        runs: name of each run, without the settings that a sweep adds.
+        num_clusters: K of each run that has clusters.
+        compared: Neighbours, Sure and Score of each run without labels that has them stored.
         seconds: time of each run, with the stages before it.
         memory_mb: largest memory of each run.
         spread: published standard deviation of ACC.
@@ -87,17 +91,31 @@ class Line:
     source: str = "here"
     repeated: int = 0
     alike: tuple[float, ...] = ()
+    runs: tuple[str, ...] = ()
+    num_clusters: tuple[int, ...] = ()
+    compared: tuple[tuple[float, float, float], ...] = ()
+
+    @property
+    def unlabelled(self) -> tuple[float, ...]:
+        """Means of Neighbours, Sure and Score; empty where none are stored."""
+        return tuple(map(statistics.fmean, zip(*self.compared, strict=True)))
 
     @property
     def cells(self) -> tuple[str, ...]:
         """Text of each column."""
         acc = _scores(self.acc) + (f" ± {self.spread:.3f}" if self.spread is not None else "")
+        unlabelled = ["–"] * len(UNLABELLED)
+        if means := self.unlabelled:
+            unlabelled = [f"{means[0]:.1%}", f"{means[1]:.0%}", f"{means[2]:.3f}"]
         return (
             *(self.dataset, self.method),
+            " ".join(dict.fromkeys(self.runs)) or "–",
+            " ".join(map(str, sorted(set(self.num_clusters)))) or "–",
             ", ".join(f"{key}={value}" for key, value in self.settings.items()),
             self.protocol or "–",
             " ".join(map(str, self.seeds)) or "–",
             *(acc, _scores(self.nmi), _scores(self.ari)),
+            *unlabelled,
             score_text(statistics.fmean(self.alike) if self.alike else None),
             duration_text(statistics.fmean(self.seconds)) if self.seconds else "–",
             f"{max(self.memory_mb):,.0f} MB" if self.memory_mb else "–",
@@ -130,7 +148,7 @@ def finished_runs(paths: Iterable[str | os.PathLike[str]]) -> list[dict[str, Any
     for given in map(Path, paths):
         path = given if given.is_dir() else Path("runs", given)  # a data set below the usual folder
         if not path.is_dir():
-            raise UsageError(f"{given} is not a folder; give folders of runs, such as runs/digits")
+            raise UsageError(f"{given} is not a folder; give folders of runs{_known(str(given))}")
         for file in sorted(path.rglob("metrics.json")):
             metrics = RunFolder(file.parent).metrics
             if metrics.get("rows"):  # tasks may leave none
@@ -141,6 +159,16 @@ def finished_runs(paths: Iterable[str | os.PathLike[str]]) -> list[dict[str, Any
             "metrics.json"
         )
     return list(found.values())
+
+
+def _known(word: str) -> str:
+    """Return which data sets have a folder of runs, those with names alike first."""
+    known = [each.as_posix() for each in sorted(Path("runs").glob("*")) if each.is_dir()]
+    if not known:
+        return "; there are none below runs"
+    near = get_close_matches(word, known, n=5, cutoff=0.3) or known[:5]
+    more = f" and {len(known) - len(near)} more" if len(known) > len(near) else ""
+    return f"; below runs are {', '.join(near)}{more}"
 
 
 def compare(runs: Sequence[Mapping[str, Any]]) -> list[Line]:
@@ -155,9 +183,10 @@ def compare(runs: Sequence[Mapping[str, Any]]) -> list[Line]:
 
 
 def markdown(lines: Sequence[Line]) -> str:
-    """Return a Markdown table."""
-    rule = "|".join("--:" if column in RIGHT else ":--" for column in COLUMNS)
-    rows = [COLUMNS, *(line.cells for line in lines)]
+    """Return a Markdown table, without empty columns."""
+    shown = _filled(lines)
+    rule = "|".join("--:" if COLUMNS[i] in RIGHT else ":--" for i in shown)
+    rows = [[row[i] for i in shown] for row in (COLUMNS, *(line.cells for line in lines))]
     text = [f"| {' | '.join(_plain(cell) for cell in row)} |" for row in rows]
     return (
         "\n".join([text[0], f"|{rule}|", *text[1:], *(f"\n{note}" for note in notes(lines))]) + "\n"
@@ -169,8 +198,9 @@ def table_csv(lines: Sequence[Line]) -> str:
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     scores = [f"{name}_{what}" for name in ("acc", "nmi", "ari") for what in ("mean", "std")]
-    head = ["data", "method", "settings", "protocol", "seeds", "runs", *scores, "seeds_alike"]
-    writer.writerow([*head, "seconds_mean", "memory_mb_max", "source"])
+    head = ["data", "method", "run", "k", "settings", "protocol", "seeds", "runs", *scores]
+    means = [f"{name}_mean" for name in ("neighbours", "sure", "score")]
+    writer.writerow([*head, *means, "seeds_alike", "seconds_mean", "memory_mb_max", "source"])
     for line in lines:
         numbers: list[float | str] = []
         for values in (line.acc, line.nmi, line.ari):
@@ -178,11 +208,12 @@ def table_csv(lines: Sequence[Line]) -> str:
             numbers.append(statistics.stdev(values) if len(values) > 1 else "")
         if line.spread is not None:
             numbers[1] = line.spread
+        numbers += line.unlabelled or [""] * len(means)
         numbers.append(statistics.fmean(line.alike) if line.alike else "")
         cost = statistics.fmean(line.seconds) if line.seconds else ""
         memory = max(line.memory_mb, default="")
         cells = line.cells
-        writer.writerow([*cells[:5], len(line.seeds), *numbers, cost, memory, line.source])
+        writer.writerow([*cells[:7], len(line.seeds), *numbers, cost, memory, line.source])
     return file.getvalue()
 
 
@@ -214,9 +245,13 @@ def page(lines: Sequence[Line]) -> str:
 
 
 def _filled(lines: Sequence[Line]) -> list[int]:
-    """Return the columns that are not empty in every line."""
+    """Return the columns that say something: not empty, and names of runs only if they differ."""
+    cells = [line.cells for line in lines]
+    same = len({line.cells[2] for line in lines if line.runs}) < 2
     return [
-        i for i, _ in enumerate(COLUMNS) if any(line.cells[i] not in ("", "–") for line in lines)
+        i
+        for i, name in enumerate(COLUMNS)
+        if any(row[i] not in ("", "–") for row in cells) and not (name == "Run" and same)
     ]
 
 
@@ -230,6 +265,14 @@ def notes(lines: Sequence[Line]) -> list[str]:
         said.append(
             f"{ALIKE}: ARI between the clusters of two seeds, without labels; mean over all pairs. "
             "1 for the same clusters, 0 for no more in common than by chance."
+        )
+    if any(line.compared for line in lines):
+        said.append(
+            "Neighbours, Sure, Score: without labels, as in the report; mean over seeds. Compare "
+            "them between rows of the same features and K. Neighbours: share of the ten most alike "
+            "images that are in the same cluster. Sure: share of images with at least half of them "
+            "there, or of as many as a small cluster has. Score: rises with Neighbours and with "
+            "sizes that are more even."
         )
     if repeated := sum(line.repeated for line in lines):
         said.append(
@@ -319,6 +362,19 @@ def _clusters(row: ResultRow, run: Mapping[str, Any]) -> Tensor | None:
     return torch.from_numpy(np.asarray(probs.argmax(axis=1), dtype=np.int64))
 
 
+def _compared(row: ResultRow, run: Mapping[str, Any]) -> tuple[float, float, float] | None:
+    """Return Neighbours, Sure and Score behind a row without labels; None if they are not stored.
+
+    The last row of a run with an answer has the clusters that were kept.
+    """
+    kept = bool(run.get("answer")) and row.name == run["rows"][-1]["name"]
+    for each in () if row.has_scores else run.get("compared", ()):
+        if each["kept"] if kept else each["name"] == row.name:
+            agreement, sure, score = (float(each[name]) for name in UNLABELLED)
+            return agreement, sure, score
+    return None
+
+
 def _alike(group: Group) -> tuple[float, ...]:
     """Return the adjusted Rand index between the clusters of each two runs."""
     if len(group) < 2:
@@ -359,10 +415,17 @@ def _line(key: GroupKey, group: Group, settings: Mapping[str, str]) -> Line:
     repeated = len(group) - len(by_seed) if key.settings else 0
     group = [by_seed[seed] for seed in sorted(by_seed)]
     rows = [row for row, _ in group]
+    sizes = [int(run.get("num_clusters") or 0) for _, run in group if "cluster_sizes" in run]
+    said_by_k = {str(each) for each in sizes}
+    measured = (_compared(row, run) for row, run in group)
     return Line(
         dataset=key.dataset,
         method=key.method,
-        settings=settings,
+        settings={
+            name: value
+            for name, value in settings.items()
+            if not (name.endswith(".num_clusters") and {value} == said_by_k)
+        },
         protocol=key.protocol,
         seeds=tuple(row.seed for row in rows),
         acc=tuple(row.acc for row in rows if row.acc is not None),
@@ -372,6 +435,9 @@ def _line(key: GroupKey, group: Group, settings: Mapping[str, str]) -> Line:
         memory_mb=tuple(float(run["peak_memory_mb"]) for _, run in group),
         repeated=repeated,
         alike=_alike(group),
+        runs=tuple(Path(run[FOLDER]).name.partition(",")[0] for _, run in group if FOLDER in run),
+        num_clusters=tuple(each for each in sizes if each),
+        compared=tuple(each for each in measured if each is not None),
     )
 
 

@@ -17,9 +17,16 @@ NEEDS = {"clusters": "cluster_sizes", "features": "rows"}  # field of metrics.js
 
 
 def find_run(word: str, runs_dir: str | os.PathLike[str] = "runs", need: str = "clusters") -> Path:
-    """Return the folder of a finished run.
+    """Return the folder of a finished run: the newest of `find_runs`, with its arguments."""
+    return find_runs(word, runs_dir, need)[0]
 
-    Of several runs in a folder of a data set or stage, the newest is taken.
+
+def find_runs(
+    word: str, runs_dir: str | os.PathLike[str] = "runs", need: str = "clusters"
+) -> list[Path]:
+    """Return the folders of the finished runs that a word means, the newest first.
+
+    They are several where it names the folder of a data set or stage.
 
     Args:
         word: as in the list above.
@@ -35,10 +42,10 @@ def find_run(word: str, runs_dir: str | os.PathLike[str] = "runs", need: str = "
         if is_run(folder):
             if not _has(folder, need):
                 raise UsageError(_lacks(folder, need))
-            return folder
+            return [folder]
         below = [each for pattern in ("*", "*/*") for each in folder.glob(pattern)]
         if found := [each for each in below if is_run(each) and _has(each, need)]:
-            return max(found, key=lambda each: (each / "metrics.json").stat().st_mtime_ns)
+            return sorted(found, key=_age)
     raise UsageError(_not_found(word, Path(runs_dir), need))
 
 
@@ -58,6 +65,10 @@ def earlier_runs(run: Path) -> list[Path]:
         found.append(digests[wanted])
         wanted = _field(found[-1], "dataset.json", "upstream")
     return found[1:]
+
+
+def _age(run: Path) -> int:
+    return -(run / "metrics.json").stat().st_mtime_ns
 
 
 def _runs(dataset: Path) -> list[Path]:

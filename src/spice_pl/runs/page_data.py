@@ -175,7 +175,7 @@ def _cost(metrics: Mapping[str, Any], upstream: Sequence[RunFolder]) -> dict[str
     stages = [*(each.metrics for each in reversed(upstream)), metrics]
     return {
         **{f"time of {each['stage']}": duration_text(each["seconds"]) for each in stages},
-        "time in all": duration_text(metrics["seconds_in_all"]),
+        "time of all stages": duration_text(metrics["seconds_in_all"]),
         "largest memory": f"{metrics['peak_memory_mb']:,.0f} MB",
         "devices": str(metrics["devices"]),
         "precision": str(metrics["precision"]),

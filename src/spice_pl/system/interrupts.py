@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -69,3 +71,13 @@ class Interrupts:
         if not self.deferred:
             self._raised = True
             raise Stopped
+
+
+@contextmanager
+def until_signal() -> Iterator[None]:
+    """Leave the block at the first of the signals as at its normal end."""
+    try:
+        with Interrupts():
+            yield
+    except Stopped:
+        return

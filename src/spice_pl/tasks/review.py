@@ -34,6 +34,7 @@ from spice_pl.runs.edits import Edits, check_reviewed, parse_edits, read_edits
 from spice_pl.runs.folder import RunFolder
 from spice_pl.runs.page_data import report_data
 from spice_pl.system.desktop import open_page
+from spice_pl.system.interrupts import until_signal
 from spice_pl.system.schema import parse_object
 from spice_pl.tasks.base import Context
 from spice_pl.tasks.edit import write_applied
@@ -52,7 +53,7 @@ KINDS = {  # files of the run that may be read: content type by suffix
 
 
 class Review:
-    """Serve the report of the upstream run until Ctrl-C.
+    """Serve the report of the upstream run until Ctrl-C or another signal, its normal end.
 
     Args:
         port: port to listen on; 0 takes a free one.
@@ -93,18 +94,15 @@ class Review:
                 self.allow_targets,
             )
 
-        server, token = make_server(
-            context.upstream[0], context.upstream[1:], images, self.port, apply
-        )
+        answers = Answers(context.upstream[0], context.upstream[1:], images, apply)
+        server, token = serve(answers, self.port)
         address = f"http://{HOST}:{server.server_port}/?token={token}"
         logger.info("open %s in a browser; Ctrl-C ends the review", address)
-        open_page(address, self.opened)
-        try:
+        with server, until_signal():
+            open_page(address, self.opened)
             server.serve_forever()
-        except KeyboardInterrupt:
-            logger.info("the review has ended")
-        finally:
-            server.server_close()
+        saved = "edits were saved" if answers.end() else "no edits were saved"
+        logger.info("review ended; %s", saved)
 
 
 def is_loopback(host: str) -> bool:
@@ -122,13 +120,17 @@ def make_server(
     port: int = 0,
     apply: Callable[[Edits], RunFolder] | None = None,
 ) -> tuple[ThreadingHTTPServer, str]:
-    """Bind the server of a run; return it with the secret that every request must carry.
+    """Return what `serve` does for the answers about a run."""
+    return serve(Answers(folder, upstream, images, apply), port)
+
+
+def serve(answers: Answers, port: int = 0) -> tuple[ThreadingHTTPServer, str]:
+    """Bind a server to its port; return it with the secret that every request must carry.
 
     Raises:
         UsageError: the port cannot be used.
     """
     token = secrets.token_urlsafe(24)
-    answers = Answers(folder, upstream, images, apply)
 
     class Handler(_Handler):
         secret = token
@@ -165,7 +167,7 @@ class Answers:
     ) -> None:
         self.path, self.similarity, self.images = folder.path, folder.similarity, images
         self.upstream, self.apply = upstream, apply
-        self._one_at_a_time = threading.Lock()
+        self._one_at_a_time, self._num_saved = threading.Lock(), 0
 
     @property
     def folder(self) -> RunFolder:
@@ -216,6 +218,11 @@ class Answers:
         saved = self.path / "edits.json"
         return hashlib.blake2b(saved.read_bytes()).hexdigest()[:16] if saved.is_file() else ""
 
+    def end(self) -> int:
+        """Wait until a save in progress is finished; return the number of saves."""
+        with self._one_at_a_time:
+            return self._num_saved
+
     def save(self, body: bytes, version: str | None = None) -> str:
         """Check edits, write edits.json and names.json, and apply them.
 
@@ -260,6 +267,7 @@ class Answers:
             made = str(self.apply(edits).path / "report.html")
         folder.write_json("edits.json", edits.as_json())
         folder.write_json("names.json", {str(c): name for c, name in edits.names.items()})
+        self._num_saved += 1
         logger.info("edits saved in %s", folder.path / "edits.json")
         return "\n".join([str(folder.path / "edits.json"), made, self.version()])
 
