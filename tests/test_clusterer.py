@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 from tests.conftest import NUM_CLASSES, NUM_IMAGES, TINY, photographs, write_folder
 
 from spice_pl import SpiceClusterer
+from spice_pl.job.job import Job
+from spice_pl.system.interrupts import Interrupts
 
 SETTINGS = [text for text in TINY if not text.startswith("dataset.")]
 TABLE = "fits tables of two to ten numbers per row, which are not pictures"
@@ -55,7 +58,8 @@ NOT_FOR_PICTURES = dict.fromkeys(
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.SkipTestWarning")
 @parametrize_with_checks(  # type: ignore[untyped-decorator]
-    [SpiceClusterer(n_clusters=3)], expected_failed_checks=lambda _: NOT_FOR_PICTURES
+    [SpiceClusterer(n_clusters=3, settings=["recipe=scratch"])],  # quick to refuse tables
+    expected_failed_checks=lambda _: NOT_FOR_PICTURES,
 )
 def test_checks_of_scikit_learn(estimator: Any, check: Callable[[Any], None]) -> None:
     check(estimator)
@@ -145,6 +149,58 @@ def test_flattened_grey_images_of_any_numbers() -> None:
 def test_what_is_not_a_set_of_images_is_refused(given: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SpiceClusterer(3).fit(given)
+
+
+class EnoughError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("form", ["folder", "paths", "PIL", "array", "flattened"])
+def test_by_default_the_features_are_those_of_a_pretrained_encoder(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs: list[Job] = []
+
+    def run_stages(job: Job) -> None:
+        jobs.append(job)
+        raise EnoughError
+
+    monkeypatch.setattr("spice_pl.job.run.run_stages", run_stages)
+    array = photographs()
+    folder = write_folder(tmp_path / "photos", classes=False)
+    forms: dict[str, Any] = {
+        "folder": folder,
+        "paths": sorted(folder.iterdir()),
+        "PIL": [Image.fromarray(image) for image in array],
+        "array": array,
+        "flattened": array[..., 0].reshape(NUM_IMAGES, -1),
+    }
+    for settings in ([], ["recipe=scratch"]):
+        with pytest.raises(EnoughError):
+            SpiceClusterer(3, settings=settings).fit(forms[form])
+    pretrained, scratch = jobs
+    assert list(pretrained.stages) == ["embed", "proto"]
+    assert pretrained.cfg.dataset.image_size >= 160  # that of the encoder, not 8
+    assert list(scratch.stages) == ["moco", "proto", "fixmatch"]
+    assert scratch.cfg.dataset.image_size == (8 if form in ("array", "flattened") else 96)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_stop_reaches_the_caller_with_a_message(
+    times: int, images: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_stages(job: Job) -> None:
+        with Interrupts() as interrupts:
+            interrupts.deferred = times == 2
+            for _ in range(times):
+                signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("spice_pl.job.run.run_stages", run_stages)
+    kept = SpiceClusterer(3, runs_dir=str(tmp_path / "runs"))
+    with pytest.raises(KeyboardInterrupt, match=r'stopped .*/runs; "resume=true" in settings'):
+        kept.fit(images)
+    with pytest.raises(KeyboardInterrupt, match="with runs_dir=FOLDER it could be resumed"):
+        SpiceClusterer(3).fit(images)
 
 
 def test_settings_that_do_not_fit_are_named(images: Any) -> None:

@@ -35,9 +35,15 @@ if TYPE_CHECKING:
 
     from spice_pl.job.job import Job
 
+SCRATCH = "recipe=scratch"  # a setting: train from random weights
+
 
 class SpiceClusterer(ClusterMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
-    """Cluster images as `python train.py` does, with fit and predict.
+    """Cluster images as `spice photos` does, with fit and predict.
+
+    By default cluster heads are trained on the features of a pretrained network that stays as it is
+    (recipe=pretrained). `settings=["recipe=scratch"]` trains the paper's three stages from random
+    weights, which takes many times as long.
 
     `fit` and all other methods take the same images: a folder, searched with its subfolders; a list
     of paths, PIL images or uint8 arrays of any sizes; or one array or tensor (N, H, W),
@@ -47,16 +53,18 @@ class SpiceClusterer(ClusterMixin, TransformerMixin, BaseEstimator):  # type: ig
 
     Args:
         n_clusters: K.
-        image_size: S; None means the shorter side of an array's images, or 96 for files and lists.
-        settings: as on the command line, for example ["moco.epochs=50", "backbone=resnet_small"].
+        image_size: S; None means that of the pretrained encoder; with recipe=scratch, the shorter
+            side of an array's images, or 96 for files and lists.
+        settings: as on the command line, for example ["proto.epochs=20", "minutes=10"].
         random_state: seed, or a generator that draws one.
         runs_dir: folder in which the runs and their reports are kept; None keeps no run.
-        verbose: whether to print what the command prints.
+        verbose: whether to print the table of results. Plan and progress are log messages: a script
+            shows them after `logging.basicConfig(level="INFO")`.
 
     Attributes:
-        labels_: (N,) clusters of the images given to `fit`. They are those of `predict`, unless
-            settings choose the clusters among several (answer=auto, part of recipe=pretrained) or
-            images were moved by `edit`.
+        labels_: (N,) clusters of the images given to `fit`. They are chosen among several, of which
+            one is the network's, and `predict` gives those of the network. With answer=network or
+            recipe=scratch in the settings both agree, unless images were moved by `edit`.
         model_: the trained model, see `spice_pl.load`; `model_.save(path)` writes it.
         keys_: (N,) the image of each label: its path below the folder, or its position. Files that
             cannot be decoded have no label and no key.
@@ -65,8 +73,8 @@ class SpiceClusterer(ClusterMixin, TransformerMixin, BaseEstimator):  # type: ig
         n_features_in_: P, after `fit` on flattened images.
 
     Examples:
-        >>> SpiceClusterer(n_clusters=12, settings=["moco.epochs=50"])
-        SpiceClusterer(n_clusters=12, settings=['moco.epochs=50'])
+        >>> SpiceClusterer(n_clusters=12, settings=["proto.epochs=20"])
+        SpiceClusterer(n_clusters=12, settings=['proto.epochs=20'])
     """
 
     def __init__(
@@ -91,6 +99,7 @@ class SpiceClusterer(ClusterMixin, TransformerMixin, BaseEstimator):  # type: ig
 
         Raises:
             ValueError: X holds no images, or a setting does not fit them.
+            KeyboardInterrupt: Ctrl-C or another signal asked to stop.
         """
         with tempfile.TemporaryDirectory(prefix="spice-pl-") as temporary:
             root, size, more = Path(temporary, "images"), self.image_size, []
@@ -98,7 +107,8 @@ class SpiceClusterer(ClusterMixin, TransformerMixin, BaseEstimator):  # type: ig
             if _is_folder(images):
                 root = Path(images).expanduser().resolve()
             elif isinstance(images, np.ndarray):
-                size = size or min(images.shape[1:3])
+                if SCRATCH in self.settings:  # a pretrained encoder has a size of its own
+                    size = size or min(images.shape[1:3])
                 write_images([Image.fromarray(image) for image in images], root)
             elif all(map(_is_folder, images)):
                 root = Path(os.path.commonpath([_absolute(path).parent for path in images]))
@@ -112,7 +122,6 @@ class SpiceClusterer(ClusterMixin, TransformerMixin, BaseEstimator):  # type: ig
                 seed = int(check_random_state(seed).randint(2**31))
             overrides = [
                 "dataset=folder",
-                "recipe=scratch",
                 f"dataset.root={quoted(root)}",
                 f"dataset.num_clusters={self.n_clusters}",
                 *([] if size is None else [f"dataset.image_size={size}"]),
@@ -130,7 +139,7 @@ class SpiceClusterer(ClusterMixin, TransformerMixin, BaseEstimator):  # type: ig
             run = RunFolder(folder)
             self.model_, self.run_ = load(folder), str(folder) if self.runs_dir else None
             self.report_ = str(folder / "report.html") if self.runs_dir else None
-            # The same model predicts new images, so that fit_predict and predict agree.
+            # The same model predicts new images: unless answer=auto, fit_predict and predict agree.
             found = self.model_.predict(images)
             self.labels_, self.keys_ = found.clusters, list(found.keys)
             if run.metrics.get("answer") is not None:
@@ -202,13 +211,27 @@ class SpiceClusterer(ClusterMixin, TransformerMixin, BaseEstimator):  # type: ig
         return self
 
     def _run(self, job: Job) -> Path:
-        """Run all stages; return the folder of the last one."""
+        """Run all stages; return the folder of the last one.
+
+        Raises:
+            KeyboardInterrupt: a signal asked to stop. The command exits with a code instead, which
+                would end a script or a notebook without a word.
+        """
         from spice_pl.job.run import run_stages
+        from spice_pl.system.interrupts import RESUME_CODE, SIGNALS
 
         with contextlib.ExitStack() as stack:
             if not self.verbose:
                 stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-            run_stages(job)
+            try:
+                run_stages(job)
+            except SystemExit as error:
+                if error.code not in {RESUME_CODE, *(128 + number for number in SIGNALS)}:
+                    raise
+                kept = "with runs_dir=FOLDER it could be resumed"
+                if self.runs_dir:
+                    kept = f'it is kept in {self.runs_dir}; "resume=true" in settings resumes it'
+                raise KeyboardInterrupt(f"a signal stopped the run; {kept}") from error
         return job.folder(job.stages[-1]).path
 
     def predict(self, X: Any) -> NDArray[np.int64]:  # noqa: N803
@@ -253,7 +276,7 @@ class SpiceClusterer(ClusterMixin, TransformerMixin, BaseEstimator):  # type: ig
             for _, pixels in pixel_batches(images, self.model_.image_size, 256, skipped):
                 if skipped:
                     break
-                probs, embeddings = self.model_.network(
+                probs, embeddings = self.model_.outputs(
                     torch.from_numpy(pixels).to(self.model_.device)
                 )
                 yield probs.cpu(), embeddings.cpu()

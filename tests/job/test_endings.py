@@ -29,11 +29,13 @@ from spice_pl.system.output import PIPE_CODE
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"])
 def test_a_signal_stops_and_the_handler_comes_back(name: str) -> None:
     number = signal.Signals[name]
+    ignored = signal.signal(number, signal.default_int_handler)  # SIGHUP is, under nohup
     before = signal.getsignal(number)
     with pytest.raises(Stopped), Interrupts() as interrupts:
         signal.raise_signal(number)
     assert interrupts.asked == number
     assert signal.getsignal(number) == before
+    signal.signal(number, ignored)
 
 
 def test_nohup_is_kept() -> None:

@@ -102,7 +102,7 @@ def test_a_batch_that_cannot_fit_on_a_gpu_is_refused(
     module = SimpleNamespace(name="mine", trains_encoder=True, encoder=network)
     images = SimpleNamespace(images=np.zeros((1, 3, 8, 8), np.uint8))
     device = torch.device("cuda:0")
-    views: Any = ("a", "b")
+    views: Any = {"a": None, "b": None}
     per_image = 3 * 64 + int(share * (2 * 4 * 3 * 64 + 4 * 64 * (3 + 5)))
     fits = 60_000_000 // per_image
     for size in (fits, fits + 1, 10 * fits):

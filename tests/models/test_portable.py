@@ -172,6 +172,31 @@ def test_names_survive_saving(straight: Finished, tmp_path: Path) -> None:
     assert one.nearest == other.nearest
 
 
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (
+            ["cats", "dogs"],
+            r"3 names are needed, one per cluster, and 2 are given: \['cats'",
+        ),
+        (["a", "b", "c", "d"], "3 names are needed, one per cluster, and 4 are given"),
+        (["a", "b", 3], "give a list of one text per cluster"),
+        (["a", "b", "c\nd"], "without control characters"),
+        ("abc", "names is 'abc'; give a list"),
+    ],
+)
+def test_names_that_could_not_be_read_again_are_refused(
+    names: Any, message: str, straight: Finished, tmp_path: Path
+) -> None:
+    model = spice_pl.load(model_file(straight))
+    model.names = names
+    with pytest.raises(UsageError, match=message):
+        model.save(tmp_path / "named.spice")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UsageError, match=message):
+        model.predict(photographs())
+
+
 def test_names_given_in_a_review_are_used(finished: Finished) -> None:
     model_file(finished).with_name("names.json").write_text('{"1": "dogs"}')
     assert spice_pl.load(model_file(finished)).names == ["cluster 0", "dogs", "cluster 2"]

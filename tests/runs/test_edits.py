@@ -88,16 +88,45 @@ def test_file_is_read_as_it_was_written(tmp_path: Path) -> None:
         ({"merge": [[0]]}, "two clusters or more"),
         ({"split": {"1": 99}}, "into 99 parts; give 2 to 20"),
         ({"merge": [[0, 1]], "split": {"1": 2}}, "is merged into another"),
-        ({"move": {"a": "0"}}, "is incomplete or of another type"),
-        ({"move": {"a": True}}, "is incomplete or of another type"),
+        ({"move": {"a": "0"}}, "has a value of another type"),
+        ({"move": {"a": True}}, "has a value of another type"),
         ({"names": {"0": "  "}}, "empty name"),
-        ({"names": ["cats"]}, "is incomplete or of another type"),
-        ({"num_clusters": None}, "is incomplete or of another type"),
+        ({"names": ["cats"]}, "has a value of another type"),
+        ({"num_clusters": None}, "has a value of another type"),
     ],
 )
 def test_edits_that_contradict_themselves_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         parse_edits({**edits().as_json(), **change}, "edits=x.json")
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ("reviewed", r'lacks `reviewed`; give "<stage>/<run>"'),
+        ("fingerprint", "lacks `fingerprint`; copy `fingerprint`, `digest` .* metrics.json"),
+        ("digest", "lacks `digest`; copy .* from the metrics.json of the run"),
+        ("num_clusters", "lacks `num_clusters`; copy .* from the metrics.json of the run"),
+        ("names", r"lacks `names`; without names give \{\}"),
+        ("merge", r"lacks `merge`; without merges give \[\]"),
+        ("split", r"lacks `split`; without splits give \{\}"),
+        ("move", r"lacks `move`; without moved images give \{\}"),
+    ],
+)
+def test_a_field_that_a_file_lacks_is_named(field: str, message: str) -> None:
+    content = edits().as_json()
+    del content[field]
+    with pytest.raises(UsageError, match=rf"^edits=x\.json {message}"):
+        parse_edits(content, "edits=x.json")
+
+
+def test_the_example_of_the_page_is_read() -> None:
+    page = Path(__file__).parents[2] / "docs" / "reference" / "files.md"
+    example = page.read_text(encoding="utf-8").split("## edits.json")[1].split("```")[1]
+    found = parse_edits(json.loads(example.removeprefix("json")), "page")
+    assert (found.reviewed, found.num_clusters) == ("proto/seed0", 12)
+    assert (found.names, found.merge) == ({3: "cats"}, [[2, 5]])
+    assert (found.split, found.move) == ({4: 2}, {"garden/7.jpg": 3})
 
 
 @pytest.mark.parametrize("reviewed", ["proto", "../../etc", "proto/..", "/etc", "a/b/c", "a/b\\c"])

@@ -212,7 +212,7 @@ def test_names_may_be_written_by_any_editor(tmp_path: Path) -> None:
     ],
 )
 def test_edits_of_another_type_are_refused(change: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match="edits is incomplete or of another type"):
+    with pytest.raises(UsageError, match="edits has a value of another type"):
         parse_edits(EDITS | change, "edits")
 
 

@@ -27,7 +27,10 @@ def applied(runs: Finished, reviewed: RunFolder, tmp_path: Path, **changes: obje
 
 
 @pytest.mark.slow
-def test_edits_are_applied_without_training(finished: Finished, tmp_path: Path) -> None:
+def test_edits_are_applied_without_training(
+    finished: Finished, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     proto = finished.folder("proto")
     before = proto.read_clusters().clusters
     sizes = np.bincount(before, minlength=3)
@@ -43,6 +46,8 @@ def test_edits_are_applied_without_training(finished: Finished, tmp_path: Path) 
         split={largest: 2},
         move={moved: largest},
     )
+    said = "edits applied: 2 names, 1 merges, 1 splits, 1 images moved by hand; "
+    assert f"{said}{(sizes > 0).sum()} clusters with images become " in caplog.text
     table = made.read_clusters()
     kept = before[[key != moved for key in table.keys]]
     after = table.clusters[[key != moved for key in table.keys]]

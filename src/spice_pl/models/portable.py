@@ -49,6 +49,7 @@ from spice_pl.nn.heads import ClusterHead, LinearHead
 from spice_pl.nn.weights import below_prefix, load_strictly
 from spice_pl.system.building import BuildError, build_plain
 from spice_pl.system.files import atomic
+from spice_pl.system.schema import is_name
 
 __all__ = [
     "FILE_NAME",
@@ -129,7 +130,12 @@ class PortableModel:
         return next(self.network.head.parameters()).device
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the model to one file; an interrupted write leaves an earlier file unchanged."""
+        """Write the model to one file; an interrupted write leaves an earlier file unchanged.
+
+        Raises:
+            UsageError: `names` does not hold one name per cluster, and no file is written.
+        """
+        self._check_names()
         parts = {"encoder": self.network.encoder, "head": self.network.head}
         tensors = {
             f"{part}.{key}": value.detach().cpu().contiguous()
@@ -166,6 +172,20 @@ class PortableModel:
         if self.known_vote and self.known is not None and len(self.known.keys):
             probs = (probs + self.known.shares(embeddings, self.num_clusters)) / 2
         return probs, embeddings
+
+    def _check_names(self) -> None:
+        """Refuse names that `load` would refuse too."""
+        if isinstance(self.names, str) or not all(map(is_name, self.names)):
+            raise UsageError(
+                f"names is {self.names!r:.80}; give a list of one text per cluster, without "
+                "control characters"
+            )
+        sizes = _sizes_of_head(self.network.head)
+        if sizes is not None and len(self.names) != sizes[1]:
+            raise UsageError(
+                f"{sizes[1]} names are needed, one per cluster, and {len(self.names)} are "
+                f"given: {list(self.names)!r:.80}"
+            )
 
     def predict(self, images: Any, *, batch_size: int = 256, num_nearest: int = 3) -> Predictions:
         """Cluster images of any size and mode.
@@ -207,8 +227,9 @@ class PortableModel:
             Predictions of each batch; nothing is skipped.
 
         Raises:
-            UsageError: a probability is not finite.
+            UsageError: a probability is not finite, or `names` are not one name per cluster.
         """
+        self._check_names()
         for keys, pixels in batches:
             pieces = in_parts(torch.from_numpy(pixels).to(self.device))
             made = [self.outputs(part) for part in pieces]
@@ -392,18 +413,15 @@ def _sizes(
     file: Path, encoder: nn.Module, head: nn.Module, names: Sequence[str]
 ) -> tuple[int | None, int]:
     """Return D, if the head says it, and K; refuse parts that do not fit each other."""
-    if isinstance(head, ClusterHead):
-        width, num_clusters = head.hidden.in_features, head.output.out_features
-    elif isinstance(head, LinearHead):
-        width, num_clusters = head.in_features, head.out_features
-    elif isinstance(head, EditedHead):
-        width, num_clusters = head.feature_dim, head.num_clusters_after
+    sizes = _sizes_of_head(head)
+    if sizes is None:
+        return None, len(names)
+    width, num_clusters = sizes
+    if isinstance(head, EditedHead):
         try:
             head.check()
         except ValueError as error:
             raise unreadable(file, f"head: {error}") from error
-    else:
-        return None, len(names)
     if len(names) != num_clusters:
         raise unreadable(file, f"names has {len(names)} entries for {num_clusters} clusters")
     if getattr(encoder, "num_features", width) != width:
@@ -411,3 +429,14 @@ def _sizes(
             file, f"its encoder gives {encoder.num_features} features, and its head takes {width}"
         )
     return width, num_clusters
+
+
+def _sizes_of_head(head: nn.Module) -> tuple[int, int] | None:
+    """Return D and K of a head; None for one of the user's own, which does not say them."""
+    if isinstance(head, ClusterHead):
+        return head.hidden.in_features, head.output.out_features
+    if isinstance(head, LinearHead):
+        return head.in_features, head.out_features
+    if isinstance(head, EditedHead):
+        return head.feature_dim, head.num_clusters_after
+    return None

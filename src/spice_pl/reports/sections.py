@@ -122,9 +122,9 @@ def warnings(data: ReportData) -> list[str]:
     choice = data.k_choice
     if choice is not None and choice.estimated is not None and not choice.clear:
         found.append(
-            "The number of clusters is unclear: the images divide into several numbers of groups about "
-            f"equally well. The best guess is {choice.estimated}. “How many clusters” below shows "
-            "others at once."
+            "The number of clusters is unclear: the images divide into several numbers of groups "
+            f"about equally well. The best guess is {choice.estimated}. “How many clusters” below "
+            "shows others at once."
         )
     if data.num_clusters > 2 and 2 * sizes.max() > data.num_images > 0:
         found.append(

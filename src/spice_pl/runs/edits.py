@@ -33,6 +33,18 @@ from spice_pl.runs.small_files import (
 )
 
 FORMAT = "spice-pl edits 1"
+# What a file holds beside its format, and where the value of a missing one is found.
+FIELDS = {
+    "reviewed": 'give "<stage>/<run>", the last two folders of the run',
+    **dict.fromkeys(
+        ("fingerprint", "digest", "num_clusters"),
+        "copy `fingerprint`, `digest` and `num_clusters` from the metrics.json of the run",
+    ),
+    "names": "without names give {}",
+    "merge": "without merges give []",
+    "split": "without splits give {}",
+    "move": "without moved images give {}",
+}
 MAX_PARTS = 20
 MAX_NAME = 200  # characters
 
@@ -145,6 +157,8 @@ def parse_edits(content: Any, source: str) -> Edits:
     """
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UsageError(f"{source} is not what the report saves, an object of format {FORMAT!r}")
+    if absent := [field for field in FIELDS if field not in content]:
+        raise UsageError(f"{source} lacks `{absent[0]}`; {FIELDS[absent[0]]}")
     try:
         return Edits(
             reviewed=_text(content["reviewed"]),
@@ -158,8 +172,8 @@ def parse_edits(content: Any, source: str) -> Edits:
         )
     except UsageError as error:
         raise UsageError(f"{source}: {error}") from error
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UsageError(f"{source} is incomplete or of another type: {error!r}") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UsageError(f"{source} has a value of another type: {error}") from error
 
 
 def read_edits(path: str | Path) -> Edits:

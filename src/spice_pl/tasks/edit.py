@@ -154,8 +154,10 @@ def write_applied(
     sizes = (metrics["cluster_sizes"], made["cluster_sizes"])
     used = (sum(size > 0 for size in each) for each in sizes)
     logger.info(
-        "edits applied: %d clusters with images become %d, %d images moved by hand; %s",
-        *(*used, int(applied.moved.sum()), target.path),
+        "edits applied: %d names, %d merges, %d splits, %d images moved by hand; %d clusters with "
+        "images become %d; %s",
+        *(len(edits.names), len(edits.merge), len(edits.split), int(applied.moved.sum())),
+        *(*used, target.path),
     )
     return target
 
