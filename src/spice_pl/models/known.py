@@ -67,10 +67,8 @@ class Known:
         most = neighbors_for(NUM_NEIGHBORS, len(self.keys), num_clusters)
         _, index = self._alike(embeddings, most)  # (B, k)
         agreement = (known[index] == clusters[:, None]).float().mean(dim=1)
-        # On the processor: a histogram on a GPU waits for it.
-        sizes = torch.bincount(self.clusters.to("cpu", torch.int64), minlength=num_clusters)
-        least = least_agreement(sizes, index.shape[1]).to(clusters.device)
-        return agreement < least[clusters]
+        sizes = F.one_hot(known, num_clusters).sum(dim=0)  # (K,); bincount waits for a GPU
+        return agreement < least_agreement(sizes, index.shape[1])[clusters]
 
     def shares(self, embeddings: Tensor, num_clusters: int) -> Tensor:
         """Return the share of each cluster among the known images most like a new one.

@@ -28,7 +28,7 @@ WALLS = {
 TERMS = {
     "Confidence": "the largest of an image's cluster probabilities, from 0 to 1",
     "Agreement": "the share of an image's nearest neighbours that are in the same cluster",
-    "Reliable": "an image of high confidence and agreement; stage 3, if it follows, trains on these",
+    "Reliable": "an image of high confidence and agreement; stage 3, if any, trains on these",
     "Not sure": "an image with agreement below 50%: most neighbours are in other clusters",
     "Protocol": "whole: all images are trained on and scored; split: one part is trained on, the "
     "other scored",
