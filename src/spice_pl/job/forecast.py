@@ -25,7 +25,7 @@ CHOICE = (36.0, 20.0)  # of the clusters to keep, with smoothing: likewise
 SEARCHES = 3  # for neighbours
 SHOWN = 12  # images per cluster whose attention is computed
 ATTENTION = 5.5  # as many times the cost of the encoder
-PAGE_S = 2.0
+PAGE_S = 5.0  # most of it is the t-SNE of the map
 
 
 @dataclass(frozen=True)
