@@ -16,7 +16,7 @@ from spice_pl.job.costs import ROWS, Costs
 from spice_pl.job.plan import Step
 from spice_pl.runs.results import log_lines
 
-START_S = 1.5  # of a stage: trainer, files
+START_S = 2.5  # of a stage: trainer, files
 WATCHED = 2000  # images of a validation
 ESTIMATED_FROM = 2000  # images that K is estimated from
 # How often a step does the work that `Costs.rows` measures, found by timing both.
