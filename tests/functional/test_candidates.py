@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from scipy import sparse
-from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.sparse.csgraph import connected_components
 from scipy.stats import entropy
 from sklearn.cluster import SpectralClustering
@@ -20,7 +19,6 @@ from spice_pl.functional.candidates import (
     spectral_clusters,
     vote_clusters,
     walk_clusters,
-    ward_clusters,
 )
 from spice_pl.functional.embeddings import (
     nearest_others,
@@ -157,7 +155,6 @@ def test_many_samples_need_no_dense_matrix(monkeypatch: pytest.MonkeyPatch) -> N
     embeddings = unit_rows(features)
     graph = neighbor_graph(embeddings, 10)
     assert acc(spectral_clusters(embeddings, graph, 4), group) > 0.98
-    assert acc(ward_clusters(embeddings, graph, 4), group) > 0.9
 
 
 @pytest.mark.parametrize("num_clusters", [1, 2, 5, 6])
@@ -166,14 +163,12 @@ def test_any_number_of_clusters_up_to_the_samples(num_clusters: int) -> None:
     graph = neighbor_graph(embeddings, 10)
     for clusters in (
         spectral_clusters(embeddings, graph, num_clusters),
-        ward_clusters(embeddings, graph, num_clusters),
         walk_clusters(embeddings, num_clusters, walks=(1,))[0],
     ):
         assert clusters.dtype == torch.int64
         assert len(set(clusters.tolist())) == num_clusters
     single = embeddings[:1]
     assert spectral_clusters(single, neighbor_graph(single), 1).tolist() == [0]
-    assert ward_clusters(single, neighbor_graph(single), 1).tolist() == [0]
 
 
 @pytest.mark.parametrize("num_clusters", [0, 7])
@@ -184,19 +179,7 @@ def test_refuses_a_number_of_clusters_out_of_range(num_clusters: int) -> None:
     with pytest.raises(ValueError, match=message):
         spectral_clusters(embeddings, graph, num_clusters)
     with pytest.raises(ValueError, match=message):
-        ward_clusters(embeddings, graph, num_clusters)
-    with pytest.raises(ValueError, match=message):
         walk_clusters(embeddings, num_clusters)
-
-
-# Ward.
-
-
-def test_ward_on_a_complete_graph_agrees_with_scipy() -> None:
-    embeddings = unit_rows(groups([20, 15, 10], noise=0.5)[0])
-    found = ward_clusters(embeddings, neighbor_graph(embeddings, 100), 6)
-    tree = linkage(embeddings.numpy().astype(np.float64), "ward")
-    assert same(found, torch.from_numpy(fcluster(tree, 6, "maxclust") - 1).long())
 
 
 # Graphs in several parts.
@@ -238,13 +221,10 @@ def test_graphs_in_several_parts_are_clustered_without_warnings(num_clusters: in
     sizes = [120, 60, 40, 30]  # iterated, not dense
     embeddings, graph = separate(sizes)
     parts = torch.from_numpy(connected_components(graph)[1]).long()
-    for found in (
-        spectral_clusters(embeddings, graph, num_clusters),
-        ward_clusters(embeddings, graph, num_clusters),
-    ):
-        assert len(set(found.tolist())) == num_clusters
-        if num_clusters <= 4:  # no part is cut
-            assert all(len(set(found[parts == part].tolist())) == 1 for part in range(4))
+    found = spectral_clusters(embeddings, graph, num_clusters)
+    assert len(set(found.tolist())) == num_clusters
+    if num_clusters <= 4:  # no part is cut
+        assert all(len(set(found[parts == part].tolist())) == 1 for part in range(4))
 
 
 # The choice.

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 from scipy.sparse.linalg import eigsh
-from sklearn.cluster import AgglomerativeClustering
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 from torch.nn import functional as F
@@ -112,31 +111,6 @@ def spectral_clusters(
         first = np.random.default_rng(0).standard_normal(num_samples)
         vectors = eigsh(normalised, num_clusters, which="LA", v0=first, tol=1e-6)[1]
     return _kmeans(unit_rows(torch.from_numpy(vectors)).float().numpy(), num_clusters, seed)
-
-
-def ward_clusters(embeddings: Tensor, graph: sparse.csr_array, num_clusters: int) -> Tensor:
-    """Merge neighbours, each time those that raise the variance within clusters least.
-
-    Ward 1963, with merges along edges of the neighbour graph only, so that memory grows with N k.
-
-    Args:
-        embeddings: (N, d), smoothed.
-        graph: symmetric weights (N, N), from `neighbor_graph`; parts are joined by `connect`.
-        num_clusters: K, 1 to N.
-
-    Returns:
-        Clusters (N,).
-
-    Raises:
-        ValueError: K is out of range.
-    """
-    _check_num_clusters(num_clusters, len(embeddings))
-    if len(embeddings) == 1:
-        return torch.zeros(1, dtype=torch.long)
-    edges = sparse.csr_matrix(connect(graph, embeddings))
-    model = AgglomerativeClustering(num_clusters, linkage="ward", connectivity=edges)
-    found: NDArray[np.int64] = model.fit_predict(embeddings.cpu().numpy())
-    return torch.from_numpy(found.astype(np.int64))
 
 
 def connect(graph: sparse.csr_array, embeddings: Tensor) -> sparse.csr_array:
