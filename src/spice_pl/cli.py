@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 
@@ -34,6 +35,7 @@ def run_job(cfg: DictConfig) -> float | None:
     from spice_pl.job.errors import clear_errors
     from spice_pl.job.job import Job
     from spice_pl.job.run import run_stages
+    from spice_pl.system.log import FILE_NAME, job_log
 
     composed = HydraConfig.get()
     preset = str(composed.runtime.choices.get("preset"))
@@ -44,7 +46,11 @@ def run_job(cfg: DictConfig) -> float | None:
         preset=preset if preset in known else "none",
         sweep=composed.mode == RunMode.MULTIRUN,
     )
-    with clear_errors(job):
+    log = Path(str(cfg.runs_dir), str(cfg.dataset.name), FILE_NAME)
+    with (
+        clear_errors(job),
+        nullcontext() if job.sweep else job_log(log, job.command(), plain=job.plain),
+    ):
         objective = run_stages(job)
     sweep.note_folders(job.folder(name).path for name in job.stages)
     return objective

@@ -20,7 +20,7 @@ from spice_pl.data.sources.survey import survey
 from spice_pl.errors import UsageError
 from spice_pl.job import outlook
 from spice_pl.job.budget import FILE_NAME, Budget, Work
-from spice_pl.job.costs import Costs, seconds
+from spice_pl.job.costs import Costs, Watch
 from spice_pl.job.forecast import stage_part
 from spice_pl.job.job import Job
 from spice_pl.job.outlook import planned, span
@@ -160,7 +160,7 @@ def test_time_is_the_mean_without_the_first_call() -> None:
         calls.append(0.1 if not calls else 0.01)
         time.sleep(calls[-1])
 
-    assert 0.01 <= seconds(call) < 0.1
+    assert 0.01 <= Watch().seconds(call) < 0.1
     assert len(calls) > 2
 
 
