@@ -164,6 +164,16 @@ def test_time_is_the_mean_without_the_first_call() -> None:
     assert len(calls) > 2
 
 
+def test_a_busy_machine_gets_a_range_of_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spice_pl.job.costs.load", lambda: 0.0)
+    watch, calls = Watch(), iter([0.0, 0.01, 0.03])
+    watch.seconds(lambda: time.sleep(next(calls, 0.02)))
+    assert 0.2 < watch.idle() < 0.8  # the quickest call took 0.01 s, all 0.02 s on average
+    calm = watch.idle()
+    monkeypatch.setattr("spice_pl.job.costs.load", lambda: 4.0)  # four programs for each core
+    assert watch.idle() == pytest.approx(calm / 4)
+
+
 def test_the_plan_comes_before_the_work(
     tiny: Sequence[str], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -130,6 +130,11 @@ $("edit").addEventListener("click", () => {
   if (!editing) picked.clear();
   drawEdits();
 });
+$("edit-first").addEventListener("click", () => {
+  if (!editing) $("edit").click();
+  $("clusters").scrollIntoView();
+  panels.get(Number(articles[0].dataset.id))?.name.focus({preventScroll: true});
+});
 function take(saved) {
   if (saved.format !== "spice-pl edits 1") throw new Error("this file does not hold edits");
   if (saved.fingerprint !== data.review.fingerprint || saved.digest !== data.review.digest) throw new Error("these edits belong to another clustering");
