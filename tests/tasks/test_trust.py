@@ -88,8 +88,8 @@ def judged(name: str, value: float, chance: float = 0.0, own: float | None = Non
 
 def test_agreement_is_judged_from_that_of_random_clusters() -> None:
     # Halfway from chance to 1 is poor, whatever the chance; 0.85 of the way is good.
-    for chance in (0.0, 0.1, 0.5):
-        levels = [judged("heads", chance + (1 - chance) * way, chance) for way in (0.5, 0.7, 0.9)]
+    for low in (0.0, 0.1, 0.5):
+        levels = [judged("heads", low + (1 - low) * way, low) for way in (0.5, 0.7, 0.9)]
         assert levels == ["poor", "middling", "good"]
     # Two equal clusters at random agree for half of the images: 0.75 is half of the way.
     assert judged("consistency", 0.75, 0.5) == "poor"

@@ -194,8 +194,8 @@ class TrustData:
             return None
         most = max(self.null.nulls)
         rule = (
-            f"Measured as in “Are there clusters at all?” it is {self.null.own:.2f}. Clouds without "
-            f"groups reach {most:.2f}: good is more than {most + CLEARLY:.2f}, poor less than "
+            f"Measured as in “Are there clusters at all?” it is {self.null.own:.2f}. Clouds "
+            f"without groups reach {most:.2f}: good is more than {most + CLEARLY:.2f}, poor less than "
             f"{most + NULL_MARGIN:.2f}."
         )
         own, good, least = self.null.own, most + CLEARLY, most + NULL_MARGIN

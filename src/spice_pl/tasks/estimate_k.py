@@ -258,8 +258,8 @@ def sentence(found: Point, doubts: Sequence[str], candidates: Sequence[int]) -> 
     near = f"; about as well fit {', '.join(others)}" if others else ""
     if doubts:
         return (
-            f"the images show no clear number of clusters: {' and '.join(doubts)}. The best guess is "
-            f"{found.num_clusters}{near}. Choose the number by what you need the clusters for"
+            f"the images show no clear number of clusters: {' and '.join(doubts)}. The best guess "
+            f"is {found.num_clusters}{near}. Choose the number by what you need the clusters for"
         )
     return (
         f"the images show {found.num_clusters} clusters: halves of the images agree to "
