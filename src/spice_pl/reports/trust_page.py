@@ -195,8 +195,8 @@ class TrustData:
         most = max(self.null.nulls)
         rule = (
             f"Measured as in “Are there clusters at all?” it is {self.null.own:.2f}. Clouds "
-            f"without groups reach {most:.2f}: good is more than {most + CLEARLY:.2f}, poor less than "
-            f"{most + NULL_MARGIN:.2f}."
+            f"without groups reach {most:.2f}: good is more than {most + CLEARLY:.2f}, poor less "
+            f"than {most + NULL_MARGIN:.2f}."
         )
         own, good, least = self.null.own, most + CLEARLY, most + NULL_MARGIN
         return _judged("separation", own, good, least, rule)
