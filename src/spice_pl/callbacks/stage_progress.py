@@ -113,8 +113,9 @@ class StageProgress(ProgressBar):
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show a bar over all images."""
-        name, total = f"{self.name}, all images", int(sum(trainer.num_predict_batches))
-        self._bar = Bar(name, total, enabled=self.enabled, pause=PAUSE).__enter__()
+        name = self.name if self.plain else f"{self.name}, all images"
+        total, pause = int(sum(trainer.num_predict_batches)), RARELY if self.plain else PAUSE
+        self._bar = Bar(name, total, enabled=self.enabled, pause=pause).__enter__()
 
     def on_predict_batch_end(self, *_: Any) -> None:
         """Advance the bar."""
