@@ -1,9 +1,13 @@
 """The command: `python train.py` in a checkout, `spice` once installed, or `python -m spice_pl`."""
 
+from __future__ import annotations
+
 import os
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -15,6 +19,9 @@ from spice_pl.system import command
 from spice_pl.system.command import quoted
 from spice_pl.system.output import open_output
 from spice_pl.usage import VERBS, conf_folder, usage, verb_usage
+
+if TYPE_CHECKING:
+    from spice_pl.job.job import Job
 
 COMMANDS = {"spice": "spice", "__main__": "python -m spice_pl"}  # by the name of the script
 
@@ -44,10 +51,21 @@ def run_job(cfg: DictConfig) -> float | None:
         preset=preset if preset in known else "none",
         sweep=composed.mode == RunMode.MULTIRUN,
     )
-    with clear_errors(job):
+    with clear_errors(job), _log_of(job):
         objective = run_stages(job)
     sweep.note_folders(job.folder(name).path for name in job.stages)
     return objective
+
+
+def _log_of(job: Job) -> AbstractContextManager[None]:
+    """Return the context in which a job logs; a trial of a sweep has no file of its own."""
+    from spice_pl.job.settings import missing
+    from spice_pl.system.log import FILE_NAME, job_log
+
+    if job.sweep or missing(job.cfg):  # the job names what is missing
+        return nullcontext()
+    log = Path(str(job.cfg.runs_dir), str(job.cfg.dataset.name), FILE_NAME)
+    return job_log(log, job.command(), plain=job.plain)
 
 
 def with_folder(arguments: list[str]) -> list[str]:

@@ -20,7 +20,7 @@ from spice_pl.data.sources.survey import survey
 from spice_pl.errors import UsageError
 from spice_pl.job import outlook
 from spice_pl.job.budget import FILE_NAME, Budget, Work
-from spice_pl.job.costs import Costs, seconds
+from spice_pl.job.costs import Costs, Watch
 from spice_pl.job.forecast import stage_part
 from spice_pl.job.job import Job
 from spice_pl.job.outlook import planned, span
@@ -160,8 +160,18 @@ def test_time_is_the_mean_without_the_first_call() -> None:
         calls.append(0.1 if not calls else 0.01)
         time.sleep(calls[-1])
 
-    assert 0.01 <= seconds(call) < 0.1
+    assert 0.01 <= Watch().seconds(call) < 0.1
     assert len(calls) > 2
+
+
+def test_a_busy_machine_gets_a_range_of_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spice_pl.job.costs.load", lambda: 0.0)
+    watch, calls = Watch(), iter([0.0, 0.01, 0.03])
+    watch.seconds(lambda: time.sleep(next(calls, 0.02)))
+    assert 0.2 < watch.idle() < 0.8  # the quickest call took 0.01 s, all 0.02 s on average
+    calm = watch.idle()
+    monkeypatch.setattr("spice_pl.job.costs.load", lambda: 4.0)  # four programs for each core
+    assert watch.idle() == pytest.approx(calm / 4)
 
 
 def test_the_plan_comes_before_the_work(

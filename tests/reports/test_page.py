@@ -283,6 +283,61 @@ def test_a_collapse_is_named() -> None:
     assert "Cluster 2 holds 83% of all images" in render_report(report(clusters=clusters))
 
 
+def told(**changes: object) -> str:
+    """Return the warnings of a page on which everything else is fine."""
+    fine = {"agreement": np.ones(60), "clusters": np.arange(60) % 4, **changes}
+    return " ".join(sections.warnings(unlabelled(**fine)))
+
+
+def test_nothing_is_warned_of_where_all_is_well() -> None:
+    assert told(least_alike=0.5, colour_share=0.3) == ""
+
+
+def test_images_that_all_look_the_same_are_named() -> None:
+    assert "hardly any difference between these images" in told(least_alike=0.95)
+
+
+def test_copies_are_named_where_they_are_many() -> None:
+    many, few = (
+        told(oddities=[Oddity("exact copies", np.arange(2 * count), count)]) for count in (7, 6)
+    )
+    assert "7 of 60 images are exact copies" in many
+    assert few == ""
+
+
+def test_many_images_between_clusters_are_named() -> None:
+    agreement = np.ones(60)
+    agreement[:6] = 0.2
+    assert told(agreement=agreement) == ""
+    agreement[6] = 0.2
+    assert "12% of the images are not sure" in told(agreement=agreement)
+
+
+def test_clusters_by_colour_are_named() -> None:
+    assert "62% of the differences in the mean colour" in told(colour_share=0.62)
+
+
+def test_one_cluster_of_two_may_be_large_but_not_nearly_all() -> None:
+    for others, said in ((10, False), (4, True)):
+        found = told(clusters=(np.arange(60) < others).astype(np.int64), num_clusters=2)
+        assert ("Cluster 0 holds" in found) is said
+
+
+def test_edits_are_within_reach_of_the_first_screen() -> None:
+    text = render_report(report())
+    assert text.index('id="edit-first"') < text.index("<nav")
+
+
+def test_each_cell_of_a_table_of_cards_names_its_column() -> None:
+    """On a phone the head of the table is hidden."""
+    rows = [Compared("walk", True, 0.912, 0.987, 1.0)]
+    page = report(comparison=Comparison(rows, 60, {"walk": 2.5}, "walk"))
+    tables = re.findall(r'<table class="[^"]*cards">.*?</table>', render_report(page), re.DOTALL)
+    assert len(tables) >= 4
+    for table in tables:
+        assert re.findall(r"<td(?![^>]*data-col)", table) == []
+
+
 def test_labels_are_shown_as_truth() -> None:
     labels = np.arange(60) % 3
     labels[0] = 1  # one of the 20 images of cluster 0
@@ -445,7 +500,7 @@ def test_the_choice_is_explained_without_labels() -> None:
     compared = Comparison(rows, 60, {"network": 2.0, "walk": 2.5}, "walk")
     text = " ".join(render_report(unlabelled(comparison=compared)).split())
     assert "Why these clusters" in text
-    assert "network 2.000, walk 2.500." in text
+    assert "(network 2.000, walk 2.500)" in text
     row = text.split('<th scope="row">k-means</th>')[1].split("</tr>")[0]
     cells = ["12 – 48", "90.0 %", "80 %", "0.500", "2.250", "75.0 %"]
     assert re.findall(r">([^<]+)</td>", row) == cells

@@ -141,7 +141,7 @@ def test_without_labels_stored_measures_are_shown() -> None:
     for each in runs:  # with labels there are scores instead
         for row in each["rows"]:
             row |= {"acc": 0.5, "nmi": 0.5, "ari": 0.5}
-    assert "Neighbours" not in markdown(compare(runs))
+    assert "Nearest 10" not in markdown(compare(runs))
 
 
 def test_runs_of_other_names_and_numbers_of_clusters_are_told_apart() -> None:

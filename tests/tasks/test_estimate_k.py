@@ -47,7 +47,7 @@ def test_clear_groups_are_counted(tmp_path: Path) -> None:
     job = context(tmp_path, groups(4, apart=12))
     result = TASK(job)
     assert (result["estimated_num_clusters"], result["clear"]) == (4, True)
-    assert "the data shows 4 clusters" in result["sentence"]
+    assert "the images show 4 clusters" in result["sentence"]
     estimate = result["k_estimate"]
     assert (estimate["num_clusters"], estimate["clear"]) == (4, True)
     assert estimate["candidates"] == [2, 3, 4, 5, 6, 7]
@@ -73,7 +73,7 @@ def test_groups_of_unequal_sizes_are_counted(tmp_path: Path, num_groups: int) ->
 def test_one_cloud_shows_no_clear_number(tmp_path: Path) -> None:
     result = TASK(context(tmp_path, groups(1, apart=12)))
     assert not result["clear"]
-    assert result["sentence"].startswith("the data shows no clear K: ")
+    assert result["sentence"].startswith("the images show no clear number of clusters: ")
 
 
 def test_a_large_set_is_sampled(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_the_largest_product_of_silhouette_and_modularity_is_taken() -> None:
     found, candidates = choose([point(k, 0.9, *measure) for k, measure in measures.items()])
     assert (found.num_clusters, candidates) == (4, [3, 4])
     text = sentence(found, [], candidates)
-    assert "the data shows 4 clusters" in text
+    assert "the images show 4 clusters" in text
     assert text.endswith("about as well fit 3")
 
 
@@ -117,7 +117,9 @@ def test_each_doubt_is_named() -> None:
     assert "raise estimate_k.task.largest" in doubts[3][0]
     wide = doubts_of(curve[2], curve, [2, 3, 4])
     assert wide == ["from 2 to 4 clusters fit about as well"]
-    assert sentence(curve[2], wide, [2, 3, 4]).startswith("the data shows no clear K: from 2 to 4")
+    assert sentence(curve[2], wide, [2, 3, 4]).startswith(
+        "the images show no clear number of clusters: from 2 to 4"
+    )
 
 
 def test_copies_of_two_images_give_finite_numbers() -> None:

@@ -16,6 +16,7 @@ from spice_pl.runs.clusters import ClusterTable
 from spice_pl.runs.folder import RunFolder
 from spice_pl.tasks.trust import (
     Trust,
+    chance,
     matched_agreement,
     null_check,
     seeds_agreement,
@@ -75,6 +76,47 @@ def test_record_holds_pairs() -> None:
         assert all(0 <= acc <= 1 for acc in accuracies)
 
 
+def judged(name: str, value: float, chance: float = 0.0, own: float | None = None) -> str:
+    null = NullCheck(0.4, (0.1, 0.2), own)
+    data = TrustData("", "", 9, 9, 3, [Check(name, value)], null, {}, chance)
+    found = data.judged(data.checks[0])
+    assert found is not None
+    assert (found.advice == "Nothing to do.") == (found.level == "good")
+    assert found.level in data.summary
+    return found.level
+
+
+def test_agreement_is_judged_from_that_of_random_clusters() -> None:
+    # Halfway from chance to 1 is poor, whatever the chance; 0.85 of the way is good.
+    for low in (0.0, 0.1, 0.5):
+        levels = [judged("heads", low + (1 - low) * way, low) for way in (0.5, 0.7, 0.9)]
+        assert levels == ["poor", "middling", "good"]
+    # Two equal clusters at random agree for half of the images: 0.75 is half of the way.
+    assert judged("consistency", 0.75, 0.5) == "poor"
+    assert judged("consistency", 0.75, 0.1) == "middling"
+
+
+def test_shares_that_should_be_kept_may_fail_once_in_twenty_or_ten() -> None:
+    for name in ("views", "sure"):
+        assert [judged(name, value, 0.5) for value in (0.89, 0.92, 0.96)] == [
+            *("poor", "middling", "good")
+        ]
+
+
+def test_separation_is_judged_beside_clouds_without_groups() -> None:
+    # The best cloud has 0.2. The value itself is on another scale and does not count.
+    found = [judged("separation", 0.9, own=own) for own in (0.21, 0.25, 0.31)]
+    assert found == ["poor", "middling", "good"]
+    data = TrustData("", "", 9, 9, 3, [], NullCheck(0.4, (0.1,)), {})
+    assert data.judged(Check("separation", 0.5)) is None
+    assert data.judged(Check("heads", None)) is None
+
+
+def test_chance_is_that_of_two_random_images_in_one_cluster() -> None:
+    assert chance(np.array([0, 1, 0, 1])) == pytest.approx(0.5)
+    assert chance(np.array([0, 0, 0, 1])) == pytest.approx(10 / 16)
+
+
 def page(null: NullCheck) -> str:
     checks = [Check("consistency", 0.75), Check("heads", None)]
     tracks = {"consistency": ([0.5, 0.75, 0.9], [0.3, 0.6, 0.9])}
@@ -131,3 +173,5 @@ def test_trust_of_a_run(finished: Finished) -> None:
     text = (folder.path / "trust.html").read_text(encoding="utf-8")
     assert folder.metrics["verdict"] in text
     assert "truth" not in folder.metrics
+    assert set(folder.metrics["judged"].values()) <= {"good", "middling", "poor"}
+    assert folder.metrics["summary"] in text

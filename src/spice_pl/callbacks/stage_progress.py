@@ -10,7 +10,7 @@ import torch
 from pytorch_lightning.callbacks import ProgressBar
 
 from spice_pl.stages.base import as_stage
-from spice_pl.system.progress import PAUSE, Bar
+from spice_pl.system.progress import PAUSE, RARELY, Bar
 
 EVERY = 8  # steps between two that are timed on a GPU
 
@@ -25,12 +25,13 @@ class StageProgress(ProgressBar):
     includes all its parts.
 
     Args:
-        name: name of the stage.
+        name: name of the stage, as it is shown.
+        plain: whether losses and scores are left out, and lines come half a minute apart.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, plain: bool = False) -> None:
         super().__init__()
-        self.name, self.enabled = name, True
+        self.name, self.enabled, self.plain = name, True, plain
         self.seconds_before = 0.0
         self.started = time.monotonic()
         self._waited = self._stepped = 0.0
@@ -62,7 +63,9 @@ class StageProgress(ProgressBar):
         batches_done = trainer.fit_loop.epoch_loop.batch_progress.current.completed
         done = trainer.current_epoch * num_batches + batches_done % max(1, num_batches)
         total = num_batches * (trainer.max_epochs or 1)
-        self._bar = Bar(self.name, total, done=done, enabled=self.enabled).__enter__()
+        self._bar = Bar(
+            self.name, total, done=done, enabled=self.enabled, pause=RARELY if self.plain else 0.0
+        ).__enter__()
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Do not count the time between epochs as waiting."""
@@ -102,7 +105,7 @@ class StageProgress(ProgressBar):
             self._stepped += start.elapsed_time(end) / 1000
         self._timed.clear()
         if self._bar is not None:
-            self._bar.show(_values(trainer, pl_module))
+            self._bar.show("" if self.plain else _values(trainer, pl_module))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """End the bar."""
@@ -110,8 +113,9 @@ class StageProgress(ProgressBar):
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show a bar over all images."""
-        name, total = f"{self.name}, all images", int(sum(trainer.num_predict_batches))
-        self._bar = Bar(name, total, enabled=self.enabled, pause=PAUSE).__enter__()
+        name = self.name if self.plain else f"{self.name}, all images"
+        total, pause = int(sum(trainer.num_predict_batches)), RARELY if self.plain else PAUSE
+        self._bar = Bar(name, total, enabled=self.enabled, pause=pause).__enter__()
 
     def on_predict_batch_end(self, *_: Any) -> None:
         """Advance the bar."""

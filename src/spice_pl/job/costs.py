@@ -6,6 +6,7 @@ Shapes: B images of a batch, S pixels a side, M images of a cycle, H heads, D fe
 from __future__ import annotations
 
 import copy
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -42,6 +43,8 @@ class Costs:
         head_row: all heads and their pseudo-labels, per image.
         rows: k-means and nearest neighbours of 1,000 features, which smoothing, the estimate of K
             and the choice of clusters consist of.
+        idle: share of these times, in (0, 1], that they might take if nothing else ran here; 1
+            where nothing else seems to run.
     """
 
     encode: float
@@ -50,6 +53,7 @@ class Costs:
     head_step: float
     head_row: float
     rows: tuple[float, float]
+    idle: float = 1.0
 
 
 def measure(
@@ -65,50 +69,80 @@ def measure(
         precision: precision of the trainer.
     """
     batch = GPU_BATCH if device != "cpu" else max(4, min(32, PART // pixels**2))
-    generator = torch.Generator().manual_seed(0)
+    generator, watch = torch.Generator().manual_seed(0), Watch(device)
     shape = (batch, 3, pixels, pixels)
     images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).to(device)
     made = {}
     for name, view in views.items():
         uniforms = torch.rand(batch, view.num_uniforms, generator=generator).to(device)
-        made[name] = seconds(lambda v=view, u=uniforms: v(images, u), device) / batch  # type: ignore[misc]
+        made[name] = watch.seconds(lambda v=view, u=uniforms: v(images, u)) / batch  # type: ignore[misc]
     no_uniforms = torch.empty(batch, 0, device=device)
     ready = views["plain"](images, no_uniforms).contiguous(memory_format=torch.channels_last)
     network = copy.deepcopy(module.encoder).to(device).to(memory_format=torch.channels_last)
     with _precision(device, precision):
         frozen = Frozen(network)
-        encode = seconds(lambda: frozen(ready), device) / batch
+        encode = watch.seconds(lambda: frozen(ready)) / batch
         train = 0.0
         if any(weight.requires_grad for weight in module.encoder.parameters()):
             trained = network.train().requires_grad_(True)
-            train = seconds(lambda: trained(ready).float().sum().backward(), device) / batch
+            train = watch.seconds(lambda: trained(ready).float().sum().backward()) / batch
     step, row = 0.0, 0.0
     if isinstance(module, ProtoHeadModule):
-        step, row = _head_costs(module, generator, device)
-    return Costs(encode, train, made, step, row, _row_costs(module.feature_dim))
+        step, row = _head_costs(module, generator, watch)
+    rows = _row_costs(module.feature_dim, watch)
+    return Costs(encode, train, made, step, row, rows, watch.idle())
 
 
-def seconds(call: Callable[[], Any], device: str = "cpu") -> float:
-    """Return the mean time of a few calls, without the first one if that is quick.
+class Watch:
+    """Measure the time of calls.
 
-    The mean, because a busy machine holds up some calls much longer than others.
+    Args:
+        device: "cpu" or "cuda".
     """
-    taken: list[float] = []
-    while len(taken) < REPEATS and (len(taken) < 2 or sum(taken[1:]) < LIMIT_S):
-        begun = time.perf_counter()
-        call()
-        if device != "cpu":
-            torch.cuda.synchronize()
-        taken.append(time.perf_counter() - begun)
-        if taken[0] > 2 * LIMIT_S:  # warming up does not count for much
-            return taken[0]
-    return statistics.fmean(taken[1:])
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
+        self._mean = self._least = 0.0  # sums over all that was measured
+
+    def seconds(self, call: Callable[[], Any]) -> float:
+        """Return the mean time of a few calls, without the first one if that is quick.
+
+        The mean, because a busy machine holds up some calls much longer than others.
+        """
+        taken: list[float] = []
+        while len(taken) < REPEATS and (len(taken) < 2 or sum(taken[1:]) < LIMIT_S):
+            begun = time.perf_counter()
+            call()
+            if self.device != "cpu":
+                torch.cuda.synchronize()
+            taken.append(time.perf_counter() - begun)
+            if taken[0] > 2 * LIMIT_S:  # warming up does not count for much
+                break
+        counted = taken[1:] or taken
+        self._mean += statistics.fmean(counted)
+        self._least += min(counted)
+        return statistics.fmean(counted)
+
+    def idle(self) -> float:
+        """Return the share of the measured times that an idle machine might need, in (0, 1].
+
+        By the quickest calls, and by the programs that wait for a core (`load`).
+        """
+        return self._least / max(self._mean, 1e-12) / max(1.0, load())
+
+
+def load() -> float:
+    """Return how many programs there were per core in the last minute; 0 if it is not known."""
+    if not hasattr(os, "getloadavg"):
+        return 0.0
+    return os.getloadavg()[0] / (os.cpu_count() or 1)
 
 
 def _head_costs(
-    module: ProtoHeadModule, generator: torch.Generator, device: str
+    module: ProtoHeadModule, generator: torch.Generator, watch: Watch
 ) -> tuple[float, float]:
     """Return the seconds of a step of all heads, and of an E-step per image."""
+    device = watch.device
     heads, rows = copy.deepcopy(module.heads).to(device), 128 * module.num_clusters
     rows = min(max(rows, 512), module.buffer_size, 4096)
     features = torch.randn(rows, module.feature_dim, generator=generator).to(device)
@@ -130,16 +164,16 @@ def _head_costs(
         torch.autograd.backward(module.head_losses(logits, label).sum())
         optimizer.step()
 
-    return seconds(step, device), seconds(e_step, device) / rows
+    return watch.seconds(step), watch.seconds(e_step) / rows
 
 
-def _row_costs(width: int) -> tuple[float, float]:
+def _row_costs(width: int, watch: Watch) -> tuple[float, float]:
     """Return the seconds of k-means in 32 dimensions, and of the neighbours of features."""
     rows = np.random.default_rng(0).standard_normal((ROWS, 32)).astype(np.float32)
     features = torch.randn(ROWS, width, generator=torch.Generator().manual_seed(0))
     return (
-        seconds(lambda: kmeans_clusters(rows, 10, 0)),
-        seconds(lambda: nearest_others(features, 10)),
+        watch.seconds(lambda: kmeans_clusters(rows, 10, 0)),
+        watch.seconds(lambda: nearest_others(features, 10)),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +26,7 @@ from spice_pl.nn.places import fine_feature_map
 from spice_pl.reports.choices import Compared
 from spice_pl.reports.oddities import odd_line
 from spice_pl.reports.page import write_report
+from spice_pl.reports.sections import warnings
 from spice_pl.reports.tables import (
     ResultRow,
     compared_markdown,
@@ -42,8 +44,11 @@ from spice_pl.runs.folder import RunFolder
 from spice_pl.runs.page_data import report_data
 from spice_pl.runs.results import Cost, stage_metrics
 from spice_pl.stages.base import Stage
+from spice_pl.system.command import command
 from spice_pl.system.desktop import open_page
 from spice_pl.system.files import atomic
+from spice_pl.system.log import FILE_NAME
+from spice_pl.system.output import printable
 from spice_pl.system.provenance import versions
 
 logger = logging.getLogger(__name__)
@@ -212,6 +217,8 @@ def write_results(
         shown = report_data(folder, upstream, images, metrics, table, str(step.settings["map"]))
         compared = shown.comparison.rows if shown.comparison is not None else []
         metrics["compared"] = [asdict(row) for row in compared]
+        metrics["not_sure"] = int(shown.not_sure.sum())
+        metrics["warnings"] = warnings(shown)
         metrics["odd"] = {each.name: each.count for each in shown.oddities}
         rows = [ResultRow(**row) for row in metrics["rows"]]
         with atomic(folder.path / "table.md") as temporary:
@@ -236,18 +243,25 @@ def feature_map_of(plain: View, module: Stage, device: torch.device) -> FeatureM
     return feature_map
 
 
-def show(folder: RunFolder, opened: bool | str = False) -> None:
+def show(folder: RunFolder, opened: bool | str = False, *, plain: bool = False) -> None:
     """Print the table of results of a finished run and the files to look at; open its report.
 
     Args:
         folder: artifacts of the run.
         opened: whether the report opens in the browser; "auto" where there is a desktop.
+        plain: whether the result is said in sentences, with what to do next.
     """
     if not folder.finished:
         return
     metrics = folder.metrics
     rows = [ResultRow(**row) for row in metrics.get("rows", [])]
     compared = [Compared(**row) for row in metrics.get("compared", [])]
+    if plain and (folder.path / REPORT).is_file():
+        if any(row.has_scores for row in rows):
+            Console().print(results_rich(rows))
+        print("\n".join(map(printable, result_lines(folder))))
+        open_page(folder.path / REPORT, opened)
+        return
     if compared and not any(row.has_scores for row in rows):
         Console().print(compared_rich(compared))
         print(odd_line(metrics.get("odd", {})))
@@ -263,3 +277,33 @@ def show(folder: RunFolder, opened: bool | str = False) -> None:
             print(f"{folder.path / file}  {what}")
     if (folder.path / REPORT).is_file():
         open_page(folder.path / REPORT, opened)
+
+
+def result_lines(folder: RunFolder) -> list[str]:
+    """Return what was found, where it is and what to do next, for someone new to the method."""
+    metrics, run = folder.metrics, shlex.quote(str(folder.path))
+    sizes = [size for size in metrics["cluster_sizes"] if size]
+    least, most = min(sizes), max(sizes)
+    span = f"{least:,}" if least == most else f"{least:,} to {most:,}"
+    said = [f"{len(sizes):,} clusters of {span} images", odd_line(metrics.get("odd", {}))]
+    if "not_sure" in metrics:
+        share = metrics["not_sure"] / metrics["num_images"]
+        said.insert(1, f"not sure: {f'{share:.1%} of the images' if share else 'none'}")
+    own = [
+        (f"review {run}", "name, merge and split clusters in the browser"),
+        (f"trust {run}", "how far to believe them"),
+        (f"predict {run} FOLDER", "put new images into these clusters"),
+    ]
+    steps = [(" ".join([*command(), words]), what) for words, what in own]
+    width = max(len(line) for line, _ in steps)
+    return [
+        "; ".join(said),
+        *(f"note: {text}" for text in metrics.get("warnings", [])),
+        f"report   {folder.path / REPORT}",
+        f"table    {folder.path / 'clusters.csv'}",
+        *(
+            f"{'' if i else 'next':8} {line:{width}}  {what}"
+            for i, (line, what) in enumerate(steps)
+        ),
+        f"details  {folder.path.parents[1] / FILE_NAME}",
+    ]

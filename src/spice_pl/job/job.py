@@ -39,6 +39,14 @@ NOT_IN_NAMES = {
     *("map", "like", "of", "checkpoint_minutes", "open", "spreadsheet"),
 }
 
+# What the stages of `recipe=pretrained` make.
+PARTS = {
+    "embed": "features",
+    "estimate_k": "number of clusters",
+    "proto": "clusters",
+    "kmeans": "clusters",
+}
+
 SWEPT_OF_DATASET = tuple(
     f"dataset.{key}=" for key in ("num_clusters", "protocol", "classes", "imbalance", "limit")
 )
@@ -75,6 +83,19 @@ class Job:
     def stages(self) -> list[str]:
         """Stages to run, in order."""
         return [str(name) for name in self.cfg.stages]
+
+    @property
+    def plain(self) -> bool:
+        """Whether it clusters images of your own by `recipe=pretrained`, as `spice photos` does.
+
+        Its messages are for users who do not know the method.
+        """
+        trains = any(not self.is_task(name) for name in self.stages)
+        return trains and not self.sweep and OmegaConf.is_interpolation(self.cfg, "backbone")
+
+    def part_name(self, stage: str) -> str:
+        """Return what a stage makes, for the messages of a `plain` job; else its name."""
+        return PARTS.get(stage, stage) if self.plain else stage
 
     def with_settings(self, values: Mapping[str, Any]) -> Job:
         """Return a copy of the job with some settings replaced, by dotted key."""

@@ -10,8 +10,9 @@ from spice_pl.errors import UsageError
 from spice_pl.job.job import Job
 from spice_pl.job.plan import Step
 from spice_pl.runs.folder import RunFolder
+from spice_pl.system.log import USER
 
-logger = logging.getLogger(__name__)
+logger, user = logging.getLogger(__name__), logging.getLogger(USER)
 
 
 def known_num_clusters(job: Job) -> int | None:
@@ -74,7 +75,13 @@ def _estimated(job: Job, stage: str, run: Callable[[Job], object]) -> int:
     folder = job.folder("estimate_k")
     run(job.with_settings(estimate))
     known = int(folder.metrics["estimated_num_clusters"])
-    logger.info("dataset.num_clusters=auto: %d clusters; give a number to choose yourself", known)
+    if job.plain:
+        clear = "" if folder.metrics["clear"] else ", a guess: other numbers fit about as well"
+        user.info("number of clusters: %d%s; dataset.num_clusters=N chooses it", known, clear)
+    else:
+        logger.info(
+            "dataset.num_clusters=auto: %d clusters; give a number to choose yourself", known
+        )
     return known
 
 

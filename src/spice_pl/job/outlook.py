@@ -37,6 +37,8 @@ GUESSED_K = 10  # for the time of stages whose K will be estimated
 IMAGES_PER_CLUSTER = 8  # the guess is smaller for fewer images
 DECODED_FIRST_S = 5.0  # decoding that takes less is done before the plan is made
 LONG_S = 3600.0
+CALM = 0.7  # share of the times that an idle machine needs, from which on it counts as idle
+BUSY = ("", "other programs use this machine; the longer time is that of now")
 
 
 def planned(job: Job, budget: Budget, opened: JobImages) -> Job:
@@ -82,11 +84,11 @@ def planned(job: Job, budget: Budget, opened: JobImages) -> Job:
     lowered = budget.lowered(job, names, num_clusters, seconds)
     works = [work.part(images, num_clusters, lowered) for work in budget.works.values()]
     parts = _in_order(other, works, steps)
+    idle = min(work.costs.idle for work in budget.works.values())
     said = [
         ("images", _images_line(images, listed)),
-        ("encoder", _encoder_line(job, steps)),
-        ("clusters", _clusters_line(known, steps)),
-        *_time_lines(parts),
+        *_how_lines(job, steps, known),
+        *(_time_in_short(job, parts, idle) if job.plain else _time_lines(parts, idle)),
         *_budget_lines(job, budget, lowered, parts),
         ("results", str(steps[-1].folder.path)),
     ]
@@ -183,6 +185,18 @@ def _images_line(images: ImageSet, listed: Survey | None) -> str:
     return f"{len(images):,} used, {left_out}"
 
 
+def _how_lines(job: Job, steps: Sequence[Step], known: int | None) -> list[tuple[str, str]]:
+    """Return where the features come from, and the number of clusters."""
+    if not job.plain:
+        return [("encoder", _encoder_line(job, steps)), ("clusters", _clusters_line(known, steps))]
+    encoder = pretrained(str(job.cfg.encoder))
+    lines = [("features", f"those of {encoder.name}, a network trained by {encoder.trained_by}")]
+    number = "as many as the images show; dataset.num_clusters=N chooses their number"
+    if known != 0:
+        lines.append(("clusters", number if known is None else str(known)))
+    return lines
+
+
 def _encoder_line(job: Job, steps: Sequence[Step]) -> str:
     if OmegaConf.is_interpolation(job.cfg, "backbone"):  # recipe=pretrained
         encoder = pretrained(str(job.cfg.encoder))
@@ -198,16 +212,41 @@ def _clusters_line(known: int | None, steps: Sequence[Step]) -> str:
     return str(known) if known else "not needed by these stages"
 
 
-def _time_lines(parts: Sequence[Part]) -> list[tuple[str, str]]:
+def span_of(seconds: float, idle: float) -> str:
+    """Return a time for people, from that of an idle machine to that of now if they differ much.
+
+    >>> span_of(90, 1.0), span_of(1200, 0.2), span_of(7200, 0.2)
+    ('1.5 min', '4.0 to 20.0 min', '24.0 min to 2.0 h')
+    """
+    if idle > CALM:
+        return span(seconds)
+    low, high = span(idle * seconds), span(seconds)
+    (number, unit), after = low.split(), high.split()[1]
+    return f"{number if unit == after else low} to {high}"
+
+
+def _time_in_short(job: Job, parts: Sequence[Part], idle: float) -> list[tuple[str, str]]:
+    """Return the sum of all parts, and the parts, in one line."""
+    known = [part for part in parts if part.seconds is not None]
+    each = ", ".join(f"{job.part_name(part.name)} {span(part.seconds)}" for part in known)
+    more = " and more" if len(known) < len(parts) else ""
+    total = span_of(sum(part.seconds or 0.0 for part in known), idle)
+    lines = [("time", f"{total}{more}" + (f" ({each})" if len(known) > 1 else ""))]
+    return lines if idle > CALM else [*lines, BUSY]
+
+
+def _time_lines(parts: Sequence[Part], idle: float) -> list[tuple[str, str]]:
     """Return one line per part, and their sum."""
     sums = [part.seconds for part in parts if part.seconds is not None]
     rows = [(part.name, part.what, span(part.seconds)) for part in parts]
-    rows.append(("in all", "", span(sum(sums)) + (", and more" if len(sums) < len(rows) else "")))
+    more = ", and more" if len(sums) < len(rows) else ""
+    rows.append(("in all", "", span_of(sum(sums), idle) + more))
     names, whats = (max(len(row[i]) for row in rows) for i in (0, 1))
-    return [
+    lines = [
         ("time here" if i == 0 else "", f"{name:{names}}  {what:{whats}}  {time:>9}")
         for i, (name, what, time) in enumerate(rows)
     ]
+    return lines if idle > CALM else [*lines, BUSY]
 
 
 def _budget_lines(

@@ -31,10 +31,12 @@ from spice_pl.job.plan import Step, check_settings, plan
 from spice_pl.job.stage import run_stage
 from spice_pl.job.task import run_task
 from spice_pl.job.trainer import num_ranks
+from spice_pl.reports.tables import duration_text
 from spice_pl.system import ranks
 from spice_pl.system.interrupts import Interrupts
+from spice_pl.system.log import USER
 
-logger = logging.getLogger(__name__)
+logger, user = logging.getLogger(__name__), logging.getLogger(USER)
 
 
 def run_stages(job: Job) -> float | None:
@@ -55,10 +57,19 @@ def run_stages(job: Job) -> float | None:
     return run_planned(job, budget, opened)
 
 
-def run_planned(job: Job, budget: Budget, opened: JobImages) -> float | None:
-    """Run a job within its time; K is settled first where it has to be estimated."""
+def run_planned(job: Job, budget: Budget, opened: JobImages, *, shown: bool = True) -> float | None:
+    """Run a job within its time; K is settled first where it has to be estimated.
+
+    Args:
+        job: the job.
+        budget: time that it may take.
+        opened: images of the job.
+        shown: whether the results are printed; False for a part of a job.
+    """
     if job.cfg.dataset.num_clusters == "auto":
-        job = settled(job, functools.partial(run_planned, budget=budget, opened=opened))
+        shows = shown and not job.plain
+        run = functools.partial(run_planned, budget=budget, opened=opened, shown=shows)
+        job = settled(job, run)
     steps = plan(job)
     num_processes = num_ranks(job.cfg)
     with Interrupts() as interrupts:
@@ -67,7 +78,7 @@ def run_planned(job: Job, budget: Budget, opened: JobImages) -> float | None:
         if num_processes > 1 and todo and not ranks.in_rank():
             start_ranks(job, todo, num_processes)
         else:
-            run_steps(job, steps, interrupts, budget, opened)
+            run_steps(job, steps, interrupts, budget, opened, shown=shown)
     objective = _metrics(steps[-1]).get("objective")
     return None if objective is None else float(objective)
 
@@ -99,7 +110,13 @@ def start_ranks(job: Job, steps: Sequence[Step], num_processes: int) -> None:
 
 
 def run_steps(
-    job: Job, steps: Sequence[Step], interrupts: Interrupts, budget: Budget, opened: JobImages
+    job: Job,
+    steps: Sequence[Step],
+    interrupts: Interrupts,
+    budget: Budget,
+    opened: JobImages,
+    *,
+    shown: bool,
 ) -> None:
     """Build and check all stages, then run the steps one after another in this process."""
     load_images = functools.partial(opened, job.cfg)
@@ -122,6 +139,8 @@ def run_steps(
                 if step.reused:
                     check_chain(step)
                     logger.info("%s: finished earlier, reused from %s", step.name, step.folder.path)
+                    if step.name not in budget.works:
+                        user.info("%s: made earlier, used again", job.part_name(step.name))
                 elif step.trains:
                     images = load_images()
                     if step.name not in stages:  # another run removed what was reused
@@ -129,11 +148,13 @@ def run_steps(
                     begun = time.monotonic()
                     job, step = budget_settled(job, step, stages, images, budget)
                     run_stage(job, step, *stages.pop(step.name), images, interrupts)
-                    budget.note(step, time.monotonic() - begun)
+                    spent = time.monotonic() - begun
+                    budget.note(step, spent)
+                    user.info("%s: done in %s", job.part_name(step.name), duration_text(spent))
                 else:
                     run_task(job, step, load_images)
-    if ranks.is_first_rank():
-        show(steps[-1].folder, False if job.sweep else job.cfg.open)
+    if shown and ranks.is_first_rank():
+        show(steps[-1].folder, False if job.sweep else job.cfg.open, plain=job.plain)
 
 
 def budget_settled(

@@ -51,7 +51,12 @@ def make_trainer(
         every_minutes=float(step.settings["checkpoint_minutes"]),
         seed=step.seed,
     )
-    callbacks = [*callbacks, StageProgress(step.name), guard, checkpoints]
+    callbacks = [
+        *callbacks,
+        StageProgress(job.part_name(step.name), plain=job.plain),
+        guard,
+        checkpoints,
+    ]
     compile_mode = str(step.settings["trainer"].get("compile", False)).lower()
     callbacks.append(Compiling(compile_mode))
     if dashboards:

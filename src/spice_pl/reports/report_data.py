@@ -59,6 +59,10 @@ class ReportData:
         oddities: odd images, by kind.
         comparison: these clusters beside others of the same features, or None.
         k_choice: the choice of K, with other numbers of clusters; or None.
+        least_alike: cosine of the features that 95 % of all pairs of images exceed; None where it
+            was not measured.
+        colour_share: share of the variance of the images' mean colours that is between clusters,
+            in [0, 1]; None likewise.
         shapes: function from positions and a height to pictures (3, height, w) in their own shape,
             of images that are not square and can be read.
         neighbors: function from positions (m,) to the nearest others among them (m, k).
@@ -99,6 +103,8 @@ class ReportData:
     oddities: Sequence[Oddity] = ()
     comparison: Comparison | None = None
     k_choice: KChoice | None = None
+    least_alike: float | None = None
+    colour_share: float | None = None
     shapes: Shapes | None = None
     neighbors: Callable[[NDArray[np.intp]], NDArray[np.int64]] | None = None
     originals: str = ""

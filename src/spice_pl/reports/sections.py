@@ -18,6 +18,10 @@ from spice_pl.reports.tables import ResultRow, duration_text, score_text
 from spice_pl.reports.wall import ClusterWall, Wall
 
 MAX_CONFUSION_CELLS = 10_000  # 100 clusters by 100 classes; a larger table cannot be read
+# From which share on the page warns: of images not sure, as on the page of trust; of copies; of the
+# differences in colour that are between clusters; of the images in the largest cluster.
+MANY_NOT_SURE, MANY_COPIES, BY_COLOUR, LARGEST, LARGEST_OF_TWO = 0.1, 0.1, 0.5, 0.5, 0.9
+ALL_ALIKE = 0.9  # cosine
 BINS = 10  # of the histogram of a cluster's confidence
 WALLS = {
     "Prototypes": "highest confidence",
@@ -99,7 +103,8 @@ def facts(
         span = f"{least:,}" if least == most else f"{least:,} – {most:,}"
         found.append(("Clusters", f"{len(filled):,}", False))
         found.append(("Images in a cluster", span, False))
-        found.append(("Reliable", f"{np.mean(data.reliable):.0%}", False))
+        if data.labels is not None:  # a word of the paper
+            found.append(("Reliable", f"{np.mean(data.reliable):.0%}", False))
         found.append(("Not sure", f"{num_not_sure / data.num_images:.1%}", False))
     if data.oddities:
         found.append(("Odd", f"{num_odd(data.oddities):,}", False))
@@ -113,6 +118,32 @@ def warnings(data: ReportData) -> list[str]:
     sizes = _sizes(data)
     empty = np.flatnonzero(sizes == 0)
     found = []
+    if data.least_alike is not None and data.least_alike > ALL_ALIKE:
+        found.append(
+            "The network sees hardly any difference between these images: 95% of all pairs have a "
+            f"similarity above {data.least_alike:.2f}, and 1 is the most. The clusters follow "
+            "small differences, such as light, noise or compression."
+        )
+    copies = sum(each.count for each in data.oddities if each.name == "exact copies")
+    if copies > MANY_COPIES * data.num_images:
+        found.append(
+            f"{copies:,} of {data.num_images:,} images are exact copies of others. Copies count "
+            "as neighbours that agree, so the numbers on this page look better than they are. "
+            "Remove the copies and run again."
+        )
+    unsure = float(np.mean(data.not_sure)) if data.num_images else 0.0
+    if unsure > MANY_NOT_SURE:
+        found.append(
+            f"{unsure:.0%} of the images are not sure: most of their neighbours are in other "
+            "clusters. The borders between clusters are arbitrary for them. Fewer clusters may fit "
+            "better, or the images do not form clear groups."
+        )
+    if data.colour_share is not None and data.colour_share > BY_COLOUR:
+        found.append(
+            f"The clusters go along with colour and brightness: {data.colour_share:.0%} of the "
+            "differences in the mean colour of images are between clusters. Look whether they "
+            "follow the background or the light rather than what the images show."
+        )
     if len(empty):
         named = ", ".join(map(str, empty[:20])) + (", …" if len(empty) > 20 else "")
         found.append(
@@ -123,10 +154,11 @@ def warnings(data: ReportData) -> list[str]:
     if choice is not None and choice.estimated is not None and not choice.clear:
         found.append(
             "The number of clusters is unclear: the images divide into several numbers of groups "
-            f"about equally well. The best guess is {choice.estimated}. “How many clusters” below "
-            "shows others at once."
+            f"about equally well. The best guess is {choice.estimated}. The section “How many "
+            "clusters” of the report shows others at once."
         )
-    if data.num_clusters > 2 and 2 * sizes.max() > data.num_images > 0:
+    most = LARGEST_OF_TWO if data.num_clusters == 2 else LARGEST
+    if sizes.max() > most * data.num_images > 0:
         found.append(
             f"Cluster {sizes.argmax()} holds {sizes.max() / data.num_images:.0%} of all images: "
             "either the data are like that, or the clustering has collapsed."

@@ -16,12 +16,12 @@ ORACLE = "Oracle rows used the true labels; do not compare them with rows that d
 _SCORES = ("ACC", "Recall", "NMI", "ARI")
 RECALL = "The classes differ in size: ACC counts every image alike, Recall every class alike."
 LEFT = {"Name", "Protocol"}
-COMPARED = ("Clusters", "Sizes", "Neighbours", "Sure", "Evenness", "Score")
+COMPARED = ("Clusters", "Sizes", "Nearest 10", "5 or more", "Evenness", "Score")
 COMPARED_NOTE = (
-    "No labels were given, so no accuracy can be computed. Neighbours: share of the ten most alike "
-    "images that are in the same cluster. Sure: share of images with at least half of them there, "
-    "or of as many as a small cluster has. Score: rises with Neighbours and Evenness; the kept "
-    "clusters have the largest of all candidates."
+    "No labels were given, so no accuracy can be computed. Nearest 10: share of the ten most alike "
+    "images that are in the same cluster. 5 or more: share of images with at least half of them "
+    "there, or of as many as a small cluster has. Score: rises with the nearest ten and with "
+    "evenness; the kept clusters have the largest of all candidates."
 )
 
 

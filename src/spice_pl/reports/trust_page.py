@@ -18,7 +18,7 @@ NULL_MARGIN = 0.02
 NAMES = {
     "heads": "Agreement of heads",
     "seeds": "Agreement of seeds",
-    "consistency": "Local consistency",
+    "consistency": "Agreement with neighbours",
     "views": "Stability under views",
     "separation": "Separation",
     "sure": "Sure images",
@@ -27,19 +27,68 @@ EXPLAINED = {
     "heads": "The share of images that two heads put into the same cluster. Heads are trained side "
     "by side from different random weights.",
     "seeds": "The share of images that two runs with different seeds put into the same cluster.",
-    "consistency": "The share of an image's nearest neighbours that are in its own cluster.",
+    "consistency": "The share of an image's nearest neighbours that are in its own cluster. It is "
+    "the mean of what the report calls agreement.",
     "views": "The share of images that stay in their cluster when they are shifted, and mirrored "
     "where mirror images mean the same.",
     "separation": "How much nearer images are to their own cluster than to the next one "
     "(silhouette by cosine, from -1 to 1).",
-    "sure": "The share of images with at least half of their neighbours, or of as many as a small "
-    "cluster has, in their own cluster.",
+    "sure": "The share of images that the report does not call “not sure”: at least half of their "
+    "neighbours, or of as many as a small cluster has, are in their own cluster.",
 }
 MISSING = {
     "heads": "Needs the heads of stage 2 on a frozen encoder, and there are none before this run.",
     "seeds": "Needs runs with other seeds: give trust.runs=[FOLDER,...].",
     "views": "Needs a head of a kind that this check can load.",
     "separation": "Needs at least two clusters with images.",
+}
+GOOD, MIDDLING, POOR = "good", "middling", "poor"
+# From which value on a measure is good, and from which middling. Agreements count from that of
+# clusters drawn at random, after the bounds of Hennig 2007 for clusters under resampling (0.85 and
+# 0.6). Where a share of images should be kept, one in twenty and one in ten may fail.
+BOUNDS = {
+    "heads": (0.85, 0.6),
+    "seeds": (0.85, 0.6),
+    "consistency": (0.85, 0.6),
+    "views": (0.95, 0.9),
+    "sure": (0.95, 0.9),
+}
+ABOVE_CHANCE = ("heads", "seeds", "consistency")
+CLEARLY = 0.1  # more than the best cloud without groups, a twentieth of the scale of silhouettes
+ADVICE = {
+    "heads": (
+        "Some clusters depend on the random start. In the report, order the clusters by “most not "
+        "sure first”, and merge or split the first ones in a review.",
+        "The clusters depend on the random start. Try another number of clusters, or another "
+        "encoder (encoder=NAME).",
+    ),
+    "seeds": (
+        "Some clusters depend on the seed. Keep those that both runs have.",
+        "The clusters depend on the seed. Try another number of clusters, or another encoder "
+        "(encoder=NAME).",
+    ),
+    "consistency": (
+        "Some borders run through groups of similar images. In the report, order the clusters by "
+        "“most not sure first”; merge two that share a border in a review.",
+        "Most borders run through groups of similar images. Try fewer clusters.",
+    ),
+    "views": (
+        "A shift of a few pixels moves some images to another cluster. These lie at borders.",
+        "A shift of a few pixels changes the cluster of many images. The clusters may follow the "
+        "framing: cut the images alike, or try another encoder (encoder=NAME).",
+    ),
+    "separation": (
+        "The clusters overlap. Expect mistakes at their borders, and look at the “borderline” "
+        "images of the report.",
+        "The clusters overlap as much as parts of a cloud without groups. Use them to browse the "
+        "images, not to count them; try another number of clusters, or another encoder.",
+    ),
+    "sure": (
+        "Some images are between clusters. Look at the walls “not sure” of the report, and move "
+        "images in a review.",
+        "Many images are between clusters. Try fewer clusters, or leave out the images that fit "
+        "nowhere.",
+    ),
 }
 
 
@@ -69,6 +118,28 @@ class NullCheck:
 
 
 @dataclass(frozen=True)
+class Judged:
+    """What a measure means.
+
+    Attributes:
+        level: "good", "middling" or "poor".
+        rule: what decides.
+        advice: what to do.
+    """
+
+    level: str
+    rule: str
+    advice: str
+
+
+def _judged(name: str, value: float, good: float, middling: float, rule: str) -> Judged:
+    if value >= good:
+        return Judged(GOOD, rule, "Nothing to do.")
+    poor = value < middling
+    return Judged(POOR if poor else MIDDLING, rule, ADVICE[name][poor])
+
+
+@dataclass(frozen=True)
 class TrustData:
     """Everything that the page shows.
 
@@ -80,6 +151,7 @@ class TrustData:
         num_clusters: K.
         checks: the measures.
         null: the check for clusters at all.
+        chance: agreement of two clusterings of these sizes that were drawn at random.
         record: values of each measure and true ACC of labelled runs, by measure.
     """
 
@@ -91,6 +163,43 @@ class TrustData:
     checks: Sequence[Check]
     null: NullCheck
     record: Mapping[str, tuple[Sequence[float], Sequence[float]]]
+    chance: float = 0.0
+
+    @property
+    def summary(self) -> str:
+        """How many measures are good, middling and poor."""
+        levels = [found.level for found in map(self.judged, self.checks) if found is not None]
+        if not levels:
+            return "No measure could be taken."
+        counts = [(levels.count(level), level) for level in (GOOD, MIDDLING, POOR)]
+        said = [f"{count} {level}" for count, level in counts if count]
+        return f"{len(levels)} measures: {', '.join(said)}."
+
+    def judged(self, check: Check) -> Judged | None:
+        """Return what a measure means; None if it was not taken."""
+        if check.value is None:
+            return None
+        if check.name == "separation":
+            return self._judged_separation()
+        good, middling = BOUNDS[check.name]
+        if check.name in ABOVE_CHANCE:
+            good, middling = (self.chance + (1 - self.chance) * each for each in (good, middling))
+        rule = f"Good from {good:.2f}, middling from {middling:.2f}"
+        if check.name in ABOVE_CHANCE:
+            rule += f"; clusters drawn at random have about {self.chance:.2f}"
+        return _judged(check.name, check.value, good, middling, f"{rule}.")
+
+    def _judged_separation(self) -> Judged | None:
+        if self.null.own is None:
+            return None
+        most = max(self.null.nulls)
+        rule = (
+            f"Measured as in “Are there clusters at all?” it is {self.null.own:.2f}. Clouds "
+            f"without groups reach {most:.2f}: good is more than {most + CLEARLY:.2f}, poor less "
+            f"than {most + NULL_MARGIN:.2f}."
+        )
+        own, good, least = self.null.own, most + CLEARLY, most + NULL_MARGIN
+        return _judged("separation", own, good, least, rule)
 
     @property
     def verdict(self) -> str:
@@ -182,6 +291,7 @@ def render_trust(data: TrustData) -> str:
             names=NAMES,
             explained=EXPLAINED,
             missing=MISSING,
+            judged={check.name: data.judged(check) for check in data.checks},
             tracks={name: track(*pair, own.get(name)) for name, pair in data.record.items()},
             null_positions=[round(100 * (each - low) / span, 1) for each in data.null.nulls],
             real_position=round(100 * (data.null.real - low) / span, 1),

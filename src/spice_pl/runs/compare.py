@@ -44,10 +44,10 @@ ALIKE = "Seeds alike"
 FOLDER = "folder"  # key that `finished_runs` adds: where the clusters are
 COLUMNS = (
     *("Data", "Method", "Run", "K", "Settings that differ", "Protocol", "Seeds"),
-    *("ACC", "NMI", "ARI", "Neighbours", "Sure", "Score", ALIKE, "Time", "Memory", "Source"),
+    *("ACC", "NMI", "ARI", "Nearest 10", "5 or more", "Score", ALIKE, "Time", "Memory", "Source"),
 )
 RIGHT = {"K", *COLUMNS[7:-1]}
-UNLABELLED = ("agreement", "sure", "score")  # fields of `Compared`: Neighbours, Sure, Score
+UNLABELLED = ("agreement", "sure", "score")  # fields of `Compared`
 # Settings that may differ within a group: the seed, and where images are.
 NOT_COMPARED = ("seed", "cache_dir", "on_bad_image", "root", "path", "name")
 
@@ -70,7 +70,7 @@ class Line:
             with one seed.
         runs: name of each run, without the settings that a sweep adds.
         num_clusters: K of each run that has clusters.
-        compared: Neighbours, Sure and Score of each run without labels that has them stored.
+        compared: the values of `UNLABELLED` of each run that has them stored.
         seconds: time of each run, with the stages before it.
         memory_mb: largest memory of each run.
         spread: published standard deviation of ACC.
@@ -97,7 +97,7 @@ class Line:
 
     @property
     def unlabelled(self) -> tuple[float, ...]:
-        """Means of Neighbours, Sure and Score; empty where none are stored."""
+        """Means of the values of `UNLABELLED`; empty where none are stored."""
         return tuple(map(statistics.fmean, zip(*self.compared, strict=True)))
 
     @property
@@ -223,7 +223,8 @@ def page(lines: Sequence[Line]) -> str:
 
     def row(cells: Sequence[str], tag: str, kind: str = "") -> str:
         made = (
-            f"<{tag}{' class=n' if COLUMNS[i] in RIGHT else ''}>{escape(cells[i])}</{tag[:2]}>"
+            f"<{tag}{' class=n' if COLUMNS[i] in RIGHT else ''} data-col='{COLUMNS[i]}'"
+            f"{' data-none' if cells[i] in ('', '–') else ''}>{escape(cells[i])}</{tag[:2]}>"
             for i in shown
         )
         return f"<tr{kind}>{''.join(made)}</tr>"
@@ -237,7 +238,7 @@ def page(lines: Sequence[Line]) -> str:
 {files("spice_pl.reports").joinpath("templates/style.css").read_text(encoding="utf-8")}
 </style></head><body><header><h1>Runs compared</h1></header><main>
 <div class="scroll" role="region" aria-label="Runs compared" tabindex="0">
-<table><thead>{row(COLUMNS, "th scope=col")}</thead>
+<table class="cards"><thead>{row(COLUMNS, "th scope=col")}</thead>
 <tbody>
 {body}
 </tbody></table></div>{below}</main></body></html>
@@ -268,11 +269,11 @@ def notes(lines: Sequence[Line]) -> list[str]:
         )
     if any(line.compared for line in lines):
         said.append(
-            "Neighbours, Sure, Score: without labels, as in the report; mean over seeds. Compare "
-            "them between rows of the same features and K. Neighbours: share of the ten most alike "
-            "images that are in the same cluster. Sure: share of images with at least half of them "
-            "there, or of as many as a small cluster has. Score: rises with Neighbours and with "
-            "sizes that are more even."
+            "Nearest 10, 5 or more, Score: without labels, as in the report; mean over seeds. "
+            "Compare them between rows of the same features and K. Nearest 10: share of the ten "
+            "most alike images that are in the same cluster. 5 or more: share of images with at "
+            "least half of them there, or of as many as a small cluster has. Score: rises with the "
+            "nearest ten and with sizes that are more even."
         )
     if repeated := sum(line.repeated for line in lines):
         said.append(
@@ -363,7 +364,7 @@ def _clusters(row: ResultRow, run: Mapping[str, Any]) -> Tensor | None:
 
 
 def _compared(row: ResultRow, run: Mapping[str, Any]) -> tuple[float, float, float] | None:
-    """Return Neighbours, Sure and Score behind a row without labels; None if they are not stored.
+    """Return the values of `UNLABELLED` behind a row without labels; None if they are not stored.
 
     The last row of a run with an answer has the clusters that were kept.
     """

@@ -18,6 +18,7 @@ from spice_pl.data.images import ImageSet
 from spice_pl.data.thumbnails import own_shapes
 from spice_pl.errors import UsageError
 from spice_pl.functional.embeddings import nearest_others
+from spice_pl.functional.neighbors import unit_rows
 from spice_pl.reports.choices import Comparison, KChoice
 from spice_pl.reports.map import Map, feature_map
 from spice_pl.reports.oddities import Oddity
@@ -31,6 +32,8 @@ from spice_pl.runs.oddities import find_oddities
 from spice_pl.runs.results import log_lines
 from spice_pl.system.command import command
 
+SAMPLED = 1000  # images whose similarities and colours are looked at
+EVERY = 8  # rows and columns of pixels; a mean needs no more
 NEIGHBORS = 8  # nearest images shown beside a large picture
 
 
@@ -87,6 +90,8 @@ def report_data(
         oddities=derived.oddities,
         comparison=derived.comparison,
         k_choice=derived.k_choice,
+        least_alike=derived.least_alike,
+        colour_share=colour_share(images.images, table.clusters, int(metrics["seed"])),
         shapes=derived.shapes,
         neighbors=lambda index: _neighbors(folder, images, index),
         originals="" if images.root is None else images.root.as_uri() + "/",
@@ -104,6 +109,7 @@ class _Derived:
     oddities: Sequence[Oddity]
     comparison: Comparison
     k_choice: KChoice | None
+    least_alike: float
     shapes: Callable[[Sequence[int], int], Mapping[int, NDArray[np.uint8]]]
 
 
@@ -130,11 +136,52 @@ def _derived(
             oddities=find_oddities(folder, images, metrics),
             comparison=compare_clusters(folder, metrics, table, title),
             k_choice=choose_k(folder, upstream, images, metrics, drawn),
+            least_alike=least_alike(folder.features, int(metrics["seed"])),
             shapes=_shapes(images),
         )
         _last.clear()
         _last[key] = made
     return _last[key]
+
+
+def least_alike(features: NDArray[np.float32], seed: int) -> float:
+    """Return the cosine that 95 % of the pairs of images exceed, among at most 1,000 of them.
+
+    Args:
+        features: (N, D).
+        seed: seed of the sample.
+    """
+    chosen = _sample(len(features), seed)
+    rows = unit_rows(torch.from_numpy(np.array(features[chosen])))
+    cosines = (rows @ rows.T)[tuple(torch.triu_indices(len(rows), len(rows), 1))]
+    return float(torch.quantile(cosines, 0.05)) if len(cosines) else 0.0
+
+
+def colour_share(images: Any, clusters: NDArray[np.int64], seed: int) -> float:
+    """Return the share of the variance of mean colours that is between clusters (ε², Kelley 1935).
+
+    That is η² without what as many random clusters would have; 0 at the least.
+
+    Args:
+        images: (N, 3, S, S) pixels; at most 1,000 are read.
+        clusters: (N,).
+        seed: seed of the sample.
+    """
+    chosen = _sample(len(clusters), seed)
+    ids = np.unique(clusters[chosen], return_inverse=True)[1]
+    colours = np.stack([np.asarray(images[i])[:, ::EVERY, ::EVERY].mean((1, 2)) for i in chosen])
+    sums = np.zeros((ids.max(initial=-1) + 1, 3))
+    np.add.at(sums, ids, colours)
+    within = colours - (sums / np.bincount(ids)[:, None])[ids]
+    whole = ((colours - colours.mean(0)) ** 2).sum()
+    if len(colours) <= len(sums) or not whole:
+        return 0.0
+    lost = (within**2).sum() / whole * (len(colours) - 1) / (len(colours) - len(sums))
+    return float(max(0.0, 1 - lost))
+
+
+def _sample(count: int, seed: int) -> NDArray[np.int64]:
+    return np.sort(np.random.default_rng(seed).permutation(count)[:SAMPLED])
 
 
 def _shapes(images: ImageSet) -> Callable[[Sequence[int], int], Mapping[int, NDArray[np.uint8]]]:

@@ -185,7 +185,7 @@ class BankedViews(FrozenViews):
         mine = self.train_index[trainer.global_rank :: trainer.world_size]
         total = self.num_views * len(mine)
         enabled = trainer.is_global_zero
-        with Bar("views, once", total, enabled=enabled, pause=PAUSE) as bar:
+        with Bar("changed images (views)", total, enabled=enabled, pause=PAUSE) as bar:
             for part, number in product(torch.split(mine, 256), range(self.num_views)):
                 batch = stage.datamodule.make(part, stage.device, views, number)
                 for name in self.banked:

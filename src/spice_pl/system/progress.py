@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 logger = logging.getLogger(__name__)
 
 PAUSE = 10.0  # seconds between two lines, for jobs that are usually short
+RARELY = 30.0  # for users who want to know no more than that the job continues
 
 
 class Bar:

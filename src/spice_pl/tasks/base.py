@@ -13,6 +13,8 @@ from spice_pl.data.augment import View
 from spice_pl.data.images import ImageSet
 from spice_pl.runs.folder import RunFolder
 
+LISTED = 20  # clusters whose sizes are said
+
 
 @dataclass(frozen=True)
 class Context:
@@ -51,3 +53,17 @@ def sample(num_images: int, limit: int, seed: int) -> NDArray[np.intp]:
     if num_images <= limit:
         return np.arange(num_images)
     return np.sort(np.random.default_rng(seed).choice(num_images, limit, replace=False))
+
+
+def size_lines(names: Sequence[str], sizes: Sequence[int]) -> list[str]:
+    """Return one line per cluster that has images; of more than 20, the largest and a count.
+
+    >>> size_lines(["cats", "dogs", "ships"], [3, 0, 12])
+    ['       3  cats', '      12  ships']
+    """
+    filled = [k for k, size in enumerate(sizes) if size]
+    largest = set(sorted(filled, key=lambda k: -sizes[k])[:LISTED])
+    lines = [f"{sizes[k]:8d}  {names[k]}" for k in filled if k in largest]
+    if rest := [sizes[k] for k in filled if k not in largest]:
+        lines.append(f"{sum(rest):8d}  in {len(rest):,} smaller clusters")
+    return lines

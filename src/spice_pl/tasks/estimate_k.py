@@ -258,11 +258,11 @@ def sentence(found: Point, doubts: Sequence[str], candidates: Sequence[int]) -> 
     near = f"; about as well fit {', '.join(others)}" if others else ""
     if doubts:
         return (
-            f"the data shows no clear K: {' and '.join(doubts)}. The best guess is "
-            f"{found.num_clusters}{near}. Choose K by what you need the clusters for"
+            f"the images show no clear number of clusters: {' and '.join(doubts)}. The best guess "
+            f"is {found.num_clusters}{near}. Choose the number by what you need the clusters for"
         )
     return (
-        f"the data shows {found.num_clusters} clusters: halves of the images agree to "
+        f"the images show {found.num_clusters} clusters: halves of the images agree to "
         f"{found.stability:.2f}, halves of points without groups to {found.null:.2f}; silhouette "
         f"{found.silhouette:.2f}, modularity {found.modularity:.2f}{near}"
     )

@@ -25,7 +25,7 @@ from spice_pl.runs.sorting import PLACE, Sorter
 from spice_pl.system.files import atomic, for_spreadsheet
 from spice_pl.system.output import printable
 from spice_pl.system.progress import Bar
-from spice_pl.tasks.base import Context
+from spice_pl.tasks.base import Context, size_lines
 
 logger = logging.getLogger(__name__)
 
@@ -111,8 +111,8 @@ class Predict:
         meaning = "too few of the most similar known images are in the same cluster"
         if model.known is None:
             meaning = f"confidence at most {model.threshold:g}"
-        for name, count in zip(model.names, counts, strict=True):
-            logger.info("%8d  %s", count, name)
+        for line in size_lines(model.names, counts.tolist()):
+            logger.info("%s", line)
         logger.info(
             "%d images, %.0f per second, %d not sure (%s): %s",
             *(len(images), rate, doubtful, meaning),

@@ -8,7 +8,7 @@ import numpy as np
 
 from spice_pl.errors import UsageError
 from spice_pl.runs.sorting import PLACE, Sorter
-from spice_pl.tasks.base import Context
+from spice_pl.tasks.base import Context, size_lines
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +41,8 @@ class Sort:
         sorter = Sorter(images, target, names, self.how, "sort.how")
         sorter.place(table.keys, table.clusters, table.not_sure)
         sorter.finish()
-        for name, count in zip(names, table.sizes(num_clusters), strict=True):
-            if count:
-                logger.info("%8d  %s", count, name)
+        for line in size_lines(names, table.sizes(num_clusters).tolist()):
+            logger.info("%s", line)
         logger.info(
             "%d images, %d not sure (most of their neighbours are in other clusters): %s",
             *(len(table.keys), int(np.count_nonzero(table.not_sure)), target),

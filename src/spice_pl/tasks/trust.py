@@ -29,7 +29,14 @@ from spice_pl.models.portable import load
 from spice_pl.nn.frozen import Frozen
 from spice_pl.nn.heads import ParallelHeads
 from spice_pl.nn.weights import load_strictly
-from spice_pl.reports.trust_page import Check, NullCheck, TrustData, record, write_trust
+from spice_pl.reports.trust_page import (
+    NAMES,
+    Check,
+    NullCheck,
+    TrustData,
+    record,
+    write_trust,
+)
 from spice_pl.runs.folder import RunFolder
 from spice_pl.tasks.base import Context, sample
 
@@ -70,12 +77,11 @@ class Trust:
         folder, images = context.upstream[0], context.images()
         table, seed = folder.read_clusters(), context.seed
         chosen = sample(len(images), self.num_samples, seed)
-        clusters = torch.from_numpy(table.clusters)
         values: dict[str, float | None] = {
             "heads": self._heads(context.upstream),
             "seeds": seeds_agreement([folder, *map(RunFolder, map(Path, self.runs))]),
             "consistency": float(table.agreement.mean()),
-            "views": self._views(folder, images, chosen, clusters, seed),
+            "views": self._views(folder, images, chosen, seed),
             "separation": separation(folder.features[chosen], table.clusters[chosen]),
             "sure": 1 - float(table.not_sure.mean()),
         }
@@ -96,12 +102,20 @@ class Trust:
             checks=checks,
             null=null,
             record=record(),
+            chance=chance(table.clusters),
         )
         write_trust(data, context.folder.path / "trust.html")
         logger.info("%s", data.verdict)
+        logger.info("%s", data.summary)
+        for check in checks:
+            if found := data.judged(check):
+                line = (NAMES[check.name], check.value, found.level, found.advice)
+                logger.info("  %-25s %.2f  %-8s  %s", *line)
         return {
             "reviewed": data.run,
             "verdict": data.verdict,
+            "summary": data.summary,
+            "judged": {each.name: found.level for each in checks if (found := data.judged(each))},
             "measures": values,
             "null": {
                 "real": null.real,
@@ -133,11 +147,11 @@ class Trust:
         folder: RunFolder,
         images: ImageSet,
         chosen: NDArray[np.intp],
-        clusters: Tensor,
         seed: int,
     ) -> float | None:
-        """Return the share of images that a weak view leaves in their cluster.
+        """Return the share of images whose weak view the network puts into the same cluster.
 
+        Both are the network's clusters. Those of the run may be of another clustering (`answer`).
         The network is that of the run's model.spice, whatever the settings of this job name. A run
         with a head of your own has none.
         """
@@ -151,7 +165,8 @@ class Trust:
             pixels = torch.from_numpy(images.images[index.numpy()])
             uniforms = keyed_uniform(seed, 0, index, 0, self.weak.num_uniforms)
             weak = head(encode(self.weak(pixels, uniforms)).float()).argmax(dim=1)
-            same += int((weak == clusters[index]).sum())
+            own = head(torch.from_numpy(np.array(folder.features[index.numpy()]))).argmax(dim=1)
+            same += int((weak == own).sum())
         return same / len(chosen)
 
 
@@ -162,6 +177,12 @@ def matched_agreement(found: Sequence[Tensor]) -> float:
     """
     pairs = [clustering_scores(one, other)["acc"] for one, other in combinations(found, 2)]
     return float(np.mean(pairs))
+
+
+def chance(clusters: NDArray[np.int64]) -> float:
+    """Return the share of pairs of images in one cluster, Σ p², of clusters (N,)."""
+    shares = np.bincount(clusters) / len(clusters)
+    return float((shares**2).sum())
 
 
 def seeds_agreement(runs: Sequence[RunFolder]) -> float | None:

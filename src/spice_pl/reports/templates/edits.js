@@ -108,7 +108,7 @@ function drawEdits() {
   if (out.merge.length) parts.push(count(out.merge.length, "merge"));
   if (Object.keys(out.split).length) parts.push(count(Object.keys(out.split).length, "split"));
   if (Object.keys(out.move).length) parts.push(count(Object.keys(out.move).length, "moved picture"));
-  $("summary").textContent = parts.length ? `${parts.join(", ")}; ${data.numClusters} clusters become ${numAfter()}.` : "Nothing changed yet. Click pictures to choose those to move. Name, merge or split a cluster in the fields above its pictures.";
+  $("summary").textContent = parts.length ? `${parts.join(", ")}; ${numAfter() === data.numClusters ? `there are still ${numAfter()} clusters` : `${data.numClusters} clusters become ${numAfter()}`}.` : "Nothing changed yet. Click pictures to choose those to move. Name, merge or split a cluster in the fields above its pictures.";
   $("undo").disabled = !past.length;
   $("save").disabled = !past.length;
   drawPicked();
@@ -129,6 +129,11 @@ $("edit").addEventListener("click", () => {
   $("edit").textContent = editing ? "Done" : "Name, merge, split";
   if (!editing) picked.clear();
   drawEdits();
+});
+$("edit-first").addEventListener("click", () => {
+  if (!editing) $("edit").click();
+  articles[0]?.scrollIntoView();
+  panels.get(Number(articles[0]?.dataset.id))?.name.focus({preventScroll: true});
 });
 function take(saved) {
   if (saved.format !== "spice-pl edits 1") throw new Error("this file does not hold edits");

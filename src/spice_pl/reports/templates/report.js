@@ -198,14 +198,17 @@ search();
 if (target(location.hash) !== undefined) { reveal(target(location.hash)); $("cluster-" + target(location.hash))?.scrollIntoView(); }
 
 // The table of all images. A spreadsheet would run a cell that begins like a formula.
-$("csv").hidden = !!listed;
-$("csv").addEventListener("click", () => {
+for (const button of document.querySelectorAll(".csv")) {
+  button.hidden = !!listed;
+  button.addEventListener("click", saveTable);
+}
+function saveTable() {
   const cell = text => { const safe = /^[=+\-@\t\r]/.test(text) ? "'" + text : text; return /[",\r\n]/.test(safe) ? `"${safe.replaceAll('"', '""')}"` : safe; };
   const lines = [["image", "cluster", "name", "confidence", "agreement", "reliable", "not sure"]];
   data.keys.forEach((key, r) => lines.push([spoken(key), cluster[r], nameOf(cluster[r]), share(confidence[r]), share(agreement[r]), flags[r] & 1, flags[r] >> 1 & 1]));
   const text = lines.map(line => line.map(value => cell(String(value))).join(",")).join("\r\n") + "\r\n";
   make("a", "", {href: URL.createObjectURL(new Blob([text], {type: "text/csv"})), download: "clusters.csv"}).click();
-});
+}
 
 // Other numbers of clusters
 for (const button of document.querySelectorAll(".preview")) button.addEventListener("click", () => {
