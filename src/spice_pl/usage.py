@@ -51,6 +51,8 @@ First steps
   python train.py DIR
       cluster the images below the folder DIR, on the features of a pretrained network;
       the number of clusters is estimated, dataset.num_clusters=K sets it
+  python train.py hf://OWNER/NAME dataset.split=train
+      the same with a data set of the Hugging Face Hub
   python train.py dataset=digits
       the paper's three stages on the 1,797 handwritten digits inside scikit-learn: minutes,
       no download
