@@ -38,6 +38,12 @@ VERBS = {
     "predict": Verb(
         "predict", ("RUN", "NEW"), {**_RUN, "NEW": _IMAGES}, "cluster the images in the folder NEW"
     ),
+    "name": Verb(
+        "name",
+        ("RUN", "WORDS"),
+        {**_RUN, "WORDS": ("name.words={}",)},
+        "suggest names for its clusters from words",
+    ),
     "sort": Verb("sort", ("RUN",), _RUN, "copy its images into one folder per cluster"),
     "export": Verb("export", ("RUN",), _RUN, "write its model and clusters for other programs"),
     "estimate-k": Verb("estimate_k", ("RUN",), _RUN, "how many clusters its features show"),
