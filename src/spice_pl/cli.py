@@ -44,6 +44,7 @@ def run_job(cfg: DictConfig) -> float | None:
         overrides=tuple(composed.overrides.task),
         preset=preset if preset in known else "none",
         sweep=composed.mode == RunMode.MULTIRUN,
+        swept=sweep.swept_settings(),
     )
     with clear_errors(job):
         objective = run_stages(job)
