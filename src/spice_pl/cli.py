@@ -23,6 +23,7 @@ from spice_pl.usage import VERBS, conf_folder, usage, verb_usage
 if TYPE_CHECKING:
     from spice_pl.job.job import Job
 
+HUB = "hf://"  # begins a name of the Hugging Face Hub
 COMMANDS = {"spice": "spice", "__main__": "python -m spice_pl"}  # by the name of the script
 
 
@@ -50,6 +51,7 @@ def run_job(cfg: DictConfig) -> float | None:
         overrides=tuple(composed.overrides.task),
         preset=preset if preset in known else "none",
         sweep=composed.mode == RunMode.MULTIRUN,
+        swept=sweep.swept_settings(),
     )
     with clear_errors(job), _log_of(job):
         objective = run_stages(job)
@@ -69,12 +71,16 @@ def _log_of(job: Job) -> AbstractContextManager[None]:
 
 
 def with_folder(arguments: list[str]) -> list[str]:
-    """Return the command line with a folder of images, given as its first word, as settings.
+    """Return the command line with images, given as its first word, as settings.
+
+    The word is a folder, or hf://owner/name for a data set of the Hugging Face Hub.
 
     >>> with_folder(["/", "seed=1"])
     ['dataset=folder', "dataset.root='/'", 'seed=1']
     """
     first = arguments[0] if arguments else "-"
+    if first.startswith(HUB):
+        return ["dataset=hugging_face", f"dataset.root={quoted(first)}", *_in_order(arguments[1:])]
     if first.startswith("-") or not Path(first).is_dir():
         return arguments
     return ["dataset=folder", f"dataset.root={quoted(first)}", *_in_order(arguments[1:])]
@@ -99,7 +105,7 @@ def with_verb(arguments: list[str]) -> list[str]:
         _say_words(verb, words)
     settings = [f"stage={about.stage}"]
     for name, word in zip(about.words, words, strict=True):
-        if verb == "predict" and word.startswith("hf://"):  # a model of the Hub has no run here
+        if verb == "predict" and word.startswith(HUB):  # a model of the Hub has no run here
             settings.append(f"predict.model={quoted(word)}")
             continue
         if name in ("NEW", "DIR") and not Path(word).is_dir():

@@ -38,6 +38,12 @@ VERBS = {
     "predict": Verb(
         "predict", ("RUN", "NEW"), {**_RUN, "NEW": _IMAGES}, "cluster the images in the folder NEW"
     ),
+    "name": Verb(
+        "name",
+        ("RUN", "WORDS"),
+        {**_RUN, "WORDS": ("name.words={}",)},
+        "suggest names for its clusters from words",
+    ),
     "sort": Verb("sort", ("RUN",), _RUN, "copy its images into one folder per cluster"),
     "export": Verb("export", ("RUN",), _RUN, "write its model and clusters for other programs"),
     "estimate-k": Verb("estimate_k", ("RUN",), _RUN, "how many clusters its features show"),
@@ -51,6 +57,8 @@ First steps
   python train.py DIR
       cluster the images below the folder DIR, on the features of a pretrained network;
       the number of clusters is estimated, dataset.num_clusters=K sets it
+  python train.py hf://OWNER/NAME dataset.split=train
+      the same with a data set of the Hugging Face Hub
   python train.py dataset=digits
       the paper's three stages on the 1,797 handwritten digits inside scikit-learn: minutes,
       no download

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,8 @@ from tests.process import train
 
 from spice_pl.errors import UsageError
 from spice_pl.job import run
+from spice_pl.job.job import Job
+from spice_pl.job.words import with_quotes
 from spice_pl.runs.folder import RunFolder
 from spice_pl.usage import conf_folder, usage
 
@@ -112,6 +116,47 @@ def test_sweep_reads_an_upstream_that_is_composed_with_its_own_command_alone() -
     job = make_job(*overrides, "dataset.limit=900", sweep=True)
     (upstream,) = job.upstream_folders("proto")
     assert upstream.path.as_posix() == "runs/digits/embed/seed3,dataset.limit=900"
+
+
+def test_only_what_a_sweep_varies_is_in_the_names_of_its_folders(tmp_path: Path) -> None:
+    fixed = "dataset.num_clusters=4", "proto.epochs=9"
+    job = replace(
+        make_job("seed=3", "proto.module.lr=0.5", *fixed, sweep=True),
+        swept=("seed=3,4", "proto.module.lr=0.5,1", *fixed),
+    )
+    names = [job.folder(stage).path.name for stage in ("moco", "proto")]
+    assert names == ["seed3", "seed3,proto.module.lr=0.5"]
+    file = tmp_path / "job.yaml"
+    file.write_text(job.dump())
+    assert Job.load(str(file)).folder("proto").path.name == names[1]  # in a rank
+    assert job.command(last=["resume=true"]).endswith(
+        "-m seed=3,4 proto.module.lr=0.5,1 dataset.num_clusters=4 proto.epochs=9 resume=true"
+    )
+    drawn = replace(job, swept=(*fixed, "proto.module.lr=interval(0.1,1)"))
+    assert drawn.folder("proto").path.name == names[1]
+    size = make_job("dataset.image_size=16", "dataset.limit=90", sweep=True)
+    size = replace(size, swept=("dataset.image_size=8,16", "dataset.limit=90"))
+    assert size.folder("moco").path.name == "seed0,dataset.image_size=16"
+    one = replace(job, swept=("proto.module.lr=0.5", *fixed))  # as W&B starts trials
+    expected = "seed3,dataset.num_clusters=4,proto.epochs=9,proto.module.lr=0.5"
+    assert one.folder("proto").path.name == expected
+
+
+@pytest.mark.parametrize("varied", ["proto.module.lr=0.5", "moco.module.temperature=0.3"])
+def test_the_advice_inside_a_sweep_makes_the_run_that_is_missing(
+    tiny: Sequence[str], varied: str
+) -> None:
+    given = [*tiny, "stage=proto", "seed=5"]
+    swept = (*given, f"{varied},0.7")
+    job = replace(make_job(*given, varied, sweep=True), swept=swept)
+    with pytest.raises(UsageError, match="make it with\n") as missing:
+        run.run_stages(job)
+    line = str(missing.value).splitlines()[1]
+    assert " -m " not in line
+    words = shlex.split(line)[2:]  # after python train.py
+    run.run_stages(make_job(*with_quotes(words)))
+    assert job.folder("moco").finished
+    run.run_stages(job)
 
 
 def test_folders_of_a_sweep_do_not_depend_on_the_order_of_settings() -> None:

@@ -99,6 +99,7 @@ def test_a_file_of_settings_cannot_call_what_the_run_names(finished: Finished) -
         (("export", "RUN", "stage=x"), {"of": "RUN", "stage": "x"}),
         (("predict", "new=1", "RUN", "open=false"), {"of": "new=1", "dataset.root": "RUN"}),
         (("edit", "seed=0", "RUN", "e=1.json"), {"of": "RUN", "edit.file": "e=1.json"}),
+        (("name", "RUN", "cat,dog", "seed=0"), {"of": "RUN", "name.words": "cat,dog"}),
         (("review", "photos", "seed=0"), {"of": "photos", "seed": "0"}),
     ],
 )

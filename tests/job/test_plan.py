@@ -271,6 +271,19 @@ def test_an_estimated_job_that_stopped_after_its_features_continues(tiny: Sequen
     assert make_job(*more).folder("proto").finished
 
 
+def test_a_run_of_another_name_shows_the_estimate_of_its_features(finished: Finished) -> None:
+    more = ("chain=[embed,proto]", "stage=all", "embed.streams={}", "proto.upstream=embed")
+    auto = (*more, "dataset.num_clusters=auto", "estimate_k.task.largest=4")
+    run_stages(finished.job(*auto, "run=first"))
+    estimate = finished.job(*auto, "run=first").folder("estimate_k").metrics["k_estimate"]
+    two = finished.job(*more, "dataset.num_clusters=2", "run=two")
+    run_stages(two)
+    assert two.folder("proto").metrics["k_estimate"]["scores"] == estimate["scores"]
+    seed = finished.job(*more, "dataset.num_clusters=2", "run=seed1", "seed=1")
+    run_stages(seed)  # other features
+    assert seed.folder("proto").metrics["k_estimate"] is None
+
+
 def test_another_k_takes_the_estimate_along(finished: Finished) -> None:
     run_stages(finished.job("stage=estimate_k", "estimate_k.task.largest=4"))
     run_stages(finished.job("dataset.num_clusters=4", "stage=proto", "overwrite=true"))

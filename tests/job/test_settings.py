@@ -26,6 +26,14 @@ PLAIN = OmegaConf.create({"allow_targets": []})
         ("spice_pl.data.datasets.digits", "spice_pl.data.sources.torchvision.digits"),
         ("spice_pl.data.imagenet.imagenet", "spice_pl.data.sources.imagenet.imagenet"),
         ("spice_pl.data.arrays.array", "spice_pl.data.sources.arrays.array"),
+        (
+            "spice_pl.data.sources.archives.hugging_face",
+            "spice_pl.data.sources.hugging_face.hugging_face",
+        ),
+        (
+            "spice_pl.data.archives.hugging_face",
+            "spice_pl.data.sources.hugging_face.hugging_face",
+        ),
         ("spice_pl.data.archives.shards", "spice_pl.data.sources.archives.shards"),
         ("spice_pl.callbacks.curves.CurveLogger", "spice_pl.callbacks.metrics_csv.CurveLogger"),
         ("spice_pl.interop.load_encoder", "spice_pl.models.interop.load_encoder"),
@@ -39,7 +47,7 @@ def test_old_names_mean_the_new_ones(old: str, new: str) -> None:
 
 
 def test_no_moved_module_is_there_under_both_names() -> None:
-    assert len(MOVED) == 9
+    assert len(MOVED) == 11
     for new in MOVED.values():
         assert current_target(f"{new}x") == f"{new}x"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from spice_pl.runs.choices import (
     beside,
     choose_k,
     compare_clusters,
+    measure_edited,
     preview,
     read_estimate,
 )
@@ -91,6 +93,14 @@ def test_many_clusters_are_compared_without_spectral_clustering(
     monkeypatch.setattr(choices, "SPECTRAL", 60 * 3 - 1)  # images times clusters
     found = compare_clusters(folder, metrics, table, "stage 2")
     assert "spectral clustering" not in [row.name for row in found.rows]
+
+
+def test_edited_clusters_are_measured_as_those_of_a_run(run: Any) -> None:
+    folder, _, metrics, table = run
+    (first, *_) = compare_clusters(folder, metrics, table, "heads").rows
+    gaps = replace(table, clusters=table.clusters * 2 + 1)  # merging leaves numbers without images
+    edited = measure_edited(folder, gaps, int(metrics["seed"]), first.name)
+    assert edited == replace(first, kept=True, alike=1.0)
 
 
 def test_numbers_of_clusters_do_not_matter_for_likeness() -> None:

@@ -16,7 +16,7 @@ from rich.console import Console
 from tests.conftest import Finished
 
 from spice_pl.errors import UsageError
-from spice_pl.job.sweep import TRIALS, CompareTrials
+from spice_pl.job.sweep import SWEPT, TRIALS, CompareTrials
 from spice_pl.runs.compare import compare, finished_runs, main, markdown, page, show, table_csv
 from spice_pl.runs.folder import RunFolder
 
@@ -247,6 +247,37 @@ def test_a_sweep_ends_in_a_table(
     callback.on_multirun_end(config)
     assert capsys.readouterr().out.count("SPICE stage 2") == 1
     assert (tmp_path / "compare.html").is_file()
+
+
+def test_a_sweep_of_a_stage_without_clusters_ends_in_what_it_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path / "sweeps")}}})
+    monkeypatch.setenv(TRIALS, "")
+    monkeypatch.setenv(SWEPT, "")
+    callback = CompareTrials()
+    callback.on_multirun_start(config)
+    logged = {
+        "seed0,a|b=2": {"train/loss": 4.12345, "truth/knn_acc": 0.5},
+        "seed0,a|b=1": {"train/loss": 3.0, "val/selection_loss_head_0": 1.0},
+    }
+    folders = [tmp_path / "d/moco" / name for name in logged]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        made = {"stage": "moco", "rows": [], "logged": logged[folder.name], "seconds_in_all": 90.0}
+        RunFolder(folder).write_json("metrics.json", made)
+    Path(os.environ[TRIALS]).write_text("\n".join(map(str, folders)))
+    callback.on_multirun_end(config)
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert "no table" not in said.out
+    table = (tmp_path / "sweeps/trials.csv").read_text().splitlines()
+    assert table == [
+        "Trial,train/loss,truth/knn_acc,Time",
+        '"seed0,a|b=1",3,–,1 min 30 s',
+        '"seed0,a|b=2",4.123,0.5,1 min 30 s',
+    ]
+    assert r"| seed0,a\|b=1 | 3 | – |" in (tmp_path / "sweeps/trials.md").read_text()
 
 
 def test_a_sweep_over_a_task_ends_in_one_line_per_trial(

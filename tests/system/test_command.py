@@ -38,6 +38,9 @@ def test_a_folder_by_itself_is_the_data_set(
         *("seed=1,2", "--config-dir", "conf", "-m"),
     ]
     assert with_folder(["elsewhere", "seed=3"]) == ["elsewhere", "seed=3"]
+    assert with_folder(["hf://ann/birds", "seed=3"]) == [
+        *("dataset=hugging_face", "dataset.root='hf://ann/birds'", "seed=3")
+    ]
 
 
 @pytest.mark.parametrize("name", [*NAMES, "runs/photos", "7", "a,b", "true", "photos=2024", "'a'"])

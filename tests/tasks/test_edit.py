@@ -14,6 +14,7 @@ from tests.runs.test_edits import of_run
 from spice_pl import load
 from spice_pl.errors import UsageError
 from spice_pl.job.run import run_stages
+from spice_pl.runs.compare import compare, finished_runs
 from spice_pl.runs.folder import RunFolder
 
 
@@ -58,6 +59,9 @@ def test_edits_are_applied_without_training(
     rows = list(csv.DictReader((made.path / "clusters.csv").read_text().splitlines()))
     assert {row["name"] for row in rows} == {"green, red", "rest", "rest 2"}
     assert made.metrics["cluster_sizes"][max(others)] == 0
+    # It is compared without labels, as its run is.
+    lines = compare(finished_runs([made.path]))
+    assert [line.method for line in lines if line.compared] == [made.metrics["title"]]
     # The model shows known images under the new numbers.
     found = load(made.path)
     assert found.names[3] == "rest 2"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ from spice_pl.job.job import Job
 from spice_pl.job.parts import JobImages
 from spice_pl.job.plan import Step
 from spice_pl.job.settings import current_target, flat, masked
+from spice_pl.job.words import as_typed
 from spice_pl.runs.edited import write_edited
 from spice_pl.runs.edits import Edits
 from spice_pl.runs.folder import RunFolder
 from spice_pl.system.building import locate
+from spice_pl.system.command import quoted
 from spice_pl.system.files import atomic, check_folder
 
 logger = logging.getLogger(__name__)
@@ -85,11 +88,14 @@ def check_upstream(job: Job, step: Step, images: ImageSet) -> None:
     for upstream in (*step.upstream[:1], *step.more):
         if not upstream.finished:
             stage, run = upstream.path.parent.name, upstream.path.name
-            named = [f"stage={stage}", *([f"run={run}"] if run != step.folder.path.name else [])]
-            without = ("stage", "overwrite", *(["run"] if named[1:] else []))
+            # By its name, a single run has the folder that a trial of a sweep reads.
+            single = replace(job, sweep=False)
+            other = run != step.folder.path.name or (job.sweep and run != str(job.cfg.run))
+            named = [f"stage={stage}", *([as_typed(f"run={quoted(run)}")] if other else [])]
+            without = ("stage", "overwrite", *(["run"] if other else []))
             raise UsageError(
                 f"stage={step.name} reads what stage={stage} writes to {upstream.path}, and that "
-                f"does not exist; make it with\n  {job.command(*named, without=without)}\n"
+                f"does not exist; make it with\n  {single.command(*named, without=without)}\n"
                 "or run all stages with stage=all"
             )
         upstream.check_dataset(images.fingerprint, len(images))

@@ -47,9 +47,8 @@ PARTS = {
     "kmeans": "clusters",
 }
 
-SWEPT_OF_DATASET = tuple(
-    f"dataset.{key}=" for key in ("num_clusters", "protocol", "classes", "imbalance", "limit")
-)
+# Settings of the data set that its name, which is a folder above, does not say.
+PLACES_OF_DATASET = tuple(f"dataset.{key}=" for key in ("root", "path", "table", "name"))
 
 
 def upstream_names(value: Any) -> list[str]:
@@ -72,12 +71,15 @@ class Job:
         overrides: settings that the command line changed.
         preset: name of the preset that was applied, or "none".
         sweep: whether the job is a trial of a sweep (`-m`).
+        swept: settings of the sweep as they were typed, such as seed=0,1; () where a program that
+            draws the values, such as W&B's, starts one trial at a time.
     """
 
     cfg: DictConfig
     overrides: tuple[str, ...]
     preset: str
     sweep: bool
+    swept: tuple[str, ...] = ()
 
     @property
     def stages(self) -> list[str]:
@@ -152,9 +154,9 @@ class Job:
     def folder(self, stage: str) -> RunFolder:
         """Return the folder of a stage's artifacts: runs/<dataset>/<stage>/<run>.
 
-        In a sweep, the settings that affect this stage are part of the run's name. Trials thus have
-        folders of their own and share the stages before the one that they vary. A task on the run
-        `of` has a folder in that run; predictions have one per data set.
+        In a sweep, the swept settings that affect this stage are part of the run's name. Trials
+        thus have folders of their own and share the stages before the one that they vary. A task on
+        the run `of` has a folder in that run; predictions have one per data set.
 
         Raises:
             UsageError: the run or the data set has a name that is not a valid folder name.
@@ -177,7 +179,10 @@ class Job:
         return RunFolder(place, str(cfg.embeddings))
 
     def _reaching(self, stage: str) -> list[str]:
-        """Return the settings of the command line that affect a stage."""
+        """Return the swept settings that affect a stage, with the values of this trial.
+
+        Where it is not known what is swept, all settings of the command line count.
+        """
         # A stage can read another's settings by interpolation, as freematch reads those of
         # fixmatch. A stage of your own has settings only in jobs that run it.
         own = self.cfg[stage] if stage in self.cfg else OmegaConf.create()
@@ -188,12 +193,14 @@ class Job:
             if isinstance(value, DictConfig) and ("upstream" in value or key == "selectors")
         } - {stage, *self.upstream(stage), *read}
         others -= {each.path.parent.name for each in self.more_upstream(stage)}
+        swept = {key_of(text) for text in self.swept if is_swept(text)}
         kept = []
         for override in self.overrides:
             text = override.lstrip("+~")
             first = re.split(r"[=.@/]", text, maxsplit=1)[0]
-            swept = first not in NOT_IN_NAMES or text.startswith(SWEPT_OF_DATASET)
-            if swept and first not in others:
+            of_dataset = text.startswith("dataset.") and not text.startswith(PLACES_OF_DATASET)
+            counts = first not in NOT_IN_NAMES or of_dataset
+            if counts and first not in others and (not swept or key_of(text) in swept):
                 kept.append(masked_override(text).replace("/", "_").replace(" ", ""))
         return sorted(kept)
 
@@ -208,7 +215,7 @@ class Job:
         left_out = tuple(f"{key}=" for key in without)
         same = [
             as_typed(masked_override(text), sweep=self.sweep)
-            for text in self.overrides
+            for text in (self.swept if self.sweep and self.swept else self.overrides)
             if not text.startswith(left_out)
         ]
         sweep = ["-m"] if self.sweep else []  # folders of a sweep have other names
@@ -221,6 +228,7 @@ class Job:
             "overrides": list(self.overrides),
             "preset": self.preset,
             "sweep": self.sweep,
+            "swept": list(self.swept),
         }
         return OmegaConf.to_yaml(OmegaConf.create(settings))
 
@@ -228,7 +236,28 @@ class Job:
     def load(cls, file: str) -> Job:
         """Read what `dump` returned."""
         job = OmegaConf.load(file)
-        return cls(job.cfg, tuple(job.overrides), str(job.preset), bool(job.sweep))
+        given = (tuple(job.overrides), str(job.preset), bool(job.sweep), tuple(job.swept))
+        return cls(job.cfg, *given)
+
+
+def key_of(override: str) -> str:
+    """Return the name of the setting that a word of the command line gives.
+
+    >>> key_of("+proto.epochs=1,2"), key_of("proto/ablation=ce")
+    ('proto.epochs', 'proto/ablation')
+    """
+    return override.lstrip("+~").partition("=")[0]
+
+
+def is_swept(override: str) -> bool:
+    """Whether a word of the command line of a sweep gives several values, or draws them."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        return OverridesParser.create().parse_override(override).is_sweep_override()
+    except HydraException:  # a value that was masked
+        return False
 
 
 def literal(value: Any) -> Any:

@@ -6,10 +6,9 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from spice_pl.errors import UsageError
 from spice_pl.job.job import Job
 from spice_pl.job.plan import Step
-from spice_pl.runs.folder import RunFolder
+from spice_pl.runs.choices import estimate_of
 from spice_pl.system.log import USER
 
 logger, user = logging.getLogger(__name__), logging.getLogger(USER)
@@ -85,27 +84,11 @@ def _estimated(job: Job, stage: str, run: Callable[[Job], object]) -> int:
     return known
 
 
-def k_estimate(job: Job, step: Step) -> dict[str, Any] | None:
+def k_estimate(step: Step) -> dict[str, Any] | None:
     """Return what an estimate of K says about the features that a stage makes clusters of.
 
-    Keys: `num_clusters` (the estimate), `clear`, `sentence`, and, along the curve, `candidates`
-    (each K) and `scores` (high is good). None where nothing was estimated, or from
-    features that have been made again since.
+    None where nothing was estimated from these features; else as `runs.choices.estimate_of`.
     """
-    folder = job.folder("estimate_k")
-    if not folder.finished:
-        return None
-    found = folder.metrics
-    read = [each for each in step.upstream if _name(each) == found.get("read")]
-    if not read or not read[0].finished:
-        return None
-    try:
-        folder.check_upstream(read[0])
-    except UsageError:  # of earlier features
-        return None
-    return {**found["k_estimate"], "sentence": str(found["sentence"])}
-
-
-def _name(folder: RunFolder) -> str:
-    """Return stage and run of a folder, as a task notes what it has read."""
-    return f"{folder.path.parent.name}/{folder.path.name}"
+    run = step.folder.path.name
+    found = (estimate_of(each, run) for each in step.upstream if each.finished)
+    return next(filter(None, found), None)

@@ -31,8 +31,10 @@ TIMM_FILES = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", ARG
 # Modules that moved: saved settings and the conf files of users still name the old ones.
 MOVED = {
     "spice_pl.callbacks.curves.": "spice_pl.callbacks.metrics_csv.",
+    "spice_pl.data.archives.hugging_": "spice_pl.data.sources.hugging_face.hugging_",
     "spice_pl.data.archives.": "spice_pl.data.sources.archives.",
     "spice_pl.data.arrays.": "spice_pl.data.sources.arrays.",
+    "spice_pl.data.sources.archives.hugging_": "spice_pl.data.sources.hugging_face.hugging_",
     "spice_pl.data.augment.MoCoView": "spice_pl.data.crop_views.MoCoView",
     "spice_pl.data.datasets.": "spice_pl.data.sources.torchvision.",
     "spice_pl.data.folder.": "spice_pl.data.sources.folder.",

@@ -42,7 +42,7 @@ def run_stage(
 ) -> None:
     """Fit one stage, predict every image, write the results."""
     started = time.monotonic()
-    step = replace(step, record=replace(step.record, k_estimate=k_estimate(job, step)))
+    step = replace(step, record=replace(step.record, k_estimate=k_estimate(step)))
     pl.seed_everything(step.seed, verbose=False)
     streams = module.prepare(images, step.upstream[0] if step.upstream else None, streams)
     if step.settings["trainer"].get("deterministic") is True:

@@ -19,6 +19,7 @@ from spice_pl.job.settings import masked_override
 from spice_pl.system.files import check_folder, check_temporary
 from spice_pl.system.output import escaped, printable
 
+SWEPT = "SPICE_PL_SWEPT"  # environment variable: the settings of the sweep as typed, as JSON
 TRIALS = "SPICE_PL_TRIALS"  # environment variable: the file that every trial adds lines to
 
 
@@ -27,6 +28,11 @@ def note_folders(folders: Iterable[Path]) -> None:
     if trials := os.environ.get(TRIALS):
         with Path(trials).open("a", encoding="utf-8") as file:
             file.writelines(f"{folder.absolute()}\n" for folder in folders)
+
+
+def swept_settings() -> tuple[str, ...]:
+    """Return the settings of the sweep as they were typed; () outside a sweep."""
+    return tuple(json.loads(os.environ.get(SWEPT, "[]")))
 
 
 def note_failure(overrides: Sequence[str], error: Exception) -> None:
@@ -57,6 +63,11 @@ class CompareTrials(Callback):
         handle, name = tempfile.mkstemp(prefix="spice-pl-trials-")
         os.close(handle)
         os.environ[TRIALS] = name
+        hydra = config.hydra
+        drawn = (hydra.get("sweeper") or {}).get("params") or {}  # swept by a file of settings
+        task = (hydra.get("overrides") or {}).get("task") or []
+        given = [*task, *(f"{key}={drawn[key]}" for key in drawn)]
+        os.environ[SWEPT] = json.dumps([masked_override(str(text)) for text in given])
         # Hydra ends a sweep with a failed trial by an exception, and calls no hook.
         atexit.register(self.on_multirun_end, config)
 
@@ -64,6 +75,7 @@ class CompareTrials(Callback):
         """Compare what the trials have named; report those that failed."""
         if TRIALS not in os.environ:  # done
             return
+        os.environ.pop(SWEPT, None)
         file = Path(os.environ.pop(TRIALS))
         folders = sorted(set(file.read_text(encoding="utf-8").splitlines()))
         file.unlink()
@@ -84,15 +96,19 @@ class CompareTrials(Callback):
 
 
 def _show_table(folders: Sequence[str], target: Path) -> None:
-    """Show the table of the trials; one line per trial where they were tasks without scores."""
+    """Show a table of the trials' clusters or logged values; lines for tasks without any."""
     from spice_pl.runs.compare import compare, finished_runs, show
     from spice_pl.runs.folder import RunFolder
+    from spice_pl.runs.trials import logged_table, show_logged
 
     try:
         runs = [RunFolder(Path(folder)) for folder in folders]
         found = [run.metrics if run.finished else {} for run in runs]
-        if any("rows" in metrics for metrics in found):
+        if any(metrics.get("rows") for metrics in found):
             show(compare(finished_runs(folders)), target)
+            return
+        if logged := logged_table([run for run in runs if run.finished]):
+            show_logged(logged, target)
             return
         print("\nThese trials have no scores for a table:")
         for run, metrics in zip(runs, found, strict=True):

@@ -13,6 +13,7 @@ from spice_pl.system.command import quoted
 PATHS = {
     *("dataset.root", "dataset.path", "dataset.table", "runs_dir", "cache_dir", "path", "like"),
     *("edits", "of", "edit.file", "predict.model", "backbone.path", "embed.module.weights"),
+    *("name.words", "name.weights"),
 }
 PLAIN = re.compile(r"[A-Za-z_./-][A-Za-z0-9_./-]*")  # text to every grammar, but for these words
 WORDS = {"null", "true", "false", "nan", "inf"}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -84,29 +85,62 @@ def compare_clusters(
         made = spectral_clusters(starts, graph, num_clusters, seed=seed)
         clusterings["spectral clustering"] = made.numpy()
     queries, near = sampled_neighbors(features, seed)  # (n,), (n, k)
+    reference = torch.from_numpy(table.clusters)
     compared = []
     for name, clusters in clusterings.items():
         ids = torch.from_numpy(np.asarray(clusters, dtype=np.int64))
-        sizes = torch.bincount(ids, minlength=num_clusters)
-        own, even = torch.ones(len(queries)), evenness(ids, num_clusters)
-        if near.numel():
-            own = (ids[near] == ids[queries].unsqueeze(1)).double().mean(dim=1)  # (n,)
-        agreement = own.double().mean()
-        least = least_agreement(sizes, near.shape[1])[ids[queries]]
-        compared.append(
-            Compared(
-                name=name,
-                kept=name == kept,
-                agreement=float(agreement),
-                evenness=even,
-                alike=alike(ids, torch.from_numpy(table.clusters), num_clusters),
-                smallest=int(sizes[sizes > 0].min()),
-                largest=int(sizes.max()),
-                sure=float((own >= least).double().mean()),
-                score=float(label_free_scores(agreement, torch.tensor(even))),
-            )
-        )
+        same = alike(ids, reference, num_clusters)
+        row = measured(ids, num_clusters, queries, near, name=name, kept=name == kept, alike=same)
+        compared.append(row)
     return Comparison(compared, len(queries), scores, chosen if scores else "")
+
+
+def measure_edited(folder: RunFolder, table: ClusterTable, seed: int, title: str) -> Compared:
+    """Measure the clusters of an edited run without labels; those without images do not count."""
+    used, clusters = np.unique(table.clusters, return_inverse=True)
+    queries, near = sampled_neighbors(folder.features, seed)
+    ids = torch.from_numpy(clusters.astype(np.int64))
+    return measured(ids, len(used), queries, near, name=title, kept=True, alike=1.0)
+
+
+def measured(
+    clusters: Tensor,
+    num_clusters: int,
+    queries: Tensor,
+    near: Tensor,
+    *,
+    name: str,
+    kept: bool,
+    alike: float,
+) -> Compared:
+    """Measure one clustering without labels.
+
+    Args:
+        clusters: int64 (N,), from 0 to K - 1.
+        num_clusters: K.
+        queries: (n,) images whose neighbours are looked at.
+        near: (n, k) their nearest others.
+        name: how it was made.
+        kept: whether it is the one of the run.
+        alike: share of images in the matching cluster of the run.
+    """
+    sizes = torch.bincount(clusters, minlength=num_clusters)
+    own, even = torch.ones(len(queries)), evenness(clusters, num_clusters)
+    if near.numel():
+        own = (clusters[near] == clusters[queries].unsqueeze(1)).double().mean(dim=1)  # (n,)
+    agreement = own.double().mean()
+    least = least_agreement(sizes, near.shape[1])[clusters[queries]]
+    return Compared(
+        name=name,
+        kept=kept,
+        agreement=float(agreement),
+        evenness=even,
+        alike=alike,
+        smallest=int(sizes[sizes > 0].min()),
+        largest=int(sizes.max()),
+        sure=float((own >= least).double().mean()),
+        score=float(label_free_scores(agreement, torch.tensor(even))),
+    )
 
 
 def alike(clusters: Tensor, reference: Tensor, num_clusters: int) -> float:
@@ -189,7 +223,7 @@ def choose_k(
     if not upstream or any("cluster_sizes" in each.metrics for each in upstream):
         return None
     num_clusters, seed = int(metrics["num_clusters"]), int(metrics["seed"])
-    held = metrics.get("k_estimate") or _estimate_of(folder, upstream[0])
+    held = metrics.get("k_estimate") or estimate_of(upstream[0], folder.path.name)
     estimated, clear, curve = read_estimate(held)
     said = held.get("sentence", "") if isinstance(held, Mapping) else ""
     previews: list[Preview] = []
@@ -258,19 +292,30 @@ def _command(metrics: Mapping[str, Any], num_clusters: int, upstream: RunFolder)
     return shlex.join([*command(), *kept, *more])
 
 
-def _estimate_of(folder: RunFolder, upstream: RunFolder) -> Mapping[str, Any] | None:
-    """Return what stage=estimate_k found in the same features; None if it did not run."""
-    task = RunFolder(folder.path.parents[1] / "estimate_k" / folder.path.name)
-    stamp = task.path / "dataset.json"
-    if not task.finished or not stamp.is_file():
-        return None
-    found = task.metrics
-    try:
-        if parse_object(read_text(stamp))["upstream"] != upstream.metrics["digest"]:
-            return None
-        return {**found["k_estimate"], "sentence": found["sentence"]}
-    except (KeyError, TypeError, ValueError):  # written by another release
-        return None
+def estimate_of(features: RunFolder, run: str) -> dict[str, Any] | None:
+    """Return what an estimate of K says about the features of a stage; None where there is none.
+
+    Runs of stage=estimate_k on the same data set are tried, and that counts which read these
+    features, whatever its name: a run with a name of its own copies features.
+
+    Args:
+        features: artifacts of the stage, finished.
+        run: name of the run that is tried first.
+
+    Returns:
+        Keys `num_clusters` (the estimate), `clear`, `sentence`, and, along the curve, `candidates`
+        (each K) and `scores` (high is good).
+    """
+    place = features.path.parents[1] / "estimate_k"
+    for path in (place / run, *sorted(place.glob("*"))):
+        task, stamp = RunFolder(path), path / "dataset.json"
+        if not task.finished or not stamp.is_file():
+            continue
+        found = task.metrics
+        with suppress(KeyError, TypeError, ValueError):  # written by another release
+            if parse_object(read_text(stamp))["upstream"] == features.metrics["digest"]:
+                return {**found["k_estimate"], "sentence": str(found["sentence"])}
+    return None
 
 
 def read_estimate(held: Any) -> tuple[int | None, bool, list[tuple[int, float]]]:

@@ -25,6 +25,7 @@ from spice_pl.reports.page import write_report
 from spice_pl.reports.tables import ResultRow, results_markdown
 from spice_pl.runs.attention import write_attention
 from spice_pl.runs.checked_files import EMBEDDINGS, identity
+from spice_pl.runs.choices import measure_edited
 from spice_pl.runs.clusters import FILE_NAME, ClusterTable, ReliableRule, cluster_table, write_table
 from spice_pl.runs.edits import AppliedEdits, Edits, apply_edits, check_reviewed, read_edits
 from spice_pl.runs.folder import RunFolder, as_tensor
@@ -238,7 +239,7 @@ def _metrics(
         "num_neighbors": table.num_neighbors,
         "reliable_fraction": float(table.reliable.mean()),
         "answer": None,
-        "compared": [],
+        "compared": [asdict(measure_edited(target, table, int(before["seed"]), title))],
         "seconds": 0.0,
         "digests": digests,
         "digest": identity(digests),

@@ -12,7 +12,7 @@ from PIL import Image
 
 from spice_pl.data.images import ImageSet
 from spice_pl.data.sources import archives
-from spice_pl.data.sources.archives import hugging_face, read_index, shards
+from spice_pl.data.sources.archives import read_index, shards
 from spice_pl.errors import UsageError
 
 S = 4
@@ -252,30 +252,6 @@ def test_the_index_says_where_each_image_begins(tmp_path: Path) -> None:
     raw = (tmp_path / "0.tar").read_bytes()
     for member in read_index(tmp_path / "0.tar").images:
         assert raw[member.start : member.start + member.size] == data[member.key[6:]]
-
-
-def test_a_hugging_face_data_set(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
-    features = datasets.Features(
-        image=datasets.Image(), label=datasets.ClassLabel(names=["dog", "cat"])
-    )
-    rows = {
-        "image": [{"bytes": data, "path": None} for data in (encoded(10), b"", encoded(30))],
-        "label": [1, 0, 0],
-    }
-    datasets.Dataset.from_dict(rows, features).save_to_disk(str(tmp_path / "saved"))
-    cache = str(tmp_path / "cache")
-    images = hugging_face(str(tmp_path / "saved"), S, cache, labels="label")
-    assert images.images[:, 0, 0, 0].tolist() == [10, 30]
-    assert list(images.keys) == ["0", "2"]
-    assert images.labels is not None
-    assert [images.class_names[i] for i in images.labels] == ["cat", "dog"]  # type: ignore[index]
-    assert list(images.skipped) == [("1", "empty file")]
-    assert hugging_face(str(tmp_path / "saved"), S, cache).labels is None
-    with pytest.raises(UsageError, match=r"has no column 'pixels'; it has image, label"):
-        hugging_face(str(tmp_path / "saved"), S, cache, image_column="pixels")
-    with pytest.raises(UsageError, match="is not a data set on disk"):
-        hugging_face(str(tmp_path / "nowhere"), S, cache)
 
 
 def test_a_compressed_shard_is_named(tmp_path: Path) -> None:

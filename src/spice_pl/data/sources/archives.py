@@ -1,6 +1,6 @@
-"""Load images from archives in place: nothing is unpacked, so no path can leave the archive.
+"""Load images from plain tar files in place, in the layout of WebDataset.
 
-WebDataset shards (plain tar files) and Hugging Face data sets on disk.
+Nothing is unpacked, so no path can leave the archive.
 
 Shapes: N images, S side in pixels.
 """
@@ -14,7 +14,7 @@ import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from spice_pl.data.decode import Decoding, Loaded, read_image
 from spice_pl.data.formats import FORMATS, HEAD_BYTES, SUFFIXES, Part, is_image
@@ -22,9 +22,8 @@ from spice_pl.data.images import ImageSet
 from spice_pl.data.left_out import LeftOut, unwanted
 from spice_pl.data.listing import leaves
 from spice_pl.data.sources.folder import add_left_out
-from spice_pl.data.sources.table import class_labels
+from spice_pl.data.sources.table import stored_images
 from spice_pl.data.store import open_store
-from spice_pl.data.store_files import Stored
 from spice_pl.data.store_writer import Source
 from spice_pl.errors import UsageError
 
@@ -137,84 +136,7 @@ def shards(
         limits=decoding.limits,
     )
     given = [member.label for member in members()] if labels == "cls" else None
-    return add_left_out(_image_set(stored, name, protocol, given), stored.left_out)
-
-
-def hugging_face(
-    root: str,
-    image_size: int,
-    cache_dir: str,
-    name: str = "hugging_face",
-    image_column: str = "image",
-    labels: str | None = None,
-    levels: Sequence[float] | None = None,
-    max_decode_mb: float | None = None,
-    on_bad_image: str = "skip",
-    protocol: str = "whole",
-) -> ImageSet:
-    """Return the images of a data set written by `save_to_disk` of Hugging Face datasets.
-
-    Args:
-        root: folder of one split.
-        image_size: side S in pixels; the shorter side is scaled, the middle square kept.
-        cache_dir: folder of the image stores.
-        name: name of the data set and of its folder of results.
-        image_column: name of the column of images.
-        labels: name of the column of true classes, for `truth/*` metrics only; None has no truth.
-        levels: black and white of images of more than 8 bits; None chooses them for each image.
-        max_decode_mb: megabytes of memory that decoding may take; None is 1024.
-        on_bad_image: "skip" leaves out what cannot be decoded and reports it, "raise" stops.
-        protocol: "whole".
-
-    Raises:
-        UsageError: the package is missing, or root has no such data set, split or column.
-    """
-    try:
-        import datasets
-    except ImportError as error:
-        raise UsageError(
-            "dataset=hugging_face needs the package datasets; pip install 'spice-pl[hf]'"
-        ) from error
-    place = Path(root).expanduser()
-    try:
-        rows: Any = datasets.load_from_disk(str(place))
-    except (FileNotFoundError, ValueError) as error:
-        raise UsageError(f"dataset.root={root} is not a data set on disk: {error}") from error
-    if isinstance(rows, datasets.DatasetDict):
-        raise UsageError(
-            f"dataset.root={root} holds the splits {', '.join(rows)}; give the folder of one"
-        )
-    for column in (image_column, labels):
-        if column is not None and column not in rows.column_names:
-            there = ", ".join(rows.column_names)
-            raise UsageError(f"dataset.root={root} has no column {column!r}; it has {there}")
-    decoding = Decoding(image_size, levels, max_decode_mb)
-    encoded = rows.cast_column(image_column, datasets.Image(decode=False))
-
-    def load(i: int) -> Loaded:
-        image = encoded[i][image_column]
-        if image is None:
-            return "no image"
-        if image["bytes"] is not None:
-            return read_image(image["bytes"], decoding)
-        if leaves(image["path"]):
-            return f"{image['path']} is outside the data set"
-        return read_image(place / image["path"], decoding)
-
-    stored = open_store(
-        [str(place.resolve()), rows._fingerprint, image_column, levels],
-        image_size,
-        cache_dir,
-        lambda: Source(f"dataset.root={root}", [str(i) for i in range(len(rows))], load),
-        on_bad_image,
-        limits=decoding.limits,
-    )
-    given: Sequence[str | None] | None = None
-    if labels is not None:
-        feature, values = rows.features[labels], rows[labels]
-        named = feature.int2str if isinstance(feature, datasets.ClassLabel) else str
-        given = [None if value is None or value == -1 else named(value) for value in values]
-    return _image_set(stored, name, protocol, given)
+    return add_left_out(stored_images(stored, name, protocol, given), stored.left_out)
 
 
 def read_index(file: Path) -> Index:
@@ -333,22 +255,3 @@ def _label(path: str, classes: Mapping[str, str]) -> str | None:
         if label := classes.get(f"{folder}/{name}" if folder else name):
             return label
     return None
-
-
-def _image_set(
-    stored: Stored, name: str, protocol: str, given: Sequence[str | None] | None
-) -> ImageSet:
-    labels, class_names = None, None
-    if given is not None:
-        labels, class_names = class_labels(given[i] for i in stored.files["source"])
-    return ImageSet(
-        name=name,
-        images=stored.images,
-        keys=stored.keys,
-        fingerprint=stored.fingerprint,
-        labels=labels,
-        class_names=class_names,
-        protocol=protocol,
-        skipped=stored.skipped,
-        files=stored.files,
-    )

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from spice_pl.data.images import ImageSet
+from spice_pl.data.store_files import Stored
 from spice_pl.errors import UsageError
 from spice_pl.system.output import printable
 
@@ -183,3 +185,30 @@ def class_labels(
     )
     labels = [-1 if name is None else number[name] for name in given]
     return np.asarray(labels, dtype=np.int64), class_names
+
+
+def stored_images(
+    stored: Stored, name: str, protocol: str, given: Sequence[str | None] | None
+) -> ImageSet:
+    """Return the images of a store, with the classes of the rows that they were read from.
+
+    Args:
+        stored: the store.
+        name: name of the data set.
+        protocol: "whole".
+        given: class of each row of the source, or None; None without truth.
+    """
+    labels, class_names = None, None
+    if given is not None:
+        labels, class_names = class_labels(given[i] for i in stored.files["source"])
+    return ImageSet(
+        name=name,
+        images=stored.images,
+        keys=stored.keys,
+        fingerprint=stored.fingerprint,
+        labels=labels,
+        class_names=class_names,
+        protocol=protocol,
+        skipped=stored.skipped,
+        files=stored.files,
+    )
