@@ -91,7 +91,7 @@ def _show_table(folders: Sequence[str], target: Path) -> None:
     try:
         runs = [RunFolder(Path(folder)) for folder in folders]
         found = [run.metrics if run.finished else {} for run in runs]
-        if any("rows" in metrics for metrics in found):
+        if any(metrics.get("rows") for metrics in found):  # stage 1 without labels has none
             show(compare(finished_runs(folders)), target)
             return
         print("\nThese trials have no scores for a table:")
