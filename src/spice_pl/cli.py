@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from spice_pl.job.job import Job
 
 HUB = "hf://"  # begins a name of the Hugging Face Hub
+WITH_VALUE = ("-c", "--c", "-p", "--p")  # --cfg, --config-dir and others; argparse takes beginnings
+MODES = {"-m", "--multirun", "-c", "--cfg", "-i", "--info"}  # what Hydra does; one at a time
+INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")  # of --info
 COMMANDS = {"spice": "spice", "__main__": "python -m spice_pl"}  # by the name of the script
 
 
@@ -78,12 +81,15 @@ def with_folder(arguments: list[str]) -> list[str]:
     >>> with_folder(["/", "seed=1"])
     ['dataset=folder', "dataset.root='/'", 'seed=1']
     """
-    first = arguments[0] if arguments else "-"
+    words, options = _split(arguments)
+    first = words[0] if words else ""
     if first.startswith(HUB):
-        return ["dataset=hugging_face", f"dataset.root={quoted(first)}", *_in_order(arguments[1:])]
-    if first.startswith("-") or not Path(first).is_dir():
-        return arguments
-    return ["dataset=folder", f"dataset.root={quoted(first)}", *_in_order(arguments[1:])]
+        kind = "hugging_face"
+    elif first and Path(first).is_dir():
+        kind = "folder"
+    else:
+        return [*words, *options]
+    return [f"dataset={kind}", f"dataset.root={quoted(first)}", *words[1:], *options]
 
 
 def with_verb(arguments: list[str]) -> list[str]:
@@ -97,10 +103,10 @@ def with_verb(arguments: list[str]) -> list[str]:
     >>> with_verb(["predict", "hf://ann/birds", "/"])[1]
     "predict.model='hf://ann/birds'"
     """
-    verb, *rest = arguments
+    (verb, *rest), options = _split(arguments)
     about = VERBS[verb]
     words = _words(rest, len(about.words))
-    others = _in_order([word for word in rest if word not in words])
+    others = [word for word in rest if word not in words] + options
     if len(words) != len(about.words):
         _say_words(verb, words)
     settings = [f"stage={about.stage}"]
@@ -132,9 +138,23 @@ def _exists(word: str, runs_dir: str) -> bool:
     return os.path.exists(os.path.expanduser(word)) or os.path.exists(os.path.join(runs_dir, word))
 
 
-def _in_order(arguments: list[str]) -> list[str]:
-    """Return arguments with -m last: argparse takes settings in one piece, and -m has no value."""
-    return sorted(arguments, key=lambda word: word in ("-m", "--multirun"))
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Return words and settings, and the options of Hydra with their values.
+
+    argparse takes the settings in one piece, so options come last, wherever they were.
+
+    >>> _split(["stage=proto", "-m", "seed=1,2", "--config-dir", "conf", "--info"])
+    (['stage=proto', 'seed=1,2'], ['-m', '--config-dir', 'conf', '--info'])
+    """
+    words: list[str] = []
+    options: list[str] = []
+    before = ""
+    for word in arguments:
+        is_value = before.startswith(WITH_VALUE) and "=" not in before
+        is_value = is_value or (before.startswith(("-i", "--i")) and word in INFO)
+        (options if word.startswith("-") or is_value else words).append(word)
+        before = "" if is_value else word
+    return words, options
 
 
 def _say_words(verb: str, words: list[str]) -> None:
@@ -165,7 +185,7 @@ def run_words() -> None:
     script = Path(sys.argv[0]).stem
     os.environ[command.NAME] = COMMANDS.get(script, "python train.py")
     words = sys.argv[1:]
-    first = words[0] if words else ""
+    first = next(iter(_split(words)[0]), "")
     if {"-h", "--help"} & set(words):
         print(verb_usage(first, conf_folder()) if first in VERBS else usage(conf_folder()))
         return
@@ -177,11 +197,14 @@ def run_words() -> None:
         return
     if any(word.startswith("--e") for word in words):  # argparse takes any beginning of it
         _stop("--experimental-rerun reads a pickle, which can hold code; give the settings")
-    if first == "compare":
+    if words[:1] == ["compare"]:
         from spice_pl.runs.compare import main as compare
 
         compare(words[1:])
         return
+    modes = [word for word in _split(words)[1] if word.partition("=")[0] in MODES]
+    if len(modes) > 1:
+        _stop(f"{' and '.join(modes)} exclude each other; give one of them")
     from spice_pl.errors import UsageError
     from spice_pl.job.loader import checked_settings
     from spice_pl.job.words import with_quotes

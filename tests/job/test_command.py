@@ -69,6 +69,7 @@ def test_mistakes_end_with_one_message_and_code_2(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["-m", "--cfg", "job", "seed=1"], r"error: -m and --cfg exclude each other; give one"),
         (["dataset=folder"], r"error: no value for dataset\.root; give"),
         (["stage=proto"], r"error: stage=proto reads .*\n  python train\.py stage=moco runs_dir="),
     ],

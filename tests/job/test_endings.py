@@ -98,6 +98,25 @@ def test_a_temporary_folder_that_cannot_be_written_is_one_message(
         check_temporary()
 
 
+def test_without_any_temporary_folder_there_is_one_message(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The system tries TMPDIR, /tmp and others by writing to them; all may be full or read-only."""
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/proc/x"])
+    monkeypatch.setenv("TMPDIR", "/proc/x")
+    with pytest.raises(UsageError, match=r"TMPDIR=/proc/x cannot be written to \(No usable temp"):
+        check_temporary()
+
+
+def test_a_full_disk_names_the_file_wherever_it_is(tmp_path: Path) -> None:
+    job = make_job("dataset=digits", f"runs_dir={tmp_path}")
+    for file, said in (("/tmp/x", "/tmp/x"), (None, f"a file under {tmp_path}")):  # noqa: S108
+        message = rf"no space left to write {said} \(No space.*resume=true"
+        with pytest.raises(UsageError, match=message), full_disk_as_usage_error(job):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file)
+
+
 def test_a_folder_of_sweeps_that_cannot_be_written_is_one_message(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

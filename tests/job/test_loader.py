@@ -53,6 +53,12 @@ def test_mistake_is_named_with_what_is_near(
     assert "use +" not in said
 
 
+def test_a_key_is_named_beside_one_that_must_be_given(capsys: pytest.CaptureFixture[str]) -> None:
+    """dataset.root is ??? until the command line gives it; it is not the key that is wrong."""
+    refused("dataset=folder", "dataset.root=photos", "moco.epoch=3")
+    assert "no setting moco.epoch; did you mean moco.epochs?" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "override",
     [

@@ -291,9 +291,14 @@ def test_a_sweep_over_a_task_ends_in_one_line_per_trial(
     for folder in (trust, predict):
         folder.mkdir(parents=True)
     RunFolder(trust).write_json("metrics.json", {"stage": "trust", "verdict": "Real clusters."})
-    Path(os.environ[TRIALS]).write_text(f"{trust}\n{predict}\n")  # the second left no metrics
+    moco = tmp_path / "d/moco/seed0"  # without labels and clusters there are no rows
+    moco.mkdir(parents=True)
+    RunFolder(moco).write_json("metrics.json", {"stage": "moco", "rows": []})
+    Path(os.environ[TRIALS]).write_text(f"{trust}\n{predict}\n{moco}\n")  # predict has no metrics
     callback.on_multirun_end(config)
     said = capsys.readouterr()
     assert said.err == ""
-    assert said.out.splitlines()[-2:] == [f"  {predict}: done", f"  {trust}: Real clusters."]
+    assert said.out.splitlines()[-3:] == [
+        *(f"  {moco}: done", f"  {predict}: done", f"  {trust}: Real clusters."),
+    ]
     assert not (tmp_path / "sweeps").exists()

@@ -86,6 +86,50 @@ def test_a_byte_order_mark_does_not_hide_the_header(tmp_path: Path) -> None:
     assert found.tolist() == [[7, 3], [2, 8], [5, 5]]
 
 
+PANDAS = [
+    ("commas", ",p0,p1\nc.png,0.5,0.5\na.png,0.7,0.3\nb.png,0.2,0.8\n"),
+    ("semicolons", "image;p0;p1\nc.png;0.5;0.5\na.png;0.7;0.3\nb.png;0.2;0.8\n"),
+    ("tabs", "file\tp0\tp1\nc.png\t0.5\t0.5\na.png\t0.7\t0.3\nb.png\t0.2\t0.8\n"),
+    ("bare", "0.7;0.3\n0.2;0.8\n0.5;0.5\n"),
+]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize(("name", "text"), PANDAS, ids=[name for name, _ in PANDAS])
+def test_tables_of_other_programs_are_read(
+    tmp_path: Path, name: str, text: str, encoding: str
+) -> None:
+    (tmp_path / "p.csv").write_text(text, encoding=encoding)
+    np.testing.assert_array_equal(read_array(str(tmp_path / "p.csv"), KEYS, "f"), TABLE)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (",x\n0,5\n1,6\n2,7\n", "begins with a column that numbers the rows .without a name"),
+        ("Unnamed: 0,x\n2,5\n1,6\n3,7\n", "a column that numbers the rows .Unnamed: 0.*index=F"),
+        ("x;y\n0,5;1,5\n0,5;1,5\n0,5;2,5\n", "not a number.*decimal point, and commas, semic"),
+        ("Image,x\na,1\nb,2\nc,3\n", "not a number.*a column of names is called image"),
+        ("x y\n1,2,3\n1,2,3\n1,2,3\n", "has a header of 1 columns and a row of 3"),
+    ],
+)
+def test_tables_that_could_be_read_wrong_are_refused(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        read_array(write(tmp_path / "p.csv", text), KEYS, "f")
+    (tmp_path / "p.csv").write_text(text, encoding="utf-16-le")  # without a byte order mark
+    with pytest.raises(UsageError, match="is not text in UTF-8 or UTF-16; save it in one"):
+        read_array(str(tmp_path / "p.csv"), KEYS, "f")
+
+
+@pytest.mark.parametrize("name", ["p.parquet", "p.npz", "p.pt", "p.tsv", "p", "p.csv.gz"])
+def test_other_forms_are_refused_by_name(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(zipped())
+    with pytest.raises(UsageError, match=r"none of \.npy, \.safetensors, \.csv; save the table in"):
+        read_array(str(tmp_path / name), KEYS, "f")
+
+
 @pytest.mark.parametrize("cluster", ["-1", "-3", "3", "60000", "1000000000", "1" + "0" * 100])
 @pytest.mark.parametrize("num_clusters", [None, 3])
 def test_clusters_are_those_that_there_are(

@@ -8,7 +8,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from spice_pl.cli import with_folder
+from spice_pl.cli import with_folder, with_verb
 from spice_pl.job.words import as_typed, with_quotes
 from spice_pl.system.command import quoted
 
@@ -35,11 +35,24 @@ def test_a_folder_by_itself_is_the_data_set(
         "--cfg",
     ]
     assert with_folder([name, "-m", "seed=1,2", "--config-dir", "conf"])[2:] == [
-        *("seed=1,2", "--config-dir", "conf", "-m"),
+        *("seed=1,2", "-m", "--config-dir", "conf"),
     ]
+    assert with_folder(["-m", name, "seed=1,2"])[2:] == ["seed=1,2", "-m"]
     assert with_folder(["elsewhere", "seed=3"]) == ["elsewhere", "seed=3"]
     assert with_folder(["hf://ann/birds", "seed=3"]) == [
         *("dataset=hugging_face", "dataset.root='hf://ann/birds'", "seed=3")
+    ]
+
+
+def test_options_may_be_anywhere_among_settings() -> None:
+    """argparse alone refuses `stage=proto -m seed=1,2`: seed=1,2 is not among the first words."""
+    for given in (["-m", "stage=proto", "seed=1,2"], ["stage=proto", "-m", "seed=1,2"]):
+        assert with_folder(given) == ["stage=proto", "seed=1,2", "-m"]
+    assert with_folder(["seed=1", "--cfg", "job", "-cd=conf", "stage=moco"]) == [
+        *("seed=1", "stage=moco", "--cfg", "job", "-cd=conf"),
+    ]
+    assert with_verb(["trust", "--cfg", "job", "photos", "-m", "seed=1,2"]) == [
+        *("stage=trust", "of='photos'", "seed=1,2", "--cfg", "job", "-m"),
     ]
 
 

@@ -68,7 +68,7 @@ def full_disk_as_usage_error(job: Job) -> Iterator[None]:
     except OSError as error:
         if is_disk_full(error):
             raise UsageError(
-                f"no space left to write {error.filename or 'a file'} under {job.cfg.runs_dir} "
+                f"no space left to write {error.filename or f'a file under {job.cfg.runs_dir}'} "
                 f"({error.strerror}); files that are there are complete. Free some space, then "
                 "continue with resume=true"
             ) from error

@@ -240,7 +240,8 @@ def _keys(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 def _has(cfg: DictConfig, key: str) -> bool:
     parent, _, name = key.rpartition(".")
     node = _node(cfg, parent)
-    return isinstance(node, DictConfig) and name in node
+    # `in` says no for a value that is still ???, such as dataset.root.
+    return isinstance(node, DictConfig) and name in list(node)
 
 
 def _node(cfg: DictConfig, key: str) -> Any:

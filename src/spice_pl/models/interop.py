@@ -26,11 +26,12 @@ from torch import Tensor, nn
 
 from spice_pl.errors import UsageError
 from spice_pl.models.layouts import Output, Parts, State, fold_splits, our_name, split
-from spice_pl.models.tensor_files import find_state_dict, read_file
+from spice_pl.models.tensor_files import check_numbers, find_state_dict, read_file
 from spice_pl.nn.heads import ClusterHead, LinearHead
 from spice_pl.nn.resnet import ResNet, Stem
 from spice_pl.nn.weights import below_prefix
 from spice_pl.nn.wide_resnet import WideResNet
+from spice_pl.system.output import printable
 
 # What may stand before the names of a network; of several copies the first is taken.
 PREFIXES = (
@@ -120,6 +121,7 @@ def read_reference(
     """
     content = read_file(path)
     state, wrapper = find_state_dict(content, str(path))
+    _check_names(state, str(path))
     parts = split(_selected_head(state, content.get("head")), wrapper, str(path))
     if any(key.endswith(".shortcut.weight") for key in parts.encoder):
         settings = _wide_resnet(parts.encoder)
@@ -149,6 +151,21 @@ def read_reference(
     clusters = _head_widths(parts.head)[-1] if parts.clusters and head is not None else None
     output: Output = "features" if head is None else parts.output
     return ReferenceModel(encoder, head, output, clusters, "\n  ".join(lines)).eval()
+
+
+def _check_names(state: State, path: str) -> None:
+    """Refuse tensors from which no ResNet can be read: single numbers, layers without end.
+
+    Raises:
+        UsageError: names the tensor.
+    """
+    for key, value in state.items():
+        found = re.search(r"(?:layer|block)(\d+)\.(?:layer\.)?(\d+)\.", key)
+        numbers = found.groups() if found else ()
+        large = any(len(number) > 6 or int(number) > len(state) for number in numbers)
+        if large or (key.endswith("weight") and not value.ndim):
+            what = "has the number of a layer that cannot be" if large else "is a single number"
+            raise UsageError(f"{path}: {printable(key[:99])} {what}; the file is damaged")
 
 
 def _selected_head(state: State, number: object) -> State:
@@ -309,6 +326,7 @@ def _fit(
             f"{path}: none of its {len(given)} tensors fits {type(module).__name__}, so there is "
             "nothing to load with partial=True either; give the network it was made with"
         )
+    check_numbers(fitting, path)
     module.load_state_dict(fitting, strict=False)
     total = sum(not key.endswith("num_batches_tracked") for key in own)
     matched = sum(not key.endswith("num_batches_tracked") for key in fitting)

@@ -5,7 +5,9 @@ Shapes: N images, D features, K clusters.
 
 from __future__ import annotations
 
+import codecs
 import csv
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,8 +29,9 @@ def read_array(
     """Read an array with one row per image.
 
     A .safetensors file holds one tensor; a `fingerprint` in its metadata must equal that of the
-    data set. A .csv file may have a header. If its first column is `image`, rows are put into the
-    order of the data set, and columns `image, cluster` (our clusters.csv) become one-hot rows.
+    data set. A .csv file is UTF-8 or UTF-16 with commas, semicolons or tabs between the columns,
+    and may have a header. If its first column is `image`, rows are put into the order of the data
+    set, and columns `image, cluster` (our clusters.csv) become one-hot rows.
 
     Args:
         file: path of a .npy, .safetensors or .csv file.
@@ -48,7 +51,9 @@ def read_array(
         ".csv": lambda: _csv(path, keys, num_clusters),
     }
     if path.suffix not in readers:
-        raise UsageError(f"{path} is none of .npy, .safetensors, .csv")
+        raise UsageError(
+            f"{path} is none of .npy, .safetensors, .csv; save the table in one of these forms"
+        )
     try:
         array = readers[path.suffix]()
     except UsageError:
@@ -129,13 +134,16 @@ def _safetensors(path: Path, fingerprint: str) -> NDArray[Any]:
 
 
 def _csv(path: Path, keys: Sequence[str], num_clusters: int | None) -> NDArray[Any]:
-    # A spreadsheet may begin the file with a byte order mark.
-    with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-        lines = [line for line in csv.reader(file) if line]
+    lines = _lines(path)
     if not lines:
         raise UsageError(f"{path} is empty; give one row per image")
     header = None if _is_number(lines[0][0]) and _is_number(lines[0][-1]) else lines.pop(0)
-    if header and header[0] == "image":
+    if header and lines and len(header) < len(lines[0]):
+        raise UsageError(
+            f"{path} has a header of {len(header)} columns and a row of {len(lines[0])}; give each "
+            "column a name"
+        )
+    if header and (header[0] == "image" or {line[0] for line in lines} == set(keys)):
         rows = {line[0]: line[1:] for line in lines}
         if rows.keys() != set(keys):  # names that spreadsheet=true wrote differently
             plain = {from_spreadsheet(name): row for name, row in rows.items()}
@@ -150,18 +158,56 @@ def _csv(path: Path, keys: Sequence[str], num_clusters: int | None) -> NDArray[A
                 "data set"
             )
         lines = [rows[key] for key in keys]
+    elif header and _counts([line[0] for line in lines]):
+        raise UsageError(
+            f"{path} begins with a column that numbers the rows ({header[0] or 'without a name'}); "
+            "leave it out (pandas: index=False), or name it image if these are names of images"
+        )
     if lines and not lines[0]:
         raise UsageError(f"{path} has no columns beside the names; give the values")
     if len({len(line) for line in lines}) > 1:
         raise UsageError(f"{path} has rows of different lengths; give a full table")
     try:
-        if header and header[:2] == ["image", "cluster"]:
+        if header and header[1:2] == ["cluster"] and len(header) > len(lines[0]):
             return _one_hot(path, [int(line[0]) for line in lines], num_clusters)
         return np.array(lines, dtype=np.float32)
     except UsageError:
         raise
     except ValueError as error:
-        raise UsageError(f"{path} holds a value that is not a number: {error}") from error
+        raise UsageError(
+            f"{path} holds a value that is not a number: {error}; give numbers with a decimal "
+            "point, and commas, semicolons or tabs between them; a column of names is called image"
+        ) from error
+
+
+def _lines(path: Path) -> list[list[str]]:
+    """Return the cells of a CSV file; lines without any are left out."""
+    content = path.read_bytes()
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        text = content.decode("utf-16")
+    else:  # a spreadsheet may begin the file with a byte order mark; names may be of any bytes
+        text = content.decode("utf-8-sig", "surrogateescape")
+    if "\0" in text:
+        raise UsageError(f"{path} is not text in UTF-8 or UTF-16; save it in one of them")
+    first = text.partition("\n")[0]
+    separator = "," if "," in first else next((each for each in ";\t" if each in first), ",")
+    return [line for line in csv.reader(io.StringIO(text, newline=""), delimiter=separator) if line]
+
+
+def _counts(texts: Sequence[str]) -> bool:
+    """Whether texts number the rows from 0 or 1, in any order, as the index of a table does.
+
+    >>> _counts(["0", "2", "1"]), _counts(["1", "0"]), _counts(["1.5", "2", "3"])
+    (True, False, False)
+    """
+    if len(texts) < 3 or not all(text.isascii() and text.isdigit() for text in texts):
+        return False  # two rows may be probabilities
+    numbers = {int(text) if len(text) < 10 else -1 for text in texts}
+    return (
+        len(numbers) == len(texts)
+        and max(numbers) - min(numbers) == len(texts) - 1
+        and (min(numbers) in (0, 1))
+    )
 
 
 def _one_hot(path: Path, clusters: Sequence[int], num_clusters: int | None) -> NDArray[np.float32]:
