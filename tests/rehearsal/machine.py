@@ -19,6 +19,8 @@ from pytorch_lightning.plugins import MixedPrecision
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, ddp
 from tests.rehearsal.device import DEVICE, NAME, OnDevice, RefusedError, Rehearsal
 
+from spice_pl.stages.base import as_stage
+
 GLOO = "a group of the processors"
 VIEW_FILES = ("data/augment.py", "data/operations.py", "data/keyed.py", "data/device_views.py")
 
@@ -71,17 +73,39 @@ class Steps(pl.Callback):
     """Cut the counts of a rehearsal into training steps; the first of an epoch is left out."""
 
     steps: list[Step] = field(default_factory=list)
+    addresses: list[dict[str, int]] = field(default_factory=list)
+    rates: list[Any] = field(default_factory=list)
     _before: Step | None = None
 
     def on_train_epoch_start(self, *_: Any) -> None:
         self._before = None
 
-    def on_train_batch_end(self, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+        self.addresses.append(_addresses(trainer, module))
+        self.rates = [
+            group["lr"]
+            for each in trainer.lr_scheduler_configs
+            for group in each.scheduler.optimizer.param_groups
+        ]
         now = Step(Counter(Rehearsal.now.waits), Counter(Rehearsal.now.launches))
         if self._before is not None:
             before = self._before
             self.steps.append(Step(now.waits - before.waits, now.launches - before.launches))
         self._before = now
+
+
+def _addresses(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, int]:
+    """Return where each tensor is that lasts from step to step: weights, buffers, optimizers."""
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    for number, optimizer in enumerate(trainer.optimizers):
+        for place, group in enumerate(optimizer.param_groups):
+            tensors[f"lr {number}.{place}"] = group["lr"]
+        for place, state in enumerate(optimizer.state.values()):
+            tensors |= {f"state {number}.{place}.{key}": each for key, each in state.items()}
+    tensors |= {f"sums {name}": each for name, each in as_stage(module).epoch_sums.items()}
+    return {
+        name: each.held.data_ptr() for name, each in tensors.items() if isinstance(each, OnDevice)
+    }
 
 
 def _nccl(*tensors: torch.Tensor) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from tests.conftest import make_job
-from tests.rehearsal.device import Rehearsal, rehearsal
+from tests.rehearsal.device import OnDevice, Rehearsal, rehearsal
 from tests.rehearsal.machine import Step, pretended_gpu
 
 from spice_pl.callbacks.checkpoints import Checkpoints
@@ -120,6 +120,22 @@ def test_a_stage_runs_on_one_gpu_with_at_most_these_waits_and_launches(
         more = {what: n for what, n in counts.items() if n > allowed[kind][what]}
         places = sorted(waits_of(stage, kind, steps.steps).items())
         assert not more, f"{kind}: {more}, allowed {allowed[kind]}; waits at {places}"
+
+
+@pytest.mark.parametrize("stage", ["moco", "propos", "flexmatch", "clusmatch", "scan"])
+def test_nothing_that_lasts_moves_in_memory_and_rates_are_tensors(
+    stage: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CUDA graph reads and writes the addresses that it was captured with."""
+    overrides = runs_of(stage, request)
+    with pretended_gpu(monkeypatch) as steps:
+        rehearse(*overrides, f"{stage}.epochs=1")
+    first, last = steps.addresses[1], steps.addresses[-1]
+    assert len(steps.addresses) > 2
+    assert first == last, {name for name in last if first.get(name) != last[name]}
+    assert any(name.startswith("state ") for name in first)
+    assert all(isinstance(each, OnDevice) for each in steps.rates)
+    assert bool(steps.rates) is (stage != "scan")  # SCAN's rate is constant
 
 
 @pytest.mark.filterwarnings("ignore:It is recommended to use")

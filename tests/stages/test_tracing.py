@@ -36,6 +36,7 @@ from spice_pl.stages.semi import SemiSupervisedModule
 from spice_pl.stages.simclr import SimCLRModule
 
 B, S, N = 6, 8, 40
+OTHERS = ("simclr", "empssl", "cc", "propos", "scan", "selflabel")
 THRESHOLDS: dict[str, Threshold] = {
     "fixmatch": FixedThreshold(0.2),
     "flexmatch": FlexMatchThreshold(K),
@@ -54,6 +55,10 @@ def views(*names: str, seed: int = 0) -> Views:
 def stage_and_batch(name: str) -> tuple[Stage, Any]:
     if name == "moco":
         return MoCoModule(backbone(), projection_dim=4, queue_size=12), views("query", "key")
+    if name == "moco in groups":
+        grouped = MoCoModule(backbone(), projection_dim=4, queue_size=12, bn_groups=2)
+        grouped._order = torch.arange(B).flip(0), torch.arange(B).flip(0)
+        return grouped, views("query", "key")
     if name == "simclr":
         return SimCLRModule(backbone(), projection_dim=4, hidden_dim=8), views("query", "key")
     if name == "empssl":
@@ -78,9 +83,7 @@ def stage_and_batch(name: str) -> tuple[Stage, Any]:
     return semi, {"labelled": views("weak"), "unlabelled": views("weak", "strong", seed=1)}
 
 
-@pytest.mark.parametrize(
-    "name", ["moco", "simclr", "empssl", "cc", "propos", "scan", "selflabel", *THRESHOLDS]
-)
+@pytest.mark.parametrize("name", ["moco", "moco in groups", *OTHERS, *THRESHOLDS])
 def test_a_training_step_is_traced_whole(name: str) -> None:
     module, batch = stage_and_batch(name)
     module.trainer = SimpleNamespace(  # type: ignore[assignment]

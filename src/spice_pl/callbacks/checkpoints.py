@@ -92,7 +92,7 @@ class Checkpoints(pl.callbacks.Checkpoint):
         stage = as_stage(pl_module)
         epoch: Any = trainer.fit_loop.epoch_progress.current
         if epoch.started > epoch.processed:
-            sums = dict(stage.epoch_sums)
+            sums = {name: each.clone() for name, each in stage.epoch_sums.items()}
             for each in trainer.callbacks:  # type: ignore[attr-defined]
                 each.on_train_epoch_start(trainer, stage)
             stage.on_train_epoch_start()

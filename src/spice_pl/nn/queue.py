@@ -37,7 +37,9 @@ class Queue(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
-        """Replace the oldest B keys.
+        """Replace the oldest B keys, in place.
+
+        Call it after the backward pass of a loss that reads `keys`: that pass needs the old ones.
 
         Args:
             keys: (B, D), l2-normalised, gathered from all ranks.
@@ -57,6 +59,5 @@ class Queue(nn.Module):
                 f"least {len(keys)} or lower the batch size summed over ranks to at most {size}"
             )
         index = (self.pointer + torch.arange(len(keys), device=keys.device)) % size  # (B,)
-        # A new tensor: the backward pass of a loss may still need the old one.
-        self.keys = self.keys.index_copy(1, index, keys.T.to(self.keys.dtype))
-        self.pointer = (self.pointer + len(keys)) % size
+        self.keys.index_copy_(1, index, keys.T.to(self.keys.dtype))
+        self.pointer.add_(len(keys)).remainder_(size)

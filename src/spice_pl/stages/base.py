@@ -19,6 +19,7 @@ from spice_pl.errors import UsageError
 from spice_pl.functional.device import cluster_sizes
 from spice_pl.functional.reliability import local_consistency
 from spice_pl.nn.heads import ClusterHead, LinearHead, head_of
+from spice_pl.nn.optimizers import keep_rates
 from spice_pl.runs.folder import RunFolder
 
 WATCHED_NEIGHBORS = 10  # of some 2,000 watched images, the image itself counted
@@ -165,6 +166,11 @@ class Stage(pl.LightningModule):
         """Return the callback that logs the means of an epoch."""
         return [EpochMeans()]
 
+    def on_train_start(self) -> None:
+        """Keep scheduled learning rates as tensors on a GPU, also those of a checkpoint."""
+        for each in self.trainer.lr_scheduler_configs:
+            keep_rates(each.scheduler.optimizer, self.device)
+
     def on_train_end(self) -> None:
         """Give all ranks the same buffers."""
         self.share_buffers()
@@ -192,7 +198,8 @@ class Stage(pl.LightningModule):
         if self.trainer.training:
             sums = torch.stack([value * weight, torch.full_like(value, weight)])
             before = self.epoch_sums.get(name)
-            self.epoch_sums[name] = sums if before is None else before.to(sums.device) + sums
+            # In place: sums keep their address on the device from step to step.
+            self.epoch_sums[name] = sums if before is None else before.to(sums.device).add_(sums)
             return
         self.log(name, value, on_step=False, on_epoch=True, batch_size=weight, sync_dist=True)
 

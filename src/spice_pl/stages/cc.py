@@ -18,6 +18,7 @@ from spice_pl.data.images import ImageSet
 from spice_pl.errors import UsageError
 from spice_pl.functional.contrastive import cluster_contrast, nt_xent
 from spice_pl.nn.heads import ClusterHead
+from spice_pl.nn.optimizers import adam_settings
 from spice_pl.runs.folder import RunFolder
 from spice_pl.stages.base import Prediction, Stage, check_batch, check_count, width_of
 from spice_pl.stages.features import fit_stem
@@ -97,7 +98,12 @@ class ContrastiveClusteringModule(Stage):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return Adam at a constant rate."""
-        return torch.optim.Adam(self.parameters(), lr=self.lr, weight_decay=self.weight_decay)
+        return torch.optim.Adam(
+            self.parameters(),
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            **adam_settings(self.device),
+        )
 
     def check(self, images: ImageSet, streams: Mapping[str, Stream]) -> None:
         """Check that a batch has images for every cluster."""

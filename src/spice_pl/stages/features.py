@@ -24,6 +24,7 @@ from spice_pl.functional.assignment import clustering_scores
 from spice_pl.functional.contrastive import alignment, uniformity
 from spice_pl.functional.kmeans import kmeans_clusters
 from spice_pl.functional.reliability import local_consistency
+from spice_pl.nn.optimizers import sgd_settings
 from spice_pl.runs.folder import RunFolder
 from spice_pl.stages.base import Prediction, Stage
 
@@ -117,7 +118,7 @@ class FeatureStage(Stage):
             lr=self.lr,
             momentum=self.sgd_momentum,
             weight_decay=self.weight_decay,
-            foreach=True,
+            **sgd_settings(self.device),
         )
         return {
             "optimizer": optimizer,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,7 @@ class MoCoModule(FeatureStage):
 
     name = "moco"
     _ema: EmaPairs | None = None
+    _order: tuple[Tensor, Tensor]  # which images of a batch this rank encodes, and the way back
 
     def __init__(
         self,
@@ -89,7 +91,7 @@ class MoCoModule(FeatureStage):
         self.symmetric, self.bn_groups = symmetric, bn_groups
 
     def training_step(self, batch: Views, batch_idx: int) -> Tensor:
-        """Return the loss of a batch; update the key branch and the queue."""
+        """Return the loss of a batch; update the key branch."""
         one, other = self.pair(batch)
         if self._ema is None:
             self._ema = EmaPairs(
@@ -102,8 +104,7 @@ class MoCoModule(FeatureStage):
             key = self._keys(second)  # (B, P)
             losses.append(info_nce(query, key, self.queue.keys, self.temperature))
             keys.append(key)
-        for key in keys:
-            self.queue.enqueue(self.across_ranks(key, even=True))
+        self._new_keys = [self.across_ranks(each, even=True) for each in keys]  # (B, P) each
         loss = torch.stack(losses).mean()
         self.record_step(loss, query, key)
         return loss
@@ -144,22 +145,38 @@ class MoCoModule(FeatureStage):
         """Pair the branches from scratch, now that they are on their device."""
         self._ema = None
 
-    @torch.no_grad()
-    def _keys(self, images: Tensor) -> Tensor:
-        """Return keys (b, P); BatchNorm groups them differently from the queries (shuffle-BN)."""
+    def on_train_batch_start(self, batch: Views, batch_idx: int) -> None:
+        """Draw which images BatchNorm of the key branch normalises together (shuffle-BN)."""
+        if not self._shuffles:
+            return
+        images = batch.views["key"]
         world_size, rank = self.trainer.world_size, self.trainer.global_rank
-        if max(world_size, self.bn_groups) == 1:
-            return self._in_groups(self.key_encoder, self.key_projection, images)
-        everyone = self.across_ranks(images, even=True)
         # The same order on every rank; any order that mixes the groups will do.
         generator = torch.Generator().manual_seed(self.global_step)
-        order = torch.randperm(len(everyone), generator=generator)
+        order = torch.randperm(len(images) * world_size, generator=generator)
         drawn, back = (
             to_device(each[rank::world_size].contiguous(), images.device)
             for each in (order, order.argsort())
         )
+        self._order = drawn, back
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Put the keys into the queue, which the backward pass still read."""
+        for keys in self._new_keys:
+            self.queue.enqueue(keys)
+
+    @torch.no_grad()
+    def _keys(self, images: Tensor) -> Tensor:
+        """Return keys (b, P); BatchNorm groups them differently from the queries (shuffle-BN)."""
+        if not self._shuffles:
+            return self._in_groups(self.key_encoder, self.key_projection, images)
+        (drawn, back), everyone = self._order, self.across_ranks(images, even=True)
         keys = self._in_groups(self.key_encoder, self.key_projection, everyone[drawn])
         return self.across_ranks(keys, even=True)[back]
+
+    @property
+    def _shuffles(self) -> bool:
+        return max(self.trainer.world_size, self.bn_groups) > 1
 
     def _in_groups(self, encoder: nn.Module, projection: nn.Module, images: Tensor) -> Tensor:
         """Return embeddings (b, P); group g of G is rows g, g + G, ... as on rank g of G ranks."""

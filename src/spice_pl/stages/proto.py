@@ -30,6 +30,7 @@ from spice_pl.functional.losses import (
 )
 from spice_pl.functional.prototypes import prototype_pseudo_labels, prototype_shares
 from spice_pl.nn.heads import ParallelHeads
+from spice_pl.nn.optimizers import adam_settings
 from spice_pl.runs.evidence import check_features
 from spice_pl.runs.folder import RunFolder, as_tensor
 from spice_pl.stages.base import Prediction, Stage, width_of
@@ -224,7 +225,7 @@ class ProtoHeadModule(Stage):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return Adam at a constant rate for all heads, and for the encoder if it is trained."""
         trained = [*self.heads.parameters(), *(self.encoder.parameters() if self.joint else ())]
-        return torch.optim.Adam(trained, lr=self.lr, fused=True)
+        return torch.optim.Adam(trained, lr=self.lr, **adam_settings(self.device, fused=True))
 
     def check(self, images: ImageSet, streams: Mapping[str, Stream]) -> None:
         """Check that the buffer of the E-step holds enough images."""

@@ -22,6 +22,7 @@ from spice_pl.errors import UsageError
 from spice_pl.functional.neighbors import nearest_neighbors
 from spice_pl.functional.scan import scan_loss
 from spice_pl.nn.heads import LinearHead
+from spice_pl.nn.optimizers import adam_settings
 from spice_pl.runs.evidence import check_features
 from spice_pl.runs.folder import RunFolder
 from spice_pl.stages.base import Prediction, Stage
@@ -89,7 +90,9 @@ class ScanModule(Stage):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return Adam at a constant rate."""
         trained = [*self.encoder.parameters(), *self.head.parameters()]
-        return torch.optim.Adam(trained, lr=self.lr, weight_decay=self.weight_decay)
+        return torch.optim.Adam(
+            trained, lr=self.lr, weight_decay=self.weight_decay, **adam_settings(self.device)
+        )
 
     def prepare(
         self, images: ImageSet, upstream: RunFolder | None, streams: Mapping[str, Stream]

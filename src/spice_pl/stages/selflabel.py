@@ -17,6 +17,7 @@ from spice_pl.data.images import ImageSet
 from spice_pl.errors import UsageError
 from spice_pl.functional.scan import self_label_loss
 from spice_pl.nn.heads import ClusterHead, LinearHead
+from spice_pl.nn.optimizers import adam_settings
 from spice_pl.runs.folder import RunFolder
 from spice_pl.stages.base import Prediction, Stage, load_clustering, width_of
 
@@ -63,7 +64,12 @@ class SelfLabelModule(Stage):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return Adam at a constant rate."""
-        return torch.optim.Adam(self.parameters(), lr=self.lr, weight_decay=self.weight_decay)
+        return torch.optim.Adam(
+            self.parameters(),
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            **adam_settings(self.device),
+        )
 
     def prepare(
         self, images: ImageSet, upstream: RunFolder | None, streams: Mapping[str, Stream]

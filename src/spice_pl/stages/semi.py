@@ -31,6 +31,7 @@ from spice_pl.functional.kmeans import cosine_kmeans
 from spice_pl.functional.momentum import EmaPairs
 from spice_pl.functional.selectors import OracleLabels
 from spice_pl.nn.heads import ClusterHead, LinearHead
+from spice_pl.nn.optimizers import sgd_settings
 from spice_pl.nn.thresholds import Threshold
 from spice_pl.runs.folder import RunFolder
 from spice_pl.stages.base import Prediction, Stage, check_word, load_clustering, width_of
@@ -176,7 +177,11 @@ class SemiSupervisedModule(Stage):
             for decays, decay in ((True, self.weight_decay), (False, 0.0))
         ]
         optimizer = torch.optim.SGD(
-            groups, lr=self.lr, momentum=self.momentum, nesterov=True, foreach=True
+            groups,
+            lr=self.lr,
+            momentum=self.momentum,
+            nesterov=True,
+            **sgd_settings(self.device),
         )
         steps = (self.trainer.max_epochs or 1) * self.steps_per_epoch  # T
         schedule = torch.optim.lr_scheduler.LambdaLR(
