@@ -14,7 +14,7 @@ Choose recipes on a part of the training images, never on those of the report. P
 as its last line, the same as JSON. `--curve NAME` also writes, after each run, the JSON to
 NAME.json, the table to NAME.md, and the curves of 20-NN and of k-means on smoothed embeddings over
 the core-minutes to NAME_knn.svg and NAME_kmeans.svg. A row that NAME.json has is not run again, so
-a long list can be run in pieces.
+a long list can be run in pieces, also by one process per core.
 """
 
 from __future__ import annotations
@@ -75,22 +75,28 @@ def main() -> None:
     if wrong := [each for each in methods if each not in METHODS]:
         parser.error(f"--methods {', '.join(wrong)}: choose among {', '.join(METHODS)}")
     torch.set_num_threads(1)
-    rows: list[Row] = []
-    if args.curve and args.curve.with_suffix(".json").exists():
-        rows = json.loads(args.curve.with_suffix(".json").read_text(encoding="utf-8"))
+    rows = stored(args.curve)
     for minutes in map(float, args.minutes.split(",")):
         for method in methods:
             for seed in range(args.seeds):
                 key = {"method": method, "asked": minutes, "seed": seed}
                 if any(key.items() <= row.items() for row in rows):
                     continue
-                added = (*METHODS[method], *settings, f"seed={seed}")
-                rows.append(key | trained(method, minutes, added))
-                print(table(rows[-1:]).splitlines()[-1], flush=True)
+                row = key | trained(method, minutes, (*METHODS[method], *settings, f"seed={seed}"))
+                print(table([row]).splitlines()[-1], flush=True)
+                rows = [*(stored(args.curve) or rows), row]  # another process may have added some
                 if args.curve:
                     write(rows, args.curve)
     print(table(rows))
     print(json.dumps(rows))
+
+
+def stored(name: Path | None) -> list[Row]:
+    """Return the rows that an earlier call wrote."""
+    if name is None or not name.with_suffix(".json").exists():
+        return []
+    rows: list[Row] = json.loads(name.with_suffix(".json").read_text(encoding="utf-8"))
+    return rows
 
 
 def table(rows: list[Row]) -> str:
