@@ -1,6 +1,6 @@
 """Which stage 1 makes the best features in equal processor time?
 
-    python benchmarks/stage1.py --minutes 5,15 experiment=cifar10_quick dataset=folder ...
+    python benchmarks/stage1.py --minutes 1,3,5,10,15,30 --curve NAME experiment=cifar10_quick ...
 
 Trains each method for the same processor time, the views included, on one thread, with the settings
 of the command line; `METHODS` has what is added for each of them. The time of a step at each size
@@ -11,13 +11,17 @@ Then the plain images are embedded, and labels are read to score them:
 - k-means: ACC on l2-normalised features, and on smoothed embeddings.
 
 Choose recipes on a part of the training images, never on those of the report. Prints a table and,
-as its last line, the same as JSON.
+as its last line, the same as JSON. `--curve NAME` also writes, after each run, the JSON to
+NAME.json, the table to NAME.md, and the curves of 20-NN and of k-means on smoothed embeddings over
+the core-minutes to NAME_knn.svg and NAME_kmeans.svg. A row that NAME.json has is not run again, so
+a long list can be run in pieces, also by one process per core.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -40,45 +44,89 @@ from spice_pl.job.parts import build_stage, open_images
 from spice_pl.job.plan import plan
 from spice_pl.job.settings import build
 from spice_pl.job.trainer import auto_precision
+from spice_pl.reports.lines import line_figure
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 TIMED = 8  # steps per size that are timed
 NEIGHBORS, QUERIES = 20, 2000
 METHODS = {
     "simclr": ("stage=simclr",),
+    "simclr_wide": ("stage=simclr", "backbone.widths=[64,128,256,512]"),
+    "moco": (
+        *("stage=moco", "moco.module.sizes=${simclr.module.sizes}", "moco.module.lr=0.12"),
+        *("moco.module.queue_size=4096", "moco.module.momentum=0.99"),
+    ),
     "empssl": ("stage=empssl", "empssl.module.sizes=[16,16,16,16,32]"),
+    "vicreg": ("stage=vicreg", "vicreg.module.sizes=${simclr.module.sizes}"),
+    "fastsiam": ("stage=fastsiam", "fastsiam.module.sizes=${simclr.module.sizes}"),
 }
+SCORES = {"knn": "20-NN", "kmeans": "k-means", "kmeans_smoothed": "k-means, smoothed"}
+Row = dict[str, Any]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--minutes", default="5", help="processor minutes of each run, as 5,15")
-    parser.add_argument("--methods", default=",".join(METHODS), help="some of them")
+    parser.add_argument("--methods", default="simclr,empssl", help=f"of {', '.join(METHODS)}")
     parser.add_argument("--seeds", type=int, default=1, help="number of seeds, from 0 on")
+    parser.add_argument("--curve", type=Path, help="begin of the names of JSON, table and figures")
     args, settings = parser.parse_known_args()
     methods = args.methods.split(",")
     if wrong := [each for each in methods if each not in METHODS]:
         parser.error(f"--methods {', '.join(wrong)}: choose among {', '.join(METHODS)}")
     torch.set_num_threads(1)
-    rows = []
-    print("| stage 1 | core-minutes | epochs | images | 20-NN | k-means | k-means, smoothed |")
-    print("|:--|--:|--:|--:|--:|--:|--:|")
+    rows = stored(args.curve)
     for minutes in map(float, args.minutes.split(",")):
         for method in methods:
             for seed in range(args.seeds):
-                row = trained(method, minutes, (*METHODS[method], *settings, f"seed={seed}"))
-                rows.append(row)
-                scores = (row[key] for key in ("knn", "kmeans", "kmeans_smoothed"))
-                print(
-                    f"| {method} | {row['minutes']:.1f} | {row['epochs']} | {row['images']:,} | "
-                    + " | ".join(f"{score:.3f}" for score in scores)
-                    + " |",
-                    flush=True,
-                )
+                key = {"method": method, "asked": minutes, "seed": seed}
+                if any(key.items() <= row.items() for row in rows):
+                    continue
+                row = key | trained(method, minutes, (*METHODS[method], *settings, f"seed={seed}"))
+                print(table([row]).splitlines()[-1], flush=True)
+                rows = [*(stored(args.curve) or rows), row]  # another process may have added some
+                if args.curve:
+                    write(rows, args.curve)
+    print(table(rows))
     print(json.dumps(rows))
 
 
-def trained(method: str, minutes: float, settings: tuple[str, ...]) -> dict[str, Any]:
+def stored(name: Path | None) -> list[Row]:
+    """Return the rows that an earlier call wrote."""
+    if name is None or not name.with_suffix(".json").exists():
+        return []
+    rows: list[Row] = json.loads(name.with_suffix(".json").read_text(encoding="utf-8"))
+    return rows
+
+
+def table(rows: list[Row]) -> str:
+    """Return the runs as a Markdown table, sorted by time and method."""
+    lines = [
+        f"| stage 1 | core-minutes | epochs | images | {' | '.join(SCORES.values())} |",
+        "|:--|" + "--:|" * 6,
+    ]
+    for row in sorted(rows, key=lambda row: (row["asked"], row["method"], row["seed"])):
+        found = " | ".join(f"{row[score]:.3f}" for score in SCORES)
+        cost = f"{row['minutes']:.1f} | {row['epochs']} | {row['images']:,}"
+        lines.append(f"| {row['method']} | {cost} | {found} |")
+    return "\n".join(lines)
+
+
+def write(rows: list[Row], name: Path) -> None:
+    """Write the rows, their table, and the mean scores of each method over its core-minutes."""
+    name.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    name.with_suffix(".md").write_text(table(rows) + "\n", encoding="utf-8")
+    for score, end in (("knn", "knn"), ("kmeans_smoothed", "kmeans")):
+        curves: dict[str, list[tuple[float, float]]] = {}
+        for method, asked in sorted({(row["method"], row["asked"]) for row in rows}):
+            same = [row for row in rows if (row["method"], row["asked"]) == (method, asked)]
+            point = [statistics.mean(row[each] for row in same) for each in ("minutes", score)]
+            curves.setdefault(method, []).append((point[0], point[1]))
+        figure = line_figure(curves, "core-minutes", SCORES[score])
+        name.with_name(f"{name.name}_{end}.svg").write_text(figure, encoding="utf-8")
+
+
+def trained(method: str, minutes: float, settings: tuple[str, ...]) -> Row:
     """Train a stage for a time; return what it cost and its scores."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         job = Job(compose("config", list(settings)), settings, "none", sweep=False)
@@ -94,8 +142,6 @@ def trained(method: str, minutes: float, settings: tuple[str, ...]) -> dict[str,
     features = embedded(module, images, plain)
     batch = int(job.cfg[method].streams.images.batch_size)
     return {
-        "method": method,
-        "seed": int(job.cfg.seed),
         "minutes": round(seconds / 60, 2),
         "epochs": epochs,
         "images": epochs * steps * batch,

@@ -17,6 +17,7 @@ from spice_pl.data.datamodule import Views
 from spice_pl.stages.base import Stage
 from spice_pl.stages.cc import ContrastiveClusteringModule
 from spice_pl.stages.empssl import EmpSSLModule
+from spice_pl.stages.fastsiam import FastSiamModule
 from spice_pl.stages.fixmatch import ReliableFixMatchModule
 from spice_pl.stages.moco import MoCoModule
 from spice_pl.stages.propos import ProPosModule
@@ -25,6 +26,7 @@ from spice_pl.stages.semi import SemiSupervisedModule
 from spice_pl.stages.simclr import SimCLRModule
 from spice_pl.stages.temi import TemiModule
 from spice_pl.stages.turtle import TurtleModule
+from spice_pl.stages.vicreg import VICRegModule
 from spice_pl.system.ranks import PARENT
 
 
@@ -73,6 +75,30 @@ class DumpingEmpSSL(EmpSSLModule):
     def on_train_end(self) -> None:
         super().on_train_end()
         dump(self, "empssl")
+
+
+class DumpingVICReg(VICRegModule):
+    """Stage 1 without BatchNorm."""
+
+    def __init__(self, backbone: nn.Module, **settings: Any) -> None:
+        super().__init__(backbone, **settings)
+        without_batch_norm(self)
+
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        dump(self, "vicreg")
+
+
+class DumpingFastSiam(FastSiamModule):
+    """Stage 1 without BatchNorm."""
+
+    def __init__(self, backbone: nn.Module, **settings: Any) -> None:
+        super().__init__(backbone, **settings)
+        without_batch_norm(self)
+
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        dump(self, "fastsiam")
 
 
 class DumpingCC(ContrastiveClusteringModule):

@@ -125,6 +125,8 @@ def test_stage_1_on_two_ranks_equals_one_rank_with_two_groups(runs: Runs) -> Non
 MORE = {  # settings beside epochs and batch size
     "SimCLR": ("module.lr=0.05",),
     "EmpSSL": ("module.lr=0.05",),
+    "VICReg": ("module.lr=0.01",),
+    "FastSiam": ("module.lr=0.05",),
     "CC": (),
     "ProPos": ("module.warmup_epochs=1", "module.hidden_dim=16", "module.momentum=0.9"),
 }

@@ -18,7 +18,7 @@ from spice_pl.job.run import run_stages
 
 FOLDER = Path(__file__).parent / "golden"
 STAGES = ("moco", "proto", "fixmatch")
-OTHER = ("empssl",)  # another stage 1
+OTHER = ("empssl", "vicreg", "fastsiam")  # other ways to stage 1
 STORED = ("temi", "turtle")  # heads on the stored features of moco
 WHOLE = ("cc", "propos")  # features and clusters from random weights
 TOLERANCE = 2e-3  # relative
@@ -31,11 +31,13 @@ def curve(finished: Finished, stage: str) -> list[float]:
 
 @pytest.fixture(scope="module")
 def other(straight: Finished, tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """Another stage 1 on the same images."""
+    """Other ways to stage 1 on the same images."""
     finished = straight.copy(tmp_path_factory.mktemp("other"))
-    sizes = ("empssl.epochs=2", "empssl.streams.images.batch_size=30")
+    sizes = (
+        f"{name}.{size}" for name in OTHER for size in ("epochs=2", "streams.images.batch_size=30")
+    )
     finished = Finished((*finished.overrides, *sizes), finished.runs)
-    run_stages(finished.job("stage=empssl"))
+    run_stages(finished.job(f"stages=[{','.join(OTHER)}]"))
     return finished
 
 

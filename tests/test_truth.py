@@ -150,6 +150,8 @@ SEMI = (*STEPS, "selector=variance")
 LEARNS = {
     "simclr": ("epochs=1", "watch_epochs=1", "streams.images.batch_size=30"),
     "empssl": ("epochs=1", "watch_epochs=1", "streams.images.batch_size=30"),
+    "vicreg": ("epochs=1", "watch_epochs=1", "streams.images.batch_size=30"),
+    "fastsiam": ("epochs=1", "watch_epochs=1", "streams.images.batch_size=30"),
     "cc": ("epochs=1", "watch_epochs=1", "streams.images.batch_size=30"),
     "propos": (
         *("epochs=2", "watch_epochs=1", "streams.images.batch_size=30"),

@@ -20,6 +20,8 @@ EXCEPTIONS = {
     "moco.module.num_clusters": OF_THE_DATA_SET,
     "simclr.module.num_clusters": OF_THE_DATA_SET,
     "empssl.module.num_clusters": OF_THE_DATA_SET,
+    "vicreg.module.num_clusters": OF_THE_DATA_SET,
+    "fastsiam.module.num_clusters": OF_THE_DATA_SET,
     "import.module.pixels": OF_THE_DATA_SET,
     "*.streams.*.extra": "which stages train on the extra images of STL10 is part of the method",
     "clusmatch.module.losses": OF_CLUSMATCH,

@@ -48,6 +48,15 @@ def test_an_experiment_brings_its_own_recipe() -> None:
     assert cfg.proto.module.backbone == cfg.backbone
 
 
+@pytest.mark.parametrize("experiment", ["cifar10_2cores", "cifar10_gpu"])
+def test_stage_3_of_a_small_budget_continues_with_the_network_of_stage_1(experiment: str) -> None:
+    """And not with the new network that the preset of CIFAR-10 has."""
+    cfg = compose(f"experiment={experiment}", "dataset=cifar10", "dataset.root=/images")
+    assert list(cfg.stages) == ["simclr", "proto", "fixmatch"]
+    assert cfg.fixmatch.module.backbone == cfg.backbone
+    assert cfg.fixmatch.module.init == "joint"
+
+
 def test_k_is_estimated_once_and_then_that_of_the_run(tiny: Sequence[str]) -> None:
     more = ("dataset.num_clusters=auto", "chain=[moco,proto]", "estimate_k.task.largest=4")
     job = make_job(*tiny, *more)

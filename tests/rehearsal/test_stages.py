@@ -39,6 +39,10 @@ MORE = {
         *("empssl.epochs=2", "empssl.watch_epochs=1", "empssl.streams.images.batch_size=30"),
         *("empssl.module.sizes=[8,8]", "augment=photographs"),
     ),
+    **{
+        name: (f"{name}.epochs=2", f"{name}.watch_epochs=1", f"{name}.streams.images.batch_size=30")
+        for name in ("vicreg", "fastsiam")
+    },
     "cc": ("cc.epochs=2", "cc.watch_epochs=1", "cc.streams.images.batch_size=30"),
     "propos": (
         *("propos.epochs=2", "propos.watch_epochs=1", "propos.streams.images.batch_size=30"),
@@ -52,7 +56,8 @@ MORE = {
     "proto": ("proto.module.prior=estimated", "augment=photographs"),
     **{name: semi(name) for name in ("flexmatch", "freematch", "softmatch", "clusmatch")},
 }
-FIRST: tuple[str, ...] = ("moco", "simclr", "empssl", "cc", "propos", "embed")
+FIRST: tuple[str, ...] = ("moco", "simclr", "empssl", "vicreg", "fastsiam")
+FIRST += ("cc", "propos", "embed")
 STAGES: tuple[str, ...] = (*FIRST, "proto", "fixmatch", "scan", "selflabel")
 STAGES += ("flexmatch", "freematch", "softmatch", "clusmatch", "supervised")
 
@@ -141,7 +146,10 @@ def test_nothing_that_lasts_moves_in_memory_and_rates_are_tensors(
 @pytest.mark.filterwarnings("ignore:It is recommended to use")
 @pytest.mark.parametrize(
     "stage",
-    ["moco", "simclr", "empssl", "cc", "propos", "proto", "fixmatch", "freematch", "scan"],
+    [
+        *("moco", "simclr", "empssl", "vicreg", "fastsiam", "cc", "propos"),
+        *("proto", "fixmatch", "freematch", "scan"),
+    ],
 )
 def test_a_stage_runs_on_rank_0_of_two_gpus(
     stage: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch

@@ -151,7 +151,7 @@ def test_data_that_do_not_fit_are_refused(
         empssl(**settings).check(image_set(), {"images": stream(batch_size, **views)})
 
 
-@pytest.mark.parametrize("stage", ["simclr", "empssl"])
+@pytest.mark.parametrize("stage", ["simclr", "empssl", "vicreg", "fastsiam"])
 def test_a_run_stopped_inside_an_epoch_and_resumed_ends_with_the_same_bits(
     stage: str, tiny: Sequence[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,15 +28,17 @@ from spice_pl.nn.thresholds import (
 from spice_pl.stages.base import Stage
 from spice_pl.stages.cc import ContrastiveClusteringModule
 from spice_pl.stages.empssl import EmpSSLModule
+from spice_pl.stages.fastsiam import FastSiamModule
 from spice_pl.stages.moco import MoCoModule
 from spice_pl.stages.propos import ProPosModule
 from spice_pl.stages.scan import ScanModule
 from spice_pl.stages.selflabel import SelfLabelModule
 from spice_pl.stages.semi import SemiSupervisedModule
 from spice_pl.stages.simclr import SimCLRModule
+from spice_pl.stages.vicreg import VICRegModule
 
 B, S, N = 6, 8, 40
-OTHERS = ("simclr", "empssl", "cc", "propos", "scan", "selflabel")
+OTHERS = ("simclr", "empssl", "vicreg", "fastsiam", "cc", "propos", "scan", "selflabel")
 THRESHOLDS: dict[str, Threshold] = {
     "fixmatch": FixedThreshold(0.2),
     "flexmatch": FlexMatchThreshold(K),
@@ -65,6 +67,10 @@ def stage_and_batch(name: str) -> tuple[Stage, Any]:
         patches = torch.rand(B, 3, 3, S, S, generator=torch.Generator().manual_seed(0))
         batch = Views(torch.arange(B), {"patches": patches})
         return EmpSSLModule(backbone(), projection_dim=4, hidden_dim=8), batch
+    if name == "vicreg":
+        return VICRegModule(backbone(), projection_dim=4, hidden_dim=8), views("query", "key")
+    if name == "fastsiam":
+        return FastSiamModule(backbone(), projection_dim=4, hidden_dim=8), views("a", "b", "c")
     if name == "cc":
         return ContrastiveClusteringModule(backbone(), K, projection_dim=4), views("query", "key")
     if name == "propos":

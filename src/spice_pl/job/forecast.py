@@ -77,7 +77,7 @@ def stage_part(
         what = "a stage of your own" if own["streams"] else "heads on stored features"
         return Part(step.name, what, None)
     watched = min(WATCHED, len(images)) * costs.encode / step.watch_epochs
-    clusters = step.name not in ("moco", "simclr", "empssl")
+    clusters = step.name not in ("moco", "simclr", "empssl", "vicreg", "fastsiam")
     page = _page_seconds(len(images), num_clusters, costs) if clusters else 0.0
     what = f"{epochs} epochs of training" + (", report" if clusters else "")
     return Part(step.name, what, epochs * (epoch + watched) + end + page)
@@ -147,6 +147,8 @@ def _epoch_seconds(
         "MoCoModule": (1 + bool(module.get("symmetric"))) * (costs.train + costs.encode),
         "SimCLRModule": 2 * costs.train,
         "EmpSSLModule": patches * costs.train,
+        "VICRegModule": 2 * costs.train,
+        "FastSiamModule": len(stream["views"]) * costs.train,
         "ContrastiveClusteringModule": 2 * costs.train,
         "ProPosModule": 2 * (costs.train + costs.encode) + costs.encode,  # and the E-step
         "ScanModule": 2 * costs.train + views,  # an image and its partner

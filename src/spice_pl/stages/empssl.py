@@ -22,7 +22,7 @@ from spice_pl.errors import UsageError
 from spice_pl.functional.coding_rate import multi_patch_loss
 from spice_pl.runs.folder import RunFolder
 from spice_pl.stages.base import width_of
-from spice_pl.stages.features import FeatureStage
+from spice_pl.stages.features import FeatureStage, perceptron
 
 
 class EmpSSLModule(FeatureStage):
@@ -71,15 +71,9 @@ class EmpSSLModule(FeatureStage):
         ):
             if value <= 0:
                 raise UsageError(f"empssl.module.{key} {value} is not positive; {usual}")
-        width = width_of(backbone)
         super().__init__(
             backbone,
-            nn.Sequential(
-                nn.Linear(width, hidden_dim, bias=False),
-                nn.BatchNorm1d(hidden_dim),
-                nn.ReLU(),
-                nn.Linear(hidden_dim, projection_dim),
-            ),
+            perceptron(width_of(backbone), hidden_dim, projection_dim),
             num_clusters=num_clusters,
             sizes=sizes,
             lr=lr,

@@ -155,12 +155,15 @@ class FeatureStage(Stage):
 
     def pair(self, batch: Views) -> tuple[Tensor, Tensor]:
         """Return both views, (B, 3, s, s) each, at the size of this epoch."""
-        views = batch.views["query"], batch.views["key"]
+        first, second = self.at_size([batch.views["query"], batch.views["key"]])
+        return first, second
+
+    def at_size(self, views: list[Tensor]) -> list[Tensor]:
+        """Return views (B, 3, S, S), scaled to the size of this epoch, (B, 3, s, s)."""
         if self.sizes is None:
             return views
         size = in_turn(self.sizes, self.current_epoch, self.trainer.max_epochs)
-        first, second = (_scaled(view, size) for view in views)
-        return first, second
+        return [_scaled(view, size) for view in views]
 
     def record_step(self, loss: Tensor, query: Tensor, key: Tensor) -> None:
         """Log the loss of a step, and the geometry of its embeddings (B, P)."""
@@ -177,6 +180,16 @@ class FeatureStage(Stage):
             return (epoch + 1) / (self.warmup_epochs + 1)
         epochs = max(1, (self.trainer.max_epochs or 1) - self.warmup_epochs)
         return 0.5 * (1 + math.cos(math.pi * (epoch - self.warmup_epochs) / epochs))
+
+
+def perceptron(width: int, hidden_dim: int, out: int) -> nn.Sequential:
+    """Return a linear layer with BatchNorm and ReLU, and a linear layer: (B, width) -> (B, out)."""
+    return nn.Sequential(
+        nn.Linear(width, hidden_dim, bias=False),
+        nn.BatchNorm1d(hidden_dim),
+        nn.ReLU(),
+        nn.Linear(hidden_dim, out),
+    )
 
 
 def fit_stem(encoder: nn.Module, images: ImageSet, view: View) -> None:

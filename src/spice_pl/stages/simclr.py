@@ -18,7 +18,7 @@ from spice_pl.data.images import ImageSet
 from spice_pl.errors import UsageError
 from spice_pl.functional.contrastive import nt_xent
 from spice_pl.stages.base import width_of
-from spice_pl.stages.features import FeatureStage
+from spice_pl.stages.features import FeatureStage, perceptron
 
 
 class SimCLRModule(FeatureStage):
@@ -57,15 +57,9 @@ class SimCLRModule(FeatureStage):
             raise UsageError(
                 f"simclr.module.temperature {temperature} is not positive; our default is 0.2"
             )
-        width = width_of(backbone)
         super().__init__(
             backbone,
-            nn.Sequential(
-                nn.Linear(width, hidden_dim, bias=False),
-                nn.BatchNorm1d(hidden_dim),
-                nn.ReLU(),
-                nn.Linear(hidden_dim, projection_dim),
-            ),
+            perceptron(width_of(backbone), hidden_dim, projection_dim),
             num_clusters=num_clusters,
             sizes=sizes,
             lr=lr,
