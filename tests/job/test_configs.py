@@ -21,7 +21,7 @@ from spice_pl.stages.base import Stage
 STAGES = ("moco", "proto", "fixmatch")
 FAMILY = (
     *("clusmatch", "freematch", "flexmatch", "softmatch", "supervised"),
-    *("scan", "selflabel", "temi", "turtle", "kmeans", "empssl", "cc", "propos"),
+    *("scan", "selflabel", "temi", "turtle", "kmeans", "empssl", "cc", "propos", "cdc", "dcboost"),
 )
 GROUPS = {
     group.name: sorted(file.stem for file in group.glob("*.yaml"))

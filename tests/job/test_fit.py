@@ -85,7 +85,10 @@ def test_each_cluster_has_a_labelled_image() -> None:
 @pytest.mark.parametrize("num_clusters", [2, 10])
 @pytest.mark.parametrize(
     "stage",
-    ["moco", "simclr", "empssl", "cc", "propos", "proto", "scan", "selflabel", "fixmatch"],
+    [
+        *("moco", "simclr", "empssl", "cc", "propos", "cdc", "dcboost"),
+        *("proto", "scan", "selflabel", "fixmatch"),
+    ],
 )
 def test_every_size_fits_from_20_images_to_a_million(
     stage: str, num_clusters: int, number: int

@@ -44,6 +44,12 @@ MORE = {
         *("propos.epochs=2", "propos.watch_epochs=1", "propos.streams.images.batch_size=30"),
         *("propos.module.warmup_epochs=0", "propos.module.hidden_dim=16"),
     ),
+    "cdc": ("cdc.epochs=2", "cdc.streams.images.batch_size=30", "cdc.module.hidden_dim=16"),
+    "dcboost": (
+        *("dcboost.upstream=proto", "dcboost.epochs=2", "dcboost.watch_epochs=1"),
+        *("dcboost.streams.images.batch_size=30", "dcboost.module.hidden_dim=16"),
+        "dcboost.module.warmup_epochs=0",
+    ),
     "scan": ("scan.epochs=2", "scan.streams.images.batch_size=30", "scan.module.num_neighbors=5"),
     "selflabel": (
         *("selflabel.upstream=proto", "selflabel.epochs=2"),
@@ -53,7 +59,7 @@ MORE = {
     **{name: semi(name) for name in ("flexmatch", "freematch", "softmatch", "clusmatch")},
 }
 FIRST: tuple[str, ...] = ("moco", "simclr", "empssl", "cc", "propos", "embed")
-STAGES: tuple[str, ...] = (*FIRST, "proto", "fixmatch", "scan", "selflabel")
+STAGES: tuple[str, ...] = (*FIRST, "cdc", "dcboost", "proto", "fixmatch", "scan", "selflabel")
 STAGES += ("flexmatch", "freematch", "softmatch", "clusmatch", "supervised")
 
 
@@ -125,7 +131,10 @@ def test_a_stage_runs_on_one_gpu_with_at_most_these_waits_and_launches(
 @pytest.mark.filterwarnings("ignore:It is recommended to use")
 @pytest.mark.parametrize(
     "stage",
-    ["moco", "simclr", "empssl", "cc", "propos", "proto", "fixmatch", "freematch", "scan"],
+    [
+        *("moco", "simclr", "empssl", "cc", "propos", "cdc", "dcboost"),
+        *("proto", "fixmatch", "freematch", "scan"),
+    ],
 )
 def test_a_stage_runs_on_rank_0_of_two_gpus(
     stage: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch

@@ -27,6 +27,8 @@ from spice_pl.nn.thresholds import (
 )
 from spice_pl.stages.base import Stage
 from spice_pl.stages.cc import ContrastiveClusteringModule
+from spice_pl.stages.cdc import CdcModule
+from spice_pl.stages.dcboost import DCBoostModule
 from spice_pl.stages.empssl import EmpSSLModule
 from spice_pl.stages.moco import MoCoModule
 from spice_pl.stages.propos import ProPosModule
@@ -66,6 +68,12 @@ def stage_and_batch(name: str) -> tuple[Stage, Any]:
         module = ProPosModule(backbone(), K, projection_dim=4, hidden_dim=8, warmup_epochs=0)
         module.register_buffer("clusters", torch.arange(N) % K)
         return module, views("query", "key")
+    if name == "cdc":
+        return CdcModule(backbone(), K, hidden_dim=8), views("weak", "strong")
+    if name == "dcboost":
+        boost = DCBoostModule(backbone(), K, hidden_dim=8, warmup_epochs=0)
+        boost.register_buffer("clusters", torch.arange(N) % K)
+        return boost, views("query", "key")
     if name == "scan":
         return ScanModule(backbone(), K), views("strong")
     if name == "selflabel":
@@ -79,7 +87,11 @@ def stage_and_batch(name: str) -> tuple[Stage, Any]:
 
 
 @pytest.mark.parametrize(
-    "name", ["moco", "simclr", "empssl", "cc", "propos", "scan", "selflabel", *THRESHOLDS]
+    "name",
+    [
+        *("moco", "simclr", "empssl", "cc", "propos", "cdc", "dcboost", "scan", "selflabel"),
+        *THRESHOLDS,
+    ],
 )
 def test_a_training_step_is_traced_whole(name: str) -> None:
     module, batch = stage_and_batch(name)
