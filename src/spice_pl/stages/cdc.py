@@ -33,7 +33,7 @@ from spice_pl.functional.kmeans import cosine_kmeans
 from spice_pl.nn.heads import ClusterHead
 from spice_pl.runs.evidence import check_features
 from spice_pl.runs.folder import RunFolder, as_tensor
-from spice_pl.stages.base import Prediction, Stage, check_batch, width_of
+from spice_pl.stages.base import Prediction, Stage, check_batch, check_number, width_of
 
 NUM_FITTED = 20_000  # evenly spaced training images that the heads start from
 
@@ -77,13 +77,12 @@ class CdcModule(Stage):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for key, value, fits, rule in (
-            ("hidden_dim", hidden_dim, hidden_dim >= 1, "at least 1; the paper has 512"),
-            ("region_size", region_size, region_size >= 1, "at least 1, a region's images"),
-            ("entropy_weight", entropy_weight, entropy_weight >= 0, "at least 0; the paper has 1"),
+        for key, value, least, rule in (
+            ("hidden_dim", hidden_dim, 1, "at least 1; the paper has 512"),
+            ("region_size", region_size, 1, "at least 1, a region's images"),
+            ("entropy_weight", entropy_weight, 0, "at least 0; the paper has 1"),
         ):
-            if not fits:
-                raise UsageError(f"cdc.module.{key} {value} is not {rule}")
+            check_number(self.name, key, value, value >= least, rule)
         self.encoder = backbone
         self.num_clusters, self.hidden_dim = num_clusters, hidden_dim
         self.clustering, self.calibration = self._heads(hidden_dim)

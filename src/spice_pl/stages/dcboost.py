@@ -20,7 +20,7 @@ from spice_pl.data.images import ImageSet
 from spice_pl.errors import UsageError
 from spice_pl.functional.dcboost import agreeing_images, compactness_loss, separation_loss
 from spice_pl.runs.folder import RunFolder
-from spice_pl.stages.base import width_of
+from spice_pl.stages.base import check_number, width_of
 from spice_pl.stages.target import TargetStage
 
 PREDICTOR_LR = 10  # times that of the encoder; Appendix A
@@ -71,10 +71,8 @@ class DCBoostModule(TargetStage):
         weight_decay: float = 5e-4,
         seed: int = 0,
     ) -> None:
-        if max_neighbors < 1:
-            raise UsageError(
-                f"dcboost.module.max_neighbors {max_neighbors} is not at least 1; the paper has 50"
-            )
+        fits, rule = max_neighbors >= 1, "at least 1; the paper has 50"
+        check_number(self.name, "max_neighbors", max_neighbors, fits, rule)
         super().__init__(
             backbone,
             UnitLength(),

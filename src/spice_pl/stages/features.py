@@ -178,6 +178,16 @@ class FeatureStage(Stage):
         return 0.5 * (1 + math.cos(math.pi * (epoch - self.warmup_epochs) / epochs))
 
 
+def perceptron(width: int, hidden_dim: int, out: int) -> nn.Sequential:
+    """Return a linear layer with BatchNorm and ReLU, and a linear layer: (B, width) -> (B, out)."""
+    return nn.Sequential(
+        nn.Linear(width, hidden_dim, bias=False),
+        nn.BatchNorm1d(hidden_dim),
+        nn.ReLU(),
+        nn.Linear(hidden_dim, out),
+    )
+
+
 def fit_stem(encoder: nn.Module, images: ImageSet, view: View) -> None:
     """Fit the stem of an encoder to views of some training images, if it has one to be fitted."""
     fit = getattr(encoder, "fit_stem", None)

@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from spice_pl.errors import UsageError
 from spice_pl.functional.scattering import scattering_loss
-from spice_pl.stages.base import width_of
-from spice_pl.stages.target import TargetStage, perceptron
+from spice_pl.stages.base import check_number, width_of
+from spice_pl.stages.features import perceptron
+from spice_pl.stages.target import TargetStage
 
 
 class ProPosModule(TargetStage):
@@ -63,12 +63,10 @@ class ProPosModule(TargetStage):
         weight_decay: float = 5e-4,
         seed: int = 0,
     ) -> None:
-        for key, value, fits, rule in (
-            ("temperature", temperature, temperature > 0, "above 0; the paper has 0.5"),
-            ("scattering_weight", scattering_weight, scattering_weight >= 0, "at least 0"),
-        ):
-            if not fits:
-                raise UsageError(f"propos.module.{key} {value} is not {rule}")
+        fits, rule = temperature > 0, "above 0; the paper has 0.5"
+        check_number(self.name, "temperature", temperature, fits, rule)
+        fits, rule = scattering_weight >= 0, "at least 0; the paper has 0.1"
+        check_number(self.name, "scattering_weight", scattering_weight, fits, rule)
         super().__init__(
             backbone,
             perceptron(width_of(backbone), hidden_dim, projection_dim),

@@ -16,14 +16,14 @@ from torch.nn import functional as F
 from spice_pl.data.datamodule import Stream, Views
 from spice_pl.data.images import ImageSet
 from spice_pl.data.keyed import keyed_generator, keyed_uniform
-from spice_pl.errors import UsageError
 from spice_pl.functional.contrastive import alignment
+from spice_pl.functional.device import to_device
 from spice_pl.functional.kmeans import cosine_kmeans
 from spice_pl.functional.momentum import EmaPairs
 from spice_pl.nn.heads import LinearHead
 from spice_pl.runs.folder import RunFolder
-from spice_pl.stages.base import Prediction, check_batch, check_count, width_of
-from spice_pl.stages.features import FeatureStage
+from spice_pl.stages.base import Prediction, check_batch, check_count, check_number, width_of
+from spice_pl.stages.features import FeatureStage, perceptron
 
 NOISE = 0x9A0  # key of the noise; + 1 for the other view
 # Divides the cosines between features and centres in the probabilities of the head.
@@ -81,12 +81,9 @@ class TargetStage(FeatureStage):
         seed: int,
     ) -> None:
         check_count(self.name, num_clusters)
-        for key, value, fits, rule in (
-            ("noise", noise, noise >= 0, "at least 0; the paper has 0.001"),
-            ("momentum", momentum, 0 <= momentum <= 1, "from 0 to 1; the paper has 0.996"),
-        ):
-            if not fits:
-                raise UsageError(f"{self.name}.module.{key} {value} is not {rule}")
+        check_number(self.name, "noise", noise, noise >= 0, "at least 0; the paper has 0.001")
+        in_range, rule = 0 <= momentum <= 1, "from 0 to 1; the paper has 0.996"
+        check_number(self.name, "momentum", momentum, in_range, rule)
         super().__init__(
             backbone,
             projection,
@@ -202,7 +199,7 @@ class TargetStage(FeatureStage):
         weight = centres / (HEAD_TEMPERATURE * features.norm(dim=1).mean())
         self.head.weight.copy_(self.gathered(weight[None])[0].view_as(weight))
         self.head.bias.zero_()
-        self.clusters[self.train_index.to(self.device)] = found
+        self.clusters[to_device(self.train_index, self.device)] = found
         self.share_buffers()
 
     def _on_clusters(
@@ -231,13 +228,3 @@ class TargetStage(FeatureStage):
         # 0 has no finite normal number, and neither has 1.
         normal: Tensor = torch.special.ndtri(torch.cat(uniform).clamp_min(2.0**-25))
         return normal
-
-
-def perceptron(width: int, hidden_dim: int, out: int) -> nn.Sequential:
-    """Return a layer with BatchNorm and ReLU, and a linear one, as BYOL has them."""
-    return nn.Sequential(
-        nn.Linear(width, hidden_dim, bias=False),
-        nn.BatchNorm1d(hidden_dim),
-        nn.ReLU(),
-        nn.Linear(hidden_dim, out),
-    )
