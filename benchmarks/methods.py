@@ -115,12 +115,12 @@ def run_chain(
     *before, last = stages
     overrides = [
         *(*given, f"seed={seed}", f"runs_dir={runs}", "answer=network", f"stage={last}"),
+        "resume=true",  # what an earlier call with `--work` began
         *(f"{last}.upstream={each}" for each in before[-1:]),
     ]
     job = Job(settings(*overrides), tuple(overrides), "none", sweep=False)
     if not job.folder(last).finished:
-        shutil.rmtree(runs, ignore_errors=True)
-        if before:
+        if before and not runs.exists():
             start = run_chain(before, given, seed, work, on)[-1].path.parents[2]
             shutil.copytree(start, runs)
         if on is not None and not before:

@@ -51,7 +51,7 @@ def compactness_loss(online: Tensor, target: Tensor, clusters: Tensor, num_clust
 
     Li et al. 2025 (DCBoost), Eqs. 4 and 5: the mean over clusters c of
     w_c Σ_i Σ_j ‖z_i − z'_j‖², i and j of cluster c, where w_c = 1 / ‖Σ_i z_i‖² receives a gradient
-    too.
+    too. That z_i are those of the online network in w_c is our reading.
 
     Args:
         online: (B, D), l2-normalised embeddings of one view; the input that receives a gradient.
@@ -81,8 +81,9 @@ def separation_loss(online: Tensor, target: Tensor, clusters: Tensor, num_cluste
     """Push the prototypes of clusters apart.
 
     Li et al. 2025 (DCBoost), Eqs. 6 and 7: minus the mean of ‖v_c − v'_k‖² over all pairs of
-    different clusters, v being the sum of a cluster's embeddings scaled to length one. Arguments
-    as in `compactness_loss`.
+    different clusters, v being the sum of a cluster's embeddings scaled to length one. The paper
+    names a repulsion by Euclidean distance; the formula is our reading. Arguments as in
+    `compactness_loss`.
 
     Returns:
         Scalar in [-4, 0]; 0 if fewer than two clusters have an image.
