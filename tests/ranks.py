@@ -16,6 +16,8 @@ from spice_pl.callbacks.checkpoints import Checkpoints
 from spice_pl.data.datamodule import Views
 from spice_pl.stages.base import Stage
 from spice_pl.stages.cc import ContrastiveClusteringModule
+from spice_pl.stages.cdc import CdcModule
+from spice_pl.stages.dcboost import DCBoostModule
 from spice_pl.stages.empssl import EmpSSLModule
 from spice_pl.stages.fastsiam import FastSiamModule
 from spice_pl.stages.fixmatch import ReliableFixMatchModule
@@ -123,6 +125,30 @@ class DumpingProPos(ProPosModule):
     def on_train_end(self) -> None:
         super().on_train_end()
         dump(self, "propos")
+
+
+class DumpingCdc(CdcModule):
+    """CDC without BatchNorm."""
+
+    def __init__(self, backbone: nn.Module, num_clusters: int, **settings: Any) -> None:
+        super().__init__(backbone, num_clusters, **settings)
+        without_batch_norm(self)
+
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        dump(self, "cdc")
+
+
+class DumpingDCBoost(DCBoostModule):
+    """DCBoost without BatchNorm."""
+
+    def __init__(self, backbone: nn.Module, num_clusters: int, **settings: Any) -> None:
+        super().__init__(backbone, num_clusters, **settings)
+        without_batch_norm(self)
+
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        dump(self, "dcboost")
 
 
 class DumpingProto(ProtoHeadModule):

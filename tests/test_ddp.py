@@ -155,6 +155,37 @@ def test_a_loss_of_the_whole_batch_on_two_ranks_equals_one_rank(
         torch.testing.assert_close(two[key], value, rtol=1e-3, atol=1e-5, msg=key)
 
 
+AFTER = {  # of methods that continue from stage 1
+    "Cdc": ("upstream=simclr", "module.hidden_dim=16"),
+    "DCBoost": ("upstream=simclr", "module.warmup_epochs=1", "module.hidden_dim=16"),
+}
+
+
+@pytest.mark.parametrize("name", AFTER)
+def test_a_method_after_stage_1_on_two_ranks_equals_one_rank(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = name.lower()
+    monkeypatch.setenv("RANK_DUMPS", str(tmp_path))
+    root = write_folder(tmp_path / "photos", classes=False)
+    overrides = (
+        *("dataset=folder", f"dataset.root={root}", f"cache_dir={tmp_path / 'cache'}", *TINY),
+        *("allow_targets=[tests]", "simclr.module._target_=tests.ranks.DumpingSimCLR"),
+        *("simclr.epochs=1", "simclr.streams.images.batch_size=30", "simclr.module.lr=0.05"),
+        *(f"{stage}.module._target_=tests.ranks.Dumping{name}", f"{stage}.epochs=2"),
+        *(f"{stage}.streams.images.batch_size=30", *(f"{stage}.{more}" for more in AFTER[name])),
+    )
+    run_stages(make_job(*overrides, "stage=simclr", f"runs_dir={tmp_path / 'one'}"))
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    done = train(*overrides, f"stage={stage}", f"runs_dir={tmp_path / 'two'}", *TWO)
+    assert done.returncode == 0, done.stderr
+    run_stages(make_job(*overrides, f"stage={stage}", f"runs_dir={tmp_path / 'one'}"))
+    two, one = (torch.load(tmp_path / f"{stage}-{n}-0.pt", weights_only=True) for n in (2, 1))
+    assert two.keys() == one.keys()
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value, rtol=1e-3, atol=1e-5, msg=key)
+
+
 def test_stage_2_on_two_ranks_equals_one_rank(runs: Runs) -> None:
     two, one = runs.dump("proto", 2, 0), runs.dump("proto", 1, 0)
     for key in ("best_head", "best_epoch"):

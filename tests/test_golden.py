@@ -21,6 +21,8 @@ STAGES = ("moco", "proto", "fixmatch")
 OTHER = ("empssl", "vicreg", "fastsiam")  # other ways to stage 1
 STORED = ("temi", "turtle")  # heads on the stored features of moco
 WHOLE = ("cc", "propos")  # features and clusters from random weights
+AFTER = ("cdc", "dcboost")  # encoder and clusters after stage 1 or after any clustering
+CURVES = (("other", OTHER), ("stored", STORED), ("whole", WHOLE), ("after", AFTER))
 TOLERANCE = 2e-3  # relative
 
 
@@ -69,11 +71,25 @@ def whole(straight: Finished, tmp_path_factory: pytest.TempPathFactory) -> Finis
     return finished
 
 
-@pytest.mark.parametrize("stage", [*STAGES, *OTHER, *STORED, *WHOLE])
+@pytest.fixture(scope="module")
+def after(straight: Finished, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """The three stages, and CDC and DCBoost in a few steps."""
+    finished = straight.copy(tmp_path_factory.mktemp("after"))
+    sizes = ("epochs=3", "watch_epochs=3", "streams.images.batch_size=30", "module.hidden_dim=16")
+    more = (
+        *(f"{stage}.{size}" for stage in AFTER for size in sizes),
+        *("dcboost.module.warmup_epochs=1", "dcboost.upstream=proto", "cdc.module.lr=0.01"),
+    )
+    finished = Finished((*finished.overrides, *more), finished.runs)
+    run_stages(finished.job(f"stages=[{','.join(AFTER)}]"))
+    return finished
+
+
+@pytest.mark.parametrize("stage", [*STAGES, *OTHER, *STORED, *WHOLE, *AFTER])
 def test_loss_curve_is_the_golden_one(
     straight: Finished, stage: str, request: pytest.FixtureRequest
 ) -> None:
-    for fixture, stages in (("other", OTHER), ("stored", STORED), ("whole", WHOLE)):
+    for fixture, stages in CURVES:
         if stage in stages:
             straight = request.getfixturevalue(fixture)
     found, file = curve(straight, stage), FOLDER / f"{stage}.json"
@@ -85,7 +101,7 @@ def test_loss_curve_is_the_golden_one(
     assert len(found) == int(straight.job().cfg[stage].epochs)
 
 
-@pytest.mark.parametrize("stage", [*STAGES, *OTHER, *STORED, *WHOLE])
+@pytest.mark.parametrize("stage", [*STAGES, *OTHER, *STORED, *WHOLE, *AFTER])
 def test_no_other_epoch_would_pass_for_another(stage: str) -> None:
     """The tolerance is finer than what the curve itself does."""
     golden = json.loads((FOLDER / f"{stage}.json").read_text())["train/loss"]

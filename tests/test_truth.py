@@ -157,6 +157,11 @@ LEARNS = {
         *("epochs=2", "watch_epochs=1", "streams.images.batch_size=30"),
         *("module.warmup_epochs=1", "module.hidden_dim=16"),
     ),
+    "cdc": ("epochs=1", "streams.images.batch_size=30", "module.hidden_dim=16"),
+    "dcboost": (
+        *("epochs=2", "watch_epochs=1", "streams.images.batch_size=30", "upstream=proto"),
+        *("module.warmup_epochs=1", "module.hidden_dim=16"),
+    ),
     "embed": (),
     "import": ("module.stem=conv3",),
     "scan": ("epochs=2", "streams.images.batch_size=30"),

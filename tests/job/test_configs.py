@@ -22,7 +22,7 @@ STAGES = ("moco", "proto", "fixmatch")
 FAMILY = (
     *("clusmatch", "freematch", "flexmatch", "softmatch", "supervised"),
     *("scan", "selflabel", "temi", "turtle", "kmeans"),
-    *("empssl", "vicreg", "fastsiam", "cc", "propos"),
+    *("empssl", "vicreg", "fastsiam", "cc", "propos", "cdc", "dcboost"),
 )
 GROUPS = {
     group.name: sorted(file.stem for file in group.glob("*.yaml"))

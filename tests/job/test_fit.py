@@ -86,7 +86,7 @@ def test_each_cluster_has_a_labelled_image() -> None:
 @pytest.mark.parametrize(
     "stage",
     [
-        *("moco", "simclr", "empssl", "vicreg", "fastsiam", "cc", "propos"),
+        *("moco", "simclr", "empssl", "vicreg", "fastsiam", "cc", "propos", "cdc", "dcboost"),
         *("proto", "scan", "selflabel", "fixmatch"),
     ],
 )

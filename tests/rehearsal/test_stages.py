@@ -48,6 +48,12 @@ MORE = {
         *("propos.epochs=2", "propos.watch_epochs=1", "propos.streams.images.batch_size=30"),
         *("propos.module.warmup_epochs=0", "propos.module.hidden_dim=16"),
     ),
+    "cdc": ("cdc.epochs=2", "cdc.streams.images.batch_size=30", "cdc.module.hidden_dim=16"),
+    "dcboost": (
+        *("dcboost.upstream=proto", "dcboost.epochs=2", "dcboost.watch_epochs=1"),
+        *("dcboost.streams.images.batch_size=30", "dcboost.module.hidden_dim=16"),
+        "dcboost.module.warmup_epochs=0",
+    ),
     "scan": ("scan.epochs=2", "scan.streams.images.batch_size=30", "scan.module.num_neighbors=5"),
     "selflabel": (
         *("selflabel.upstream=proto", "selflabel.epochs=2"),
@@ -58,7 +64,7 @@ MORE = {
 }
 FIRST: tuple[str, ...] = ("moco", "simclr", "empssl", "vicreg", "fastsiam")
 FIRST += ("cc", "propos", "embed")
-STAGES: tuple[str, ...] = (*FIRST, "proto", "fixmatch", "scan", "selflabel")
+STAGES: tuple[str, ...] = (*FIRST, "cdc", "dcboost", "proto", "fixmatch", "scan", "selflabel")
 STAGES += ("flexmatch", "freematch", "softmatch", "clusmatch", "supervised")
 
 
@@ -147,7 +153,7 @@ def test_nothing_that_lasts_moves_in_memory_and_rates_are_tensors(
 @pytest.mark.parametrize(
     "stage",
     [
-        *("moco", "simclr", "empssl", "vicreg", "fastsiam", "cc", "propos"),
+        *("moco", "simclr", "empssl", "vicreg", "fastsiam", "cc", "propos", "cdc", "dcboost"),
         *("proto", "fixmatch", "freematch", "scan"),
     ],
 )

@@ -14,7 +14,7 @@ from tests.conftest import NUM_CLASSES, NUM_IMAGES, photographs
 from torch import Tensor, nn
 
 from spice_pl.data.augment import PlainView, StrongView, View, WeakView
-from spice_pl.data.datamodule import Stream, ViewsDataModule
+from spice_pl.data.datamodule import Stream, Views, ViewsDataModule
 from spice_pl.data.images import ImageSet
 from spice_pl.nn.resnet import ResNet
 from spice_pl.runs.folder import RunFolder
@@ -27,10 +27,33 @@ WEAK = WeakView(MEAN, STD, padding=1)
 STRONG = StrongView(MEAN, STD, num_ops=2, max_cutout=3)
 
 
+class Watch(pl.Callback):
+    """Keep the batches and their losses."""
+
+    def __init__(self) -> None:
+        self.batches: list[Views] = []
+        self.losses: list[Tensor] = []
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        self.batches.append(args[1])
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        self.losses.append(args[1]["loss"])
+
+
 def backbone(seed: int = 0) -> ResNet:
     """Make a network of D = 8 features, in channels_last as a run has it."""
     torch.manual_seed(seed)
     return ResNet(blocks=[1], widths=[D])
+
+
+@torch.no_grad()
+def settled(encoder: nn.Module) -> nn.Module:
+    """Give BatchNorm the statistics of the plain images, as a trained network has them."""
+    images = PLAIN(torch.from_numpy(image_set().images), torch.empty(N, 0))
+    for _ in range(50):
+        encoder.train()(images)
+    return encoder
 
 
 def image_set() -> ImageSet:

@@ -6,16 +6,16 @@ import copy
 import math
 from typing import Any
 
-import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from tests.conftest import NUM_CLASSES, Finished
+from tests.conftest import NUM_CLASSES
 from tests.stages.small import (
     STRONG,
     WEAK,
     K,
     N,
+    Watch,
     backbone,
     fit,
     image_set,
@@ -27,13 +27,9 @@ from tests.stages.small import (
 from torch import Tensor
 from torch.nn import functional as F
 
-from spice_pl.data.datamodule import Views
 from spice_pl.errors import UsageError
 from spice_pl.functional.assignment import clustering_scores
 from spice_pl.functional.kmeans import cosine_kmeans
-from spice_pl.job.run import run_stages
-from spice_pl.models import portable
-from spice_pl.stages.base import Stage
 from spice_pl.stages.cc import ContrastiveClusteringModule
 from spice_pl.stages.propos import ProPosModule
 
@@ -48,21 +44,6 @@ def cc(**settings: Any) -> ContrastiveClusteringModule:
 def propos(**settings: Any) -> ProPosModule:
     small: dict[str, Any] = {"projection_dim": P, "hidden_dim": 10, "warmup_epochs": 0}
     return ProPosModule(backbone(), K, **(small | settings))
-
-
-class Watch(pl.Callback):
-    """Keep batches, losses and what the networks looked like before each step."""
-
-    def __init__(self) -> None:
-        self.batches: list[Views] = []
-        self.before: list[pl.LightningModule] = []
-        self.losses: list[Tensor] = []
-
-    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
-        self.batches.append(args[1])
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        self.losses.append(args[1]["loss"])
 
 
 # CC.
@@ -233,73 +214,3 @@ def test_clusters_must_be_known_and_fit_into_a_batch(kind: Any) -> None:
     module = kind(backbone(), 16)
     with pytest.raises(UsageError, match=r"batch_size 15 is less than the 16 clusters"):
         module.check(image_set(), STREAMS)
-
-
-# As runs.
-
-SHORT = {
-    "cc": ("cc.epochs=3", "cc.streams.images.batch_size=30", "cc.watch_epochs=1"),
-    "propos": (
-        *("propos.epochs=3", "propos.streams.images.batch_size=30", "propos.watch_epochs=1"),
-        *("propos.module.warmup_epochs=1", "propos.module.hidden_dim=16"),
-    ),
-}
-
-
-@pytest.mark.parametrize("stage", SHORT)
-def test_a_run_leaves_clusters_and_a_model(finished: Finished, stage: str) -> None:
-    run_stages(finished.job(f"stage={stage}", *SHORT[stage], "embeddings=cosine"))
-    folder = finished.folder(stage)
-    for name in ("model.spice", "clusters.csv", "report.html", "metrics.json"):
-        assert (folder.path / name).is_file(), name
-    table = folder.read_clusters()
-    assert np.array_equal(table.clusters, folder.probs.argmax(axis=1))
-    head = portable.load(folder.path / "model.spice").network.head
-    made = head(torch.from_numpy(np.array(folder.features)))
-    np.testing.assert_allclose(made.detach().numpy(), folder.probs, atol=1e-5)
-
-
-@pytest.mark.parametrize("stage", SHORT)
-def test_resumed_equals_straight(finished: Finished, stage: str) -> None:
-    more = (f"stage={stage}", *SHORT[stage])
-    run_stages(finished.job(*more, "overwrite=true"))
-    straight = finished.folder(stage)
-    kept = {each: (straight.path / each).read_bytes() for each in ("probs.npy", "metrics.csv")}
-    module: Any = {"cc": ContrastiveClusteringModule, "propos": ProPosModule}[stage]
-    step = module.training_step
-
-    def stopping(self: Stage, batch: Views, batch_idx: int) -> Tensor:
-        if (self.current_epoch, batch_idx) == (2, 0):
-            raise UsageError("stopped")
-        loss: Tensor = step(self, batch, batch_idx)
-        return loss
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "training_step", stopping)
-        with pytest.raises(UsageError, match="stopped"):
-            run_stages(finished.job(*more, "overwrite=true"))
-    assert not straight.finished
-    run_stages(finished.job(*more, "resume=true"))
-    for name, content in kept.items():
-        assert (straight.path / name).read_bytes() == content, name
-
-
-def test_clusmatch_continues_from_propos_by_one_command(finished: Finished) -> None:
-    job = finished.job(
-        *("chain=[propos,clusmatch]", *SHORT["propos"], "clusmatch.upstream=propos"),
-        *("overwrite=true", "clusmatch.epochs=1", "clusmatch.module.steps_per_epoch=3"),
-        *("clusmatch.module.kmeans_steps=2", "clusmatch.streams.labelled.batch_size=2"),
-        *("clusmatch.streams.unlabelled.batch_size=10", "selectors.variance.fraction=0.2"),
-    )
-    assert job.stages == ["propos", "clusmatch"]
-    run_stages(job)
-    assert finished.folder("clusmatch").finished
-    stamp = finished.folder("clusmatch")._stamp()
-    assert stamp["upstream"] == finished.folder("propos").metrics["digest"]
-
-
-@pytest.mark.parametrize("stage", SHORT)
-def test_another_number_of_clusters_is_another_run(finished: Finished, stage: str) -> None:
-    run_stages(finished.job(f"stage={stage}", *SHORT[stage]))
-    with pytest.raises(UsageError, match=r"num_clusters"):
-        run_stages(finished.job(f"stage={stage}", *SHORT[stage], "dataset.num_clusters=4"))

@@ -27,6 +27,8 @@ from spice_pl.nn.thresholds import (
 )
 from spice_pl.stages.base import Stage
 from spice_pl.stages.cc import ContrastiveClusteringModule
+from spice_pl.stages.cdc import CdcModule
+from spice_pl.stages.dcboost import DCBoostModule
 from spice_pl.stages.empssl import EmpSSLModule
 from spice_pl.stages.fastsiam import FastSiamModule
 from spice_pl.stages.moco import MoCoModule
@@ -38,7 +40,17 @@ from spice_pl.stages.simclr import SimCLRModule
 from spice_pl.stages.vicreg import VICRegModule
 
 B, S, N = 6, 8, 40
-OTHERS = ("simclr", "empssl", "vicreg", "fastsiam", "cc", "propos", "scan", "selflabel")
+OTHERS: tuple[str, ...] = (
+    "simclr",
+    "empssl",
+    "vicreg",
+    "fastsiam",
+    "cc",
+    "propos",
+    "cdc",
+    "dcboost",
+)
+OTHERS += ("scan", "selflabel")
 THRESHOLDS: dict[str, Threshold] = {
     "fixmatch": FixedThreshold(0.2),
     "flexmatch": FlexMatchThreshold(K),
@@ -77,6 +89,12 @@ def stage_and_batch(name: str) -> tuple[Stage, Any]:
         module = ProPosModule(backbone(), K, projection_dim=4, hidden_dim=8, warmup_epochs=0)
         module.register_buffer("clusters", torch.arange(N) % K)
         return module, views("query", "key")
+    if name == "cdc":
+        return CdcModule(backbone(), K, hidden_dim=8), views("weak", "strong")
+    if name == "dcboost":
+        boost = DCBoostModule(backbone(), K, hidden_dim=8, warmup_epochs=0)
+        boost.register_buffer("clusters", torch.arange(N) % K)
+        return boost, views("query", "key")
     if name == "scan":
         return ScanModule(backbone(), K), views("strong")
     if name == "selflabel":

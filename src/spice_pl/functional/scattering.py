@@ -32,7 +32,7 @@ def batch_prototypes(embeddings: Tensor, clusters: Tensor, num_clusters: int) ->
         tensor([[0.7071, 0.7071],
                 [0.0000, 0.0000]])
     """
-    return F.normalize(_members(clusters, num_clusters).to(embeddings.dtype).T @ embeddings)
+    return F.normalize(members(clusters, num_clusters).to(embeddings.dtype).T @ embeddings)
 
 
 def scattering_loss(
@@ -72,7 +72,7 @@ def scattering_loss(
         )
     own = batch_prototypes(online, clusters, num_clusters)  # (K, P)
     other = batch_prototypes(target.detach(), clusters, num_clusters)  # (K, P)
-    present = _members(clusters, num_clusters).any(dim=0)  # (K,)
+    present = members(clusters, num_clusters).any(dim=0)  # (K,)
     itself = torch.eye(num_clusters, dtype=torch.bool, device=online.device)
     positive = (own * other).sum(dim=1)  # (K,)
     logits = torch.where(itself, positive[:, None], own @ own.T) / temperature  # (K, K)
@@ -82,6 +82,6 @@ def scattering_loss(
     return (losses * weight).sum() / weight.sum().clamp_min(1)
 
 
-def _members(clusters: Tensor, num_clusters: int) -> Tensor:
-    """Return whether each image is in each cluster, (B, K)."""
+def members(clusters: Tensor, num_clusters: int) -> Tensor:
+    """Return whether each image (B,) is in each cluster, (B, K); -1 is in none."""
     return clusters[:, None] == torch.arange(num_clusters, device=clusters.device)

@@ -151,6 +151,8 @@ def _epoch_seconds(
         "FastSiamModule": len(stream["views"]) * costs.train,
         "ContrastiveClusteringModule": 2 * costs.train,
         "ProPosModule": 2 * (costs.train + costs.encode) + costs.encode,  # and the E-step
+        "DCBoostModule": 2 * (costs.train + costs.encode) + costs.encode,  # likewise
+        "CdcModule": 2 * costs.train,
         "ScanModule": 2 * costs.train + views,  # an image and its partner
         "SelfLabelModule": 2 * costs.train,
     }

@@ -317,6 +317,23 @@ def check_word(setting: str, word: str, words: Sequence[str]) -> None:
         raise UsageError(f"{setting} {word!r} is none of {', '.join(words)}")
 
 
+def check_number(stage: str, key: str, value: float, fits: bool, rule: str) -> None:
+    """Check a number of the settings of a stage.
+
+    Args:
+        stage: name of the stage.
+        key: name of the number, below `module`.
+        value: the number.
+        fits: whether it follows the rule.
+        rule: what it has to be, for the message.
+
+    Raises:
+        UsageError: it does not fit.
+    """
+    if not fits:
+        raise UsageError(f"{stage}.module.{key} {value} is not {rule}")
+
+
 def check_count(stage: str, num_clusters: int | None) -> None:
     """Check that K is known to a stage that clusters without the features of another one.
 

@@ -15,12 +15,11 @@ from torch.nn import functional as F
 
 from spice_pl.data.datamodule import Stream, Views
 from spice_pl.data.images import ImageSet
-from spice_pl.errors import UsageError
 from spice_pl.functional.contrastive import cluster_contrast, nt_xent
 from spice_pl.nn.heads import ClusterHead
 from spice_pl.nn.optimizers import adam_settings
 from spice_pl.runs.folder import RunFolder
-from spice_pl.stages.base import Prediction, Stage, check_batch, check_count, width_of
+from spice_pl.stages.base import Prediction, Stage, check_batch, check_count, check_number, width_of
 from spice_pl.stages.features import fit_stem
 
 
@@ -63,8 +62,7 @@ class ContrastiveClusteringModule(Stage):
             ("temperature", temperature, 0.5),
             ("cluster_temperature", cluster_temperature, 1.0),
         ):
-            if value <= 0:
-                raise UsageError(f"cc.module.{key} {value} is not positive; the paper has {paper}")
+            check_number(self.name, key, value, value > 0, f"positive; the paper has {paper}")
         width = width_of(backbone)
         self.encoder = backbone
         self.projection = nn.Sequential(

@@ -3,44 +3,25 @@
 Huang et al. 2022, "Learning Representation for Clustering via Prototype Scattering and Positive
 Sampling". ClusMatch continues from it.
 
-Shapes: N images, n of them for training, B images of a batch, b of them on this rank, D features,
-P projection, K clusters.
+Shapes: B images of a batch, D features, P projection, K clusters.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from spice_pl.data.datamodule import Stream, Views
-from spice_pl.data.images import ImageSet
-from spice_pl.data.keyed import keyed_generator, keyed_uniform
-from spice_pl.errors import UsageError
-from spice_pl.functional.contrastive import alignment
-from spice_pl.functional.kmeans import cosine_kmeans
-from spice_pl.functional.momentum import EmaPairs
 from spice_pl.functional.scattering import scattering_loss
-from spice_pl.nn.heads import LinearHead
-from spice_pl.runs.folder import RunFolder
-from spice_pl.stages.base import Prediction, check_batch, check_count, width_of
-from spice_pl.stages.features import FeatureStage
-
-NOISE = 0x9A0  # key of the noise; + 1 for the other view
-# Divides the cosines between features and centres in the probabilities of the head.
-HEAD_TEMPERATURE = 0.05
+from spice_pl.stages.base import check_number, width_of
+from spice_pl.stages.features import perceptron
+from spice_pl.stages.target import TargetStage
 
 
-class ProPosModule(FeatureStage):
+class ProPosModule(TargetStage):
     """Align each image with a neighbour of its other view, and keep clusters apart.
 
-    E-step, before each epoch after the warm-up: k-means on the features of the target network,
-    a moving average. M-step: a sample near the projection of a view is mapped onto the target's
-    projection of the other view; the prototypes of a batch are contrasted with each other. The
-    head handed on compares features with the centres of a last k-means.
+    The loss on clusters contrasts the prototypes of a batch with each other.
 
     Args:
         backbone: (B, 3, S, S) -> (B, D), with `num_features`.
@@ -63,9 +44,6 @@ class ProPosModule(FeatureStage):
     """
 
     name = "propos"
-    has_clusters = True
-    clusters: Tensor  # (N,) of the last E-step; -1 where there was none
-    _ema: EmaPairs | None = None
 
     def __init__(
         self,
@@ -85,146 +63,30 @@ class ProPosModule(FeatureStage):
         weight_decay: float = 5e-4,
         seed: int = 0,
     ) -> None:
-        check_count(self.name, num_clusters)
-        for key, value, fits, rule in (
-            ("temperature", temperature, temperature > 0, "above 0; the paper has 0.5"),
-            ("scattering_weight", scattering_weight, scattering_weight >= 0, "at least 0"),
-            ("noise", noise, noise >= 0, "at least 0; the paper has 0.001"),
-            ("momentum", momentum, 0 <= momentum <= 1, "from 0 to 1; the paper has 0.996"),
-        ):
-            if not fits:
-                raise UsageError(f"propos.module.{key} {value} is not {rule}")
-        width = width_of(backbone)
+        fits, rule = temperature > 0, "above 0; the paper has 0.5"
+        check_number(self.name, "temperature", temperature, fits, rule)
+        fits, rule = scattering_weight >= 0, "at least 0; the paper has 0.1"
+        check_number(self.name, "scattering_weight", scattering_weight, fits, rule)
         super().__init__(
             backbone,
-            _perceptron(width, hidden_dim, projection_dim),
-            num_clusters=num_clusters,
+            perceptron(width_of(backbone), hidden_dim, projection_dim),
+            num_clusters,
+            projection_dim=projection_dim,
+            hidden_dim=hidden_dim,
+            noise=noise,
+            momentum=momentum,
             sizes=sizes,
             lr=lr,
             warmup_epochs=warmup_epochs,
             sgd_momentum=sgd_momentum,
             weight_decay=weight_decay,
+            seed=seed,
         )
-        self.predictor = _perceptron(projection_dim, hidden_dim, projection_dim)
-        self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
-        self.target_projection = copy.deepcopy(self.projection).requires_grad_(False)
-        self.head = LinearHead(width, num_clusters).requires_grad_(False)
         self.temperature, self.scattering_weight = temperature, scattering_weight
-        self.noise, self.momentum, self.seed = noise, momentum, seed
-        self.projection_dim = projection_dim
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the probabilities (B, K) of the target network."""
-        probs: Tensor = self.head(self.target_encoder(images).float())
-        return probs
-
-    def training_step(self, batch: Views, batch_idx: int) -> Tensor:
-        """Return the loss of a batch, each view predicting the other; update the target."""
-        if self._ema is None:
-            self._ema = EmaPairs(
-                (self.target_encoder, self.encoder), (self.target_projection, self.projection)
-            )
-        self._ema.update_(self.momentum)
-        views = torch.cat(self.pair(batch))  # (2b, 3, S, S)
-        projected = self.projection(self.encoder(views)).float()  # (2b, P)
-        with torch.no_grad():
-            target = F.normalize(self.target_projection(self.target_encoder(views)).float())
-        samples = self.predictor(projected + self.noise * self._noise(batch.index)).float()
-        predicted = F.normalize(samples)
-        target = torch.cat(target.chunk(2)[::-1])  # of the other view
-        aligned = alignment(predicted, target)
-        values = {"loss_alignment": aligned}
-        loss = aligned
-        if self.current_epoch >= self.warmup_epochs:
-            scattered = self._scattering(F.normalize(projected), target, batch.index)
-            values["loss_scattering"] = scattered
-            loss = loss + self.scattering_weight * scattered
-        for name, value in values.items():
-            self.record(f"train/{name}", value)
-        self.record_step(loss, *F.normalize(projected).chunk(2))
-        return loss
-
-    def on_train_batch_start(self, batch: Views, batch_idx: int) -> None:
-        """E-step, before the first batch of an epoch after the warm-up."""
-        if batch_idx == 0 and self.current_epoch >= self.warmup_epochs:
-            self._cluster()
-
-    def check(self, images: ImageSet, streams: Mapping[str, Stream]) -> None:
-        """Check that a batch can hold several clusters."""
-        check_batch(self.name, streams, self.head.out_features)
-
-    def prepare(
-        self, images: ImageSet, upstream: RunFolder | None, streams: Mapping[str, Stream]
-    ) -> Mapping[str, Stream]:
-        """Fit a stem that depends on the images, in both networks."""
-        streams = super().prepare(images, upstream, streams)
-        self.target_encoder.load_state_dict(self.encoder.state_dict())
-        self.train_index = torch.from_numpy(images.train_index)
-        # A buffer, so that a run that is resumed inside an epoch keeps its clusters.
-        self.register_buffer("clusters", torch.full((len(images),), -1))
-        return streams
-
-    def weights(self) -> Mapping[str, nn.Module]:
-        """Return the target's encoder, and the head of the last k-means."""
-        return {"encoder": self.target_encoder, "head": self.head}
-
-    def predict(self, batch: Views) -> Prediction:
-        """Return features of the target network and, after the warm-up, probabilities."""
-        features = self.target_encoder(batch.views["plain"]).float()
-        clustered = self.trainer.predicting or self.current_epoch >= self.warmup_epochs
-        return Prediction(batch.index, features, self.head(features) if clustered else None)
-
-    def on_fit_start(self) -> None:
-        """Pair the networks from scratch, now that they are on their device."""
-        self._ema = None
-
-    def on_predict_start(self) -> None:
-        """Cluster the features that are handed on."""
-        self._cluster()
-
-    @torch.no_grad()
-    def _cluster(self) -> None:
-        """Run k-means on the target's features of plain training images; set clusters and head."""
-        training = self.target_encoder.training
-        self.target_encoder.eval()
-        features = self.plain_features(self.target_encoder, self.train_index)  # (n, D)
-        self.target_encoder.train(training)
-        generator = keyed_generator(self.seed, self.current_epoch)
-        found, centres = cosine_kmeans(features, self.head.out_features, generator=generator)
-        weight = centres / (HEAD_TEMPERATURE * features.norm(dim=1).mean())
-        self.head.weight.copy_(self.gathered(weight[None])[0].view_as(weight))
-        self.head.bias.zero_()
-        self.clusters[self.train_index.to(self.device)] = found
-        self.share_buffers()
-
-    def _scattering(self, projected: Tensor, target: Tensor, index: Tensor) -> Tensor:
-        """Return the loss on the prototypes of the global batch, the mean over both views."""
-        parts = (self.joined(each) for each in projected.chunk(2))  # (B, P) each
-        others = (self.joined(each) for each in target.chunk(2))
-        clusters = self.joined(self.clusters[index])  # (B,)
-        losses = [
-            scattering_loss(own, other, clusters, self.head.out_features, self.temperature)
-            for own, other in zip(parts, others, strict=True)
-        ]
-        return torch.stack(losses).mean()
-
-    def _noise(self, index: Tensor) -> Tensor:
-        """Return standard normal numbers (2b, P) for both views, by image and epoch."""
-        epoch = torch.full_like(index, self.current_epoch)
-        uniform = [
-            keyed_uniform(self.seed, epoch, index, NOISE + view, self.projection_dim)
-            for view in (0, 1)
-        ]
-        # 0 has no finite normal number, and neither has 1.
-        normal: Tensor = torch.special.ndtri(torch.cat(uniform).clamp_min(2.0**-25))
-        return normal
-
-
-def _perceptron(width: int, hidden_dim: int, out: int) -> nn.Sequential:
-    """Return a layer with BatchNorm and ReLU, and a linear one, as BYOL has them."""
-    return nn.Sequential(
-        nn.Linear(width, hidden_dim, bias=False),
-        nn.BatchNorm1d(hidden_dim),
-        nn.ReLU(),
-        nn.Linear(hidden_dim, out),
-    )
+    def cluster_losses(
+        self, online: Tensor, target: Tensor, clusters: Tensor
+    ) -> Mapping[str, tuple[float, Tensor]]:
+        """Return the loss that contrasts the prototypes of a batch."""
+        loss = scattering_loss(online, target, clusters, self.head.out_features, self.temperature)
+        return {"scattering": (self.scattering_weight, loss)}

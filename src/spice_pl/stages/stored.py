@@ -18,7 +18,7 @@ from spice_pl.data.keyed import keyed_generator
 from spice_pl.errors import UsageError
 from spice_pl.runs.evidence import check_features
 from spice_pl.runs.folder import RunFolder, as_tensor
-from spice_pl.stages.base import Prediction, Stage, width_of
+from spice_pl.stages.base import Prediction, Stage, check_number, width_of
 
 
 class Sizes(TypedDict):
@@ -125,13 +125,8 @@ class StoredFeaturesStage(Stage):
         return replace(prediction, head_clusters=self.clusters_of_heads(batch.index))
 
     def check_number(self, key: str, fits: bool, rule: str) -> None:
-        """Check a number of the settings that is also an attribute.
-
-        Raises:
-            UsageError: it does not fit.
-        """
-        if not fits:
-            raise UsageError(f"{self.name}.module.{key} {getattr(self, key)} is not {rule}")
+        """Check a number of the settings that is also an attribute, as `base.check_number` does."""
+        check_number(self.name, key, getattr(self, key), fits, rule)
 
     def prepare(
         self, images: ImageSet, upstream: RunFolder | None, streams: Mapping[str, Stream]

@@ -1,0 +1,142 @@
+"""DCBoost: images whose neighbours agree pull clusters together and push them apart.
+
+Li et al. 2025, "You Can Trust Your Clustering Model: A Parameter-free Self-Boosting Plug-in for
+Deep Clustering" (DCBoost, NeurIPS). It continues from the encoder of any clustering.
+
+Shapes: B images of a batch, D features, K clusters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spice_pl.data.datamodule import Stream
+from spice_pl.data.images import ImageSet
+from spice_pl.errors import UsageError
+from spice_pl.functional.dcboost import agreeing_images, compactness_loss, separation_loss
+from spice_pl.runs.folder import RunFolder
+from spice_pl.stages.base import check_number, width_of
+from spice_pl.stages.target import TargetStage
+
+PREDICTOR_LR = 10  # times that of the encoder; Appendix A
+
+
+class DCBoostModule(TargetStage):
+    """Fine-tune the encoder of a clustering on images that agree with their neighbours.
+
+    In each batch an image counts if its k nearest neighbours are of its cluster, where k is the
+    number for which k times the number of such images is largest. Those of a cluster are pulled
+    together, and the prototypes of clusters are pushed apart. There is no weight to set.
+
+    Args:
+        backbone: (B, 3, S, S) -> (B, D), with `num_features`.
+        num_clusters: K.
+        hidden_dim: width of the hidden layer of the predictor, which has BatchNorm.
+        max_neighbors: m, the largest k that is tried.
+        noise: σ, standard deviation of a sample around an embedding.
+        momentum: share of the target network that stays at each step.
+        sizes: as in `FeatureStage`.
+        lr: as in `FeatureStage`; the predictor, which starts at random weights, has ten times as
+            much.
+        warmup_epochs: as in `FeatureStage`; the views of an image alone are aligned in these
+            epochs.
+        sgd_momentum: as in `FeatureStage`.
+        weight_decay: as in `FeatureStage`.
+        seed: seed of k-means and of the samples.
+
+    Raises:
+        UsageError: a number is out of range.
+    """
+
+    name = "dcboost"
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_clusters: int,
+        *,
+        hidden_dim: int = 512,
+        max_neighbors: int = 50,
+        noise: float = 0.001,
+        momentum: float = 0.996,
+        sizes: Sequence[int] | None = None,
+        lr: float = 5e-3,
+        warmup_epochs: int = 10,
+        sgd_momentum: float = 0.9,
+        weight_decay: float = 5e-4,
+        seed: int = 0,
+    ) -> None:
+        fits, rule = max_neighbors >= 1, "at least 1; the paper has 50"
+        check_number(self.name, "max_neighbors", max_neighbors, fits, rule)
+        super().__init__(
+            backbone,
+            UnitLength(),
+            num_clusters,
+            projection_dim=width_of(backbone),
+            hidden_dim=hidden_dim,
+            noise=noise,
+            momentum=momentum,
+            sizes=sizes,
+            lr=lr,
+            warmup_epochs=warmup_epochs,
+            sgd_momentum=sgd_momentum,
+            weight_decay=weight_decay,
+            seed=seed,
+        )
+        self.max_neighbors = max_neighbors
+
+    def cluster_losses(
+        self, online: Tensor, target: Tensor, clusters: Tensor
+    ) -> Mapping[str, tuple[float, Tensor]]:
+        """Return both losses on the images whose neighbours are of their cluster."""
+        agreeing, num_neighbors = agreeing_images(target, clusters, self.max_neighbors)
+        self.record("train/agreeing_fraction", agreeing.float().mean())
+        self.record("train/num_neighbors", num_neighbors)
+        chosen = clusters.where(agreeing, -1)
+        read = (online, target, chosen, self.head.out_features)
+        return {
+            "compactness": (1.0, compactness_loss(*read)),
+            "separation": (1.0, separation_loss(*read)),
+        }
+
+    def configure_optimizers(self) -> Any:
+        """Return SGD with a higher rate for the predictor, and its cosine per epoch."""
+        groups: list[dict[str, Any]] = [
+            {"params": [*self.encoder.parameters()]},
+            {"params": [*self.predictor.parameters()], "lr": PREDICTOR_LR * self.lr},
+        ]
+        optimizer = torch.optim.SGD(
+            groups,
+            lr=self.lr,
+            momentum=self.sgd_momentum,
+            weight_decay=self.weight_decay,
+            foreach=True,
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def start(
+        self, images: ImageSet, upstream: RunFolder | None, streams: Mapping[str, Stream]
+    ) -> Mapping[str, Stream]:
+        """Load the encoder of the upstream."""
+        self.check(images, streams)
+        if upstream is None:
+            raise UsageError(
+                "stage=dcboost needs an upstream stage; set dcboost.upstream=proto, propos, cc or "
+                "another stage that trains an encoder"
+            )
+        upstream.load_weights("encoder.safetensors", self.encoder)
+        return streams
+
+
+class UnitLength(nn.Module):
+    """Scale each row to length one."""
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Return rows (B, D) of length one."""
+        return F.normalize(rows)
