@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from spice_pl.functional import neighbors
-from spice_pl.functional.neighbors import nearest_neighbors, unit_rows
+from spice_pl.functional.neighbors import nearest_neighbors, neighbor_chunks, unit_rows
 
 
 def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -53,9 +53,9 @@ def test_default_chunks_bound_the_similarities(monkeypatch: pytest.MonkeyPatch) 
     sizes: list[int] = []
     whole = neighbors.similarities
 
-    def spy(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    def spy(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         sizes.append(len(left) * len(right))
-        return whole(left, right)
+        return whole(left, right, out)
 
     monkeypatch.setattr(neighbors, "similarities", spy)
     monkeypatch.setattr(neighbors, "SIMILARITIES_PER_CHUNK", 100)
@@ -64,6 +64,27 @@ def test_default_chunks_bound_the_similarities(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(neighbors, "SIMILARITIES_PER_CHUNK", 10)
     nearest_neighbors(gaussian(2, 4), gaussian(40, 4), 3)
     assert sizes[20:] == [40, 40]
+
+
+def test_chunks_share_the_memory_of_similarities_and_keep_their_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    places: list[int] = []
+    whole = neighbors.similarities
+
+    def spy(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        places.append(out.data_ptr())
+        return whole(left, right, out)
+
+    queries, keys = gaussian(10, 4).requires_grad_(), gaussian(20, 4, seed=1)
+    expected = (unit_rows(queries) @ unit_rows(keys).T).topk(3)
+    monkeypatch.setattr(neighbors, "similarities", spy)
+    chunks = list(neighbor_chunks(queries, keys, 3, chunk_size=4))
+    assert len(places) == 3
+    assert len(set(places)) == 1
+    assert torch.equal(torch.cat([index for _, index in chunks]), expected.indices)
+    found = torch.cat([values for values, _ in chunks])
+    torch.testing.assert_close(found, expected.values.detach())
 
 
 def test_autocast_does_not_coarsen_the_ranking() -> None:

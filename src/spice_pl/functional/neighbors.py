@@ -44,12 +44,13 @@ def unit_rows(features: Tensor) -> Tensor:
     return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
 
 
-def similarities(left: Tensor, right: Tensor) -> Tensor:
+def similarities(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     """Compute the dot product of each left row with each right row, never in reduced precision.
 
     Args:
         left: (A, D).
         right: (B, D).
+        out: memory (A, B) for the products, without gradient; new memory if None.
 
     Returns:
         Products (A, B); the cosines if both are l2-normalised.
@@ -60,7 +61,10 @@ def similarities(left: Tensor, right: Tensor) -> Tensor:
     """
     # bfloat16 has 8 bits of precision: under autocast most similarities near 1 would be equal.
     with torch.autocast(left.device.type, enabled=False):
-        return left @ right.T  # (A, B)
+        if out is None:
+            return left @ right.T  # (A, B)
+        with torch.no_grad():
+            return torch.mm(left, right.T, out=out)
 
 
 def nearest_neighbors(
@@ -126,23 +130,30 @@ def neighbor_chunks(
         raise ValueError(f"chunk_size {chunk_size} holds no query; raise it to at least 1")
     unit = unit_rows(keys)
     queries = unit if queries is keys else unit_rows(queries)  # no second copy of all features
-    find, fitting = _exact(unit, k), max(1, SIMILARITIES_PER_CHUNK // len(keys))
+    find, size = None, chunk_size or max(1, SIMILARITIES_PER_CHUNK // len(keys))
     if min(len(keys), len(queries)) > EXACT_UP_TO and keys.device.type == "cpu":
         if importlib.util.find_spec("faiss"):
-            find, fitting = _approximate(unit, k), NUM_PROBES
+            find, size = _approximate(unit, k), chunk_size or NUM_PROBES
         else:
             logger.warning(
                 "the exact search for neighbours among %d samples compares each with each, which "
                 "takes long; pip install 'spice-pl[ann]' for a much faster approximate search",
                 len(keys),
             )
-    for start in range(0, max(1, len(queries)), chunk_size or fitting):
-        yield find(queries[start : start + (chunk_size or fitting)])
+    find = find or _exact(unit, k, min(size, len(queries)))
+    for start in range(0, max(1, len(queries)), size):
+        yield find(queries[start : start + size])
 
 
-def _exact(keys: Tensor, k: int) -> Search:
+def _exact(keys: Tensor, k: int, most_queries: int = 0) -> Search:
+    """Search exactly; calls with up to `most_queries` queries share the memory of similarities."""
+    # On a processor new memory takes longer than the product: the system clears its pages.
+    shared = keys.new_empty(most_queries if keys.device.type == "cpu" else 0, len(keys))
+
     def find(queries: Tensor) -> tuple[Tensor, Tensor]:
-        return _largest(similarities(queries, keys), k)
+        if len(queries) > len(shared):
+            return _largest(similarities(queries, keys), k)
+        return _largest(similarities(queries, keys, out=shared[: len(queries)]), k)
 
     return find
 
