@@ -53,6 +53,14 @@ def test_mistake_is_named_with_what_is_near(
     assert "use +" not in said
 
 
+def test_a_mistake_beside_a_setting_without_default_is_named(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    refused("dataset=folder", "dataset.root=/photos", "dataset.num_cluster=5")
+    said = capsys.readouterr().err
+    assert "no setting dataset.num_cluster; did you mean dataset.num_clusters?" in said
+
+
 @pytest.mark.parametrize(
     "override",
     [

@@ -240,7 +240,9 @@ def _keys(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 def _has(cfg: DictConfig, key: str) -> bool:
     parent, _, name = key.rpartition(".")
     node = _node(cfg, parent)
-    return isinstance(node, DictConfig) and name in node
+    if not isinstance(node, DictConfig):
+        return False
+    return name in node or OmegaConf.is_missing(node, name)  # "in" is False for a value to give
 
 
 def _node(cfg: DictConfig, key: str) -> Any:
