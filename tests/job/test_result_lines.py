@@ -15,6 +15,7 @@ def lines(tmp_path: Path, **metrics: object) -> list[str]:
     folder.path.mkdir(parents=True)
     about = {"cluster_sizes": [3, 0, 1200], "num_images": 1203, "odd": {"blurred": 2}}
     folder.write_json("metrics.json", {**about, **metrics})
+    folder.path.parents[1].joinpath("log.txt").touch()
     return result_lines(folder)
 
 

@@ -79,3 +79,12 @@ def test_a_file_that_cannot_be_written_stops_nothing(terminal: Heard, tmp_path: 
     with job_log(tmp_path / "log.txt", "x", plain=True):
         say()
     assert terminal.lines == ["a warning", "a result"]
+
+
+def test_the_token_of_a_review_is_not_in_the_file(terminal: Heard, tmp_path: Path) -> None:
+    with job_log(tmp_path / "log.txt", "", plain=False):
+        logging.getLogger("spice_pl.tasks.review").info("open http://127.0.0.1:1/?token=aB-3_x now")
+    assert "token=aB-3_x now" in terminal.lines[0]
+    text = (tmp_path / "log.txt").read_text()
+    assert "aB-3" not in text
+    assert "?token=*** now" in text

@@ -47,7 +47,7 @@ def test_edits_are_applied_without_training(
         split={largest: 2},
         move={moved: largest},
     )
-    said = "edits applied: 2 names, 1 merges, 1 splits, 1 images moved by hand; "
+    said = "edits applied: 2 names, 1 merge, 1 split, 1 image moved by hand; "
     assert f"{said}{(sizes > 0).sum()} clusters with images become " in caplog.text
     table = made.read_clusters()
     kept = before[[key != moved for key in table.keys]]

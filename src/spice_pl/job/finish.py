@@ -295,7 +295,7 @@ def result_lines(folder: RunFolder) -> list[str]:
         (f"predict {run} FOLDER", "put new images into these clusters"),
     ]
     steps = [(" ".join([*command(), words]), what) for words, what in own]
-    width = max(len(line) for line, _ in steps)
+    width, log = max(len(line) for line, _ in steps), folder.path.parents[1] / FILE_NAME
     return [
         "; ".join(said),
         *(f"note: {text}" for text in metrics.get("warnings", [])),
@@ -305,5 +305,5 @@ def result_lines(folder: RunFolder) -> list[str]:
             f"{'' if i else 'next':8} {line:{width}}  {what}"
             for i, (line, what) in enumerate(steps)
         ),
-        f"details  {folder.path.parents[1] / FILE_NAME}",
+        *([f"details  {log}"] if log.is_file() else []),  # Python has no such file
     ]

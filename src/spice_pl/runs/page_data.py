@@ -5,6 +5,7 @@ Shapes: N images, K clusters.
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -247,9 +248,19 @@ def _review(folder: RunFolder, metrics: Mapping[str, Any]) -> dict[str, str]:
 def _review_command(overrides: Sequence[str]) -> str:
     """Return the command that trains on edits; the page fills in the braces."""
     chosen = ("stage=", "edits=", "run=", "overwrite=", "resume=", "dataset.num_clusters=")
-    kept = [text for text in overrides if not text.startswith(chosen)]
+    kept = [_typed(text) for text in overrides if not text.startswith(chosen)]
     line = shlex.join([*command(), "stage=fixmatch", *kept, "run=reviewed"])
     return line + " edits={edits} dataset.num_clusters={num_clusters}"
+
+
+def _typed(text: str) -> str:
+    """Return a setting whose value is a plain path without its quotes, as it may be typed.
+
+    >>> _typed("dataset.root='/data/photos'"), _typed("run='7'")
+    ('dataset.root=/data/photos', "run='7'")
+    """
+    found = re.fullmatch(r"([\w.]+=)'(~?[./\w-]*/[./\w-]*)'", text, re.ASCII)
+    return found[1] + found[2] if found else text
 
 
 def _logs(folders: Sequence[RunFolder]) -> dict[str, dict[str, list[tuple[int, float]]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 from spice_pl.system.output import ESCAPED
 
 FILE_NAME = "log.txt"
+TOKEN = re.compile(r"token=[^\s&]+")  # of the address of a review; others may read the file
 USER = "spice_pl.user"  # logger of lines that say what has been done, in the user's words
 SHOWN = frozenset(  # loggers whose messages a user of `spice photos` reads; and all warnings
     {
@@ -47,7 +49,7 @@ class LogFile(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Append the message."""
-        self._lines.append(self.format(record))
+        self._lines.append(TOKEN.sub("token=***", self.format(record)))
         if not self.path.parent.is_dir():
             return
         with suppress(OSError), self.path.open("a", encoding="utf-8", errors="replace") as file:

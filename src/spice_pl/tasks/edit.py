@@ -155,12 +155,16 @@ def write_applied(
     sizes = (metrics["cluster_sizes"], made["cluster_sizes"])
     used = (sum(size > 0 for size in each) for each in sizes)
     logger.info(
-        "edits applied: %d names, %d merges, %d splits, %d images moved by hand; %d clusters with "
-        "images become %d; %s",
-        *(len(edits.names), len(edits.merge), len(edits.split), int(applied.moved.sum())),
+        "edits applied: %s, %s, %s, %s moved by hand; %d clusters with images become %d; %s",
+        *(_count(len(edits.names), "name"), _count(len(edits.merge), "merge")),
+        *(_count(len(edits.split), "split"), _count(int(applied.moved.sum()), "image")),
         *(*used, target.path),
     )
     return target
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _copy(reviewed: RunFolder, target: RunFolder) -> None:

@@ -133,7 +133,9 @@ $("edit").addEventListener("click", () => {
 $("edit-first").addEventListener("click", () => {
   if (!editing) $("edit").click();
   articles[0]?.scrollIntoView();
-  panels.get(Number(articles[0]?.dataset.id))?.name.focus({preventScroll: true});
+  const name = panels.get(Number(articles[0]?.dataset.id))?.name;
+  name?.focus({preventScroll: true});
+  name?.select();
 });
 function take(saved) {
   if (saved.format !== "spice-pl edits 1") throw new Error("this file does not hold edits");
