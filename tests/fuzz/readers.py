@@ -29,7 +29,7 @@ from spice_pl.job.checks import saved_settings
 from spice_pl.job.job import literal
 from spice_pl.job.settings import build
 from spice_pl.models import portable
-from spice_pl.models.tensor_files import read_file
+from spice_pl.models.interop import read_reference
 from spice_pl.runs.attention import read_attention
 from spice_pl.runs.edits import read_edits
 from spice_pl.runs.evidence import check_probs, read_array
@@ -118,7 +118,7 @@ class Readers:
         return read_checkpoint(file)
 
     def weights(self, file: Path) -> Any:
-        return read_file(file)
+        return read_reference(file, 8).summary
 
     def probs(self, file: Path) -> Any:
         found = read_array(str(file), self.images.keys, self.images.fingerprint, 3)

@@ -1,4 +1,4 @@
-"""6,200 seeded files, settings and requests that keep their form and lie in their content.
+"""6,800 seeded files, settings and requests that keep their form and lie in their content.
 
 Each is refused with a documented error or read, in bounded time and memory. A connection, a new
 process or a write outside the run's folder fails the test.
@@ -321,6 +321,49 @@ def test_arrays_and_checkpoints(readers: Readers) -> None:
     assert min(refused, read) > 5
     refused, read = fuzz(readers, "last.ckpt", checkpoint, 200, ".ckpt")
     assert min(refused, read) > 20
+
+
+def test_weights_and_tensors_from_elsewhere(readers: Readers) -> None:
+    """State dicts of other programs, and safetensors whose headers lie about what follows."""
+    whole = load_file(readers.folder.path / "encoder.safetensors")
+
+    def state(draw: random.Random) -> bytes:
+        made: dict[str, Any] = {f"module.encoder_q.{key}": each for key, each in whole.items()}
+        for _ in range(draw.randint(0, 3)):
+            key = draw.choice([*made])
+            value: torch.Tensor = made[key] if torch.is_tensor(made[key]) else torch.ones(1)
+            kind = draw.choice([torch.complex64, torch.int8, torch.bool])
+            changes = [
+                *(value * float("nan"), value.to(kind), value.to("meta"), value.sum()),
+                *(torch.zeros(1).expand(10_000), value[:0] if value.ndim else value),
+                junk(draw),
+            ]
+            numbers = draw.choice(["99999999", "7", "-1", "00"])
+            name = key.replace("layer1", f"layer{numbers}") if draw.random() < 0.5 else key
+            made[name] = draw.choice(changes)
+        wrapped = draw.choice([made, {"state_dict": made}, {"model": made, "args": junk(draw)}])
+        buffer = io.BytesIO()
+        torch.save(wrapped, buffer)
+        content = buffer.getvalue()
+        return content[: draw.randrange(len(content))] if draw.random() < 0.1 else content
+
+    refused, read = fuzz(readers, "weights", state, 300, ".pth")
+    assert min(refused, read) > 10
+
+    def tensors(draw: random.Random) -> bytes:
+        header: dict[str, Any] = {
+            "__metadata__": {"fingerprint": readers.metrics["fingerprint"]},
+            "probs": {"dtype": "F32", "shape": [90, 3], "data_offsets": [0, 1080]},
+        }
+        if draw.random() < 0.8:
+            header = changed(header, draw)
+        text = as_json(header, draw)
+        size = draw.choice([len(text)] * 8 + [0, len(text) * 2, 2**40, 2**63])
+        data = np.array(readers.folder.probs).tobytes()
+        return size.to_bytes(8, "little") + text + data[: draw.choice([None, None, None, 500])]
+
+    refused, read = fuzz(readers, "probs", tensors, 300, ".safetensors")
+    assert min(refused, read) > 10
 
 
 def test_members_of_archives(readers: Readers) -> None:

@@ -38,7 +38,12 @@ FORMAT_BYTES = {
     "JXL": 24,
 }  # the others: 5
 MODE_BYTES, DEEP_BYTES, TURN_BYTES, PROGRESSIVE_BYTES = 8, 20, 4, 6
-ZEROS = 512  # bytes of zeros at the end of a JPEG that are looked for
+# How a JPEG and a GIF begin and end. In the zeros at the end of a copy that failed, Pillow would
+# look for the rest of the image byte by byte, and show what is missing as grey.
+ENDS = {b"\xff\xd8\xff": b"\xff\xd9", b"GIF8": b";"}
+ZEROS = 512  # bytes of zeros at the end of such a file that are looked for
+MOST_ZEROS = 1 << 26  # bytes; so many zeros at the end are not looked through
+MOST_SCANS = 200  # of a progressive JPEG, usually about ten; each takes the time of a whole image
 ORIENTATION = 0x0112  # tag of EXIF
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -151,23 +156,15 @@ def read_image(file: Path | bytes | Part, decoding: Decoding) -> Decoded | Unrea
         The image; the reason why it cannot be decoded; or `Unread` after an error that tells
         nothing about the image, such as too many open files.
     """
-    image_size = decoding.image_size
     try:
-        with open_bytes(file) as data, open_image(data) as opened:
-            (width, height), kind = opened.size, str(opened.format)
-            if kind == "JPEG" and _ends_in_zeros(data):
+        with open_bytes(file) as data:
+            head, size = data.read(4), data.seek(0, os.SEEK_END)
+            if any(head.startswith(begin) and _is_cut(data, ENDS[begin]) for begin in ENDS):
                 return "cut off: the file ends in zeros"
-            opened.draft(None, (2 * image_size, 2 * image_size))
-            need = _memory(opened, width * height, data)
-            if need > decoding.max_bytes:
-                return (
-                    f"{width} x {height} pixels take {need / 1e6:.0f} MB to decode; if this is not "
-                    f"a decompression bomb, set dataset.max_decode_mb={math.ceil(need / 1e6)}"
-                )
-            with _memory_in_use.take(need, decoding.max_bytes):
-                made, black, white = _eight_bits(opened, data, decoding.levels)
-                pixels = _fit(made, _turn(opened), image_size)
-        return Decoded(pixels, "JPEG" if kind == "MPO" else kind, width, height, black, white)
+            if size > decoding.max_bytes:  # some decoders read the whole file to open it
+                return f"a file of {size / 1e6:,.0f} MB; {_allow(size)}"
+            with open_image(data) as opened:
+                return _decoded(opened, data, decoding)
     except FileNotFoundError:
         return "vanished after the folder was listed"
     except PermissionError:
@@ -176,10 +173,42 @@ def read_image(file: Path | bytes | Part, decoding: Decoding) -> Decoded | Unrea
         return unread(error) if may_pass(error) else _reason(error)
 
 
-def _ends_in_zeros(data: BinaryIO) -> bool:
-    """Return whether the end of a JPEG is missing and was filled with zeros, as failed copies are.
+def _decoded(opened: ImageFile.ImageFile, data: BinaryIO, decoding: Decoding) -> Decoded | str:
+    """Decode an image that has been opened, unless it takes too much memory or time."""
+    (width, height), kind = opened.size, str(opened.format)
+    if opened.info.get("progressive") and (scans := _num_scans(data)) > MOST_SCANS:
+        return f"{scans} scans in a progressive JPEG, which would take very long; save it again"
+    opened.draft(None, (2 * decoding.image_size, 2 * decoding.image_size))
+    need = _memory(opened, width * height, data)
+    if need > decoding.max_bytes:
+        return f"{width} x {height} pixels take {need / 1e6:.0f} MB to decode; {_allow(need)}"
+    with _memory_in_use.take(need, decoding.max_bytes):
+        made, black, white = _eight_bits(opened, data, decoding.levels)
+        pixels = _fit(made, _turn(opened), decoding.image_size)
+    return Decoded(pixels, "JPEG" if kind == "MPO" else kind, width, height, black, white)
 
-    Pillow would decode the missing part as grey. Zeros after the end of the image do not matter.
+
+def _allow(need: int) -> str:
+    bomb = "if this is not a decompression bomb"
+    return f"{bomb}, set dataset.max_decode_mb={math.ceil(need / 1e6)}"
+
+
+def _num_scans(data: BinaryIO) -> int:
+    """Return the number of scans of a JPEG; those of a preview in its EXIF data count too."""
+    place = data.tell()
+    data.seek(0)
+    count, before = 0, b""
+    while part := data.read(1 << 20):
+        count += (before + part).count(b"\xff\xda")
+        before = part[-1:]
+    data.seek(place)
+    return count
+
+
+def _is_cut(data: BinaryIO, end: bytes) -> bool:
+    """Return whether the end of a file is missing and was filled with zeros, as failed copies are.
+
+    Zeros after the end of the image do not matter.
     """
     size = data.seek(0, os.SEEK_END)
     if size < ZEROS:
@@ -187,11 +216,12 @@ def _ends_in_zeros(data: BinaryIO) -> bool:
     data.seek(size - ZEROS)
     if any(data.read(ZEROS)):
         return False
-    for start in range(size - ZEROS, -ZEROS, -ZEROS):  # back to the last byte that is not zero
+    first = max(-ZEROS, size - MOST_ZEROS)
+    for start in range(size - ZEROS, first, -ZEROS):  # back to the last byte that is not zero
         data.seek(max(start, 0))
         if tail := data.read(ZEROS).rstrip(b"\0"):
-            data.seek(max(start, 0) + len(tail) - 2 if len(tail) + start > 1 else 0)
-            return data.read(2) != b"\xff\xd9"
+            data.seek(max(max(start, 0) + len(tail) - len(end), 0))
+            return data.read(len(end)) != end
     return True
 
 

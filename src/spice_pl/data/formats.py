@@ -119,11 +119,19 @@ def open_image(file: BinaryIO) -> ImageFile.ImageFile:
     raise UnidentifiedImageError(_unidentified(head))
 
 
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # Windows has no such flag
+
+
 class _File(io.FileIO):
     """A file that is read through Python, so that each error says what the system said.
 
-    libtiff would read the descriptor itself and call a failing disk a damaged image.
+    libtiff would read the descriptor itself and call a failing disk a damaged image. A pipe that
+    has taken the place of a file is empty; opening it would wait for someone who writes to it.
     """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, opener=_open_at_once)
 
     def fileno(self) -> int:
         """Refuse to give the descriptor."""

@@ -121,8 +121,9 @@ def read_reference(
     """
     content = read_file(path)
     state, wrapper = find_state_dict(content, str(path))
-    _check_names(state, str(path))
+    _check_layers(state, str(path))
     parts = split(_selected_head(state, content.get("head")), wrapper, str(path))
+    _check_dimensions(parts, str(path))
     if any(key.endswith(".shortcut.weight") for key in parts.encoder):
         settings = _wide_resnet(parts.encoder)
     else:
@@ -153,19 +154,36 @@ def read_reference(
     return ReferenceModel(encoder, head, output, clusters, "\n  ".join(lines)).eval()
 
 
-def _check_names(state: State, path: str) -> None:
-    """Refuse tensors from which no ResNet can be read: single numbers, layers without end.
+def _check_layers(state: State, path: str) -> None:
+    """Refuse numbers of layers that a network of these tensors cannot have.
 
     Raises:
         UsageError: names the tensor.
     """
-    for key, value in state.items():
+    for key in state:
         found = re.search(r"(?:layer|block)(\d+)\.(?:layer\.)?(\d+)\.", key)
         numbers = found.groups() if found else ()
-        large = any(len(number) > 6 or int(number) > len(state) for number in numbers)
-        if large or (key.endswith("weight") and not value.ndim):
-            what = "has the number of a layer that cannot be" if large else "is a single number"
-            raise UsageError(f"{path}: {printable(key[:99])} {what}; the file is damaged")
+        if any(len(number) > 6 or int(number) > len(state) for number in numbers):
+            raise UsageError(
+                f"{path}: {printable(key[:99])} has the number of a layer that cannot be; the file "
+                "is damaged"
+            )
+
+
+def _check_dimensions(parts: Parts, path: str) -> None:
+    """Refuse weights of convolutions and linear layers from which no width can be read.
+
+    Raises:
+        UsageError: names the tensor.
+    """
+    convolutions = {key: value for key, value in parts.encoder.items() if "conv" in key}
+    for tensors, needed in ((convolutions, 4), (parts.head, 2)):
+        for key, value in tensors.items():
+            if key.rpartition(".")[2] == "weight" and value.ndim != needed:
+                raise UsageError(
+                    f"{path}: {printable(key[:99])} has {value.ndim} dimensions, not {needed}; the "
+                    "file is damaged"
+                )
 
 
 def _selected_head(state: State, number: object) -> State:

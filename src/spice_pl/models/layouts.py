@@ -161,8 +161,8 @@ def split(state: State, wrapper: str, path: str) -> Parts:
     if not {"conv1.weight", "layer1.0.conv1.weight"} <= encoder.keys():
         raise UsageError(
             f"{path} has none of these layouts: {', '.join(each.layout for each in LAYOUTS)}; "
-            f"it begins with {', '.join(list(state)[:4])}. Another network is read by\n  "
-            f"{command_for(state, path)}"
+            f"it begins with {', '.join(key[:99] for key in list(state)[:4])}. "
+            f"Another network is read by\n  {command_for(state, path)}"
         )
     clusters = layout.clusters or wrapper in ("eval_model", "ema_model", "train_model")
     head = {_head_name(key): value for key, value in on_top.items()}
@@ -207,7 +207,7 @@ def command_for(state: State, path: str) -> str:
     """Return the settings with which stage=embed reads the weights of a network by its names."""
     patches = next((k for k in state if k.endswith("patch_embed.proj.weight")), None)
     name, more = "NAME", ""
-    if patches is not None:
+    if patches is not None and state[patches].ndim == 4:
         prefix, (width, _, patch, _) = (
             patches.removesuffix("patch_embed.proj.weight"),
             state[patches].shape,
@@ -216,7 +216,7 @@ def command_for(state: State, path: str) -> str:
         scaled = f"{prefix}blocks.0.ls1.gamma" in state
         name = f"vit_{size}_patch{patch}_{'dinov2' if scaled else '224'}"
         places = state.get(f"{prefix}pos_embed")
-        if places is not None:
+        if places is not None and places.ndim > 1:
             more = f" dataset.image_size={math.isqrt(places.shape[1]) * patch}"
         if prefix == "base_encoder." and size == "small":
             more += " +backbone.num_heads=12"  # of MoCo v3
@@ -271,7 +271,8 @@ def fold_splits(state: State) -> dict[str, Tensor]:
     for key, value in state.items():
         base, _, name = key.rpartition(".")
         weight = state.get(f"{base}.weight")
-        if name in ("running_mean", "running_var") and weight is not None:
+        statistics = name in ("running_mean", "running_var")
+        if statistics and weight is not None and value.ndim == weight.ndim == 1:
             splits = len(value) // max(1, len(weight))
             if splits > 1 and len(value) == splits * len(weight):
                 folded[key] = value.view(splits, -1).mean(dim=0)
