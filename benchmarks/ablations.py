@@ -48,11 +48,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="spice-pl-") as temporary:
         folder = (args.runs_dir or Path(temporary)).resolve()
         fixed = ["stages=[moco,proto]", f"runs_dir='{folder}'", *settings]
-        swept = f"seed={','.join(map(str, seeds))}"
-        train("-m", "resume=true", *fixed, f"proto/ablation={rows}", swept)
+        swept = [f"proto/ablation={rows}", f"seed={','.join(map(str, seeds))}"]
+        train("-m", "resume=true", *fixed, *swept)
         found = {
             name: [
-                trial("proto", [*fixed, f"seed={seed}", f"proto/ablation={name}"])["rows"][-1]
+                trial("proto", [*fixed, f"seed={seed}", f"proto/ablation={name}"], swept)["rows"][
+                    -1
+                ]
                 for seed in seeds
             ]
             for name in names

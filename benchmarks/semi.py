@@ -39,7 +39,9 @@ def main() -> None:
         for stage in (*before, *stages):
             train("-m", f"stage={stage}", "resume=true", *fixed, swept)
         found = {
-            stage: [trial(stage, [f"stage={stage}", *fixed, f"seed={seed}"]) for seed in seeds]
+            stage: [
+                trial(stage, [f"stage={stage}", *fixed, f"seed={seed}"], [swept]) for seed in seeds
+            ]
             for stage in (before[-1], *stages)
         }
     print(table(found))

@@ -37,12 +37,20 @@ def train(*arguments: str) -> None:
         raise SystemExit(f"error: ended with code {code}: {' '.join(command[1:])}")
 
 
-def trial(stage: str, settings: Sequence[str]) -> dict[str, Any]:
-    """Return metrics.json of a finished trial of a sweep; its settings name its folder."""
+def trial(stage: str, settings: Sequence[str], swept: Sequence[str]) -> dict[str, Any]:
+    """Return metrics.json of a finished trial of a sweep, whose folder its settings name.
+
+    Args:
+        stage: the stage.
+        settings: those of the trial.
+        swept: those of the sweep that have several values.
+    """
     parsed = OverridesParser.create().parse_overrides([*settings])
     as_swept = [f"{each.get_key_element()}={each.get_value_element_as_str()}" for each in parsed]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        job = Job(compose("config", as_swept), tuple(as_swept), "none", sweep=True)
+        job = Job(
+            compose("config", as_swept), tuple(as_swept), "none", sweep=True, swept=tuple(swept)
+        )
     folder = job.folder(stage)
     if not folder.finished:
         raise SystemExit(f"error: {folder.path} is not a finished run")

@@ -165,7 +165,7 @@ def test_by_default_the_features_are_those_of_a_pretrained_encoder(
         jobs.append(job)
         raise EnoughError
 
-    monkeypatch.setattr("spice_pl.job.run.run_stages", run_stages)
+    monkeypatch.setattr("spice_pl.job.python.run_stages", run_stages)
     array = photographs()
     folder = write_folder(tmp_path / "photos", classes=False)
     forms: dict[str, Any] = {
@@ -195,7 +195,7 @@ def test_a_stop_reaches_the_caller_with_a_message(
             for _ in range(times):
                 signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr("spice_pl.job.run.run_stages", run_stages)
+    monkeypatch.setattr("spice_pl.job.python.run_stages", run_stages)
     kept = SpiceClusterer(3, runs_dir=str(tmp_path / "runs"))
     with pytest.raises(KeyboardInterrupt, match=r'stopped .*/runs; "resume=true" in settings'):
         kept.fit(images)
@@ -245,6 +245,39 @@ def test_all_forms_of_the_same_images_are_alike(
     expected = fitted.predict(grey)
     for name, form in {"(N, 1, H, W)": grey[:, None], "(N, H, W, 1)": grey[..., None]}.items():
         np.testing.assert_array_equal(fitted.predict(form), expected, err_msg=name)
+
+
+def test_images_that_fit_did_not_see_in_this_form(fitted: SpiceClusterer, images: Any) -> None:
+    """fit saw uint8: other kinds of uint8 are right, other numbers have no known levels."""
+    opaque = np.concatenate([images, np.full((*images.shape[:3], 1), 255, np.uint8)], axis=3)
+    mixed: list[Any] = [
+        np.repeat(each, 2, axis=0) if i % 2 else each for i, each in enumerate(images)
+    ]
+    for form in (opaque, opaque.transpose(0, 3, 1, 2), list(opaque)):
+        np.testing.assert_array_equal(fitted.predict(form), fitted.labels_)
+    assert len(fitted.predict_proba(opaque[0])) == 1
+    alike = fitted.predict([Image.fromarray(each) for each in mixed])
+    np.testing.assert_array_equal(fitted.predict(mixed), alike)
+    mixed[0], mixed[1] = Image.fromarray(images[0]), torch.from_numpy(images[1].copy())
+    np.testing.assert_array_equal(fitted.predict(mixed)[::2], alike[::2])
+    for form in (images / 255, [images[0] / 255, mixed[3]], images.astype(np.uint16)):
+        with pytest.raises(ValueError, match="those given to fit had levels of 8 bits; give uint8"):
+            fitted.predict(form)
+    for form in ([], images[:0], [images[0], "none.png", images[2][:0]]):
+        with pytest.raises(ValueError, match=r"0 sample|has the shape|minimum of 1"):
+            fitted.predict(form)
+
+
+def test_floats_of_several_sizes_share_one_scale() -> None:
+    clusterer = SpiceClusterer(2)
+    first, second = np.full((4, 4), 0.5), np.linspace(0, 1, 5 * 4).reshape(5, 4)
+    prepared = clusterer._prepared([first, second], reset=True)
+    assert [each.shape for each in prepared] == [(4, 4, 3), (5, 4, 3)]
+    assert (prepared[0] == 128).all()  # not its own black and white
+    (again,) = clusterer._prepared([first, second[:3]], reset=False)[:1]
+    np.testing.assert_array_equal(again, prepared[0])
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        clusterer._prepared([first, second * np.nan], reset=True)
 
 
 def test_floats_are_scaled_alike_in_every_order_of_channels(images: Any) -> None:

@@ -384,7 +384,7 @@ def test_an_estimator_prints_only_when_asked_to(
         print("table of results")
         raise EnoughError
 
-    monkeypatch.setattr("spice_pl.job.run.run_stages", run_stages)
+    monkeypatch.setattr("spice_pl.job.python.run_stages", run_stages)
     images = np.zeros((3, 8, 8), np.uint8)
     with pytest.raises(EnoughError):
         clusterer.SpiceClusterer(2, verbose=verbose).fit(images)

@@ -8,13 +8,9 @@ flattened image.
 
 from __future__ import annotations
 
-import contextlib
-import csv
-import io
 import json
 import math
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,13 +23,20 @@ from sklearn.base import BaseEstimator, ClusterMixin, TransformerMixin
 from sklearn.utils import check_array, check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
+from spice_pl.data.given import (
+    absolute,
+    channels_last,
+    eight_bits,
+    given_images,
+    is_path,
+    number_range,
+    write_images,
+    write_paths,
+)
 from spice_pl.system.command import quoted
-from spice_pl.usage import conf_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from spice_pl.job.job import Job
 
 SCRATCH = "recipe=scratch"  # a setting: train from random weights
 
@@ -46,10 +49,11 @@ class SpiceClusterer(ClusterMixin, TransformerMixin, BaseEstimator):  # type: ig
     weights, which takes many times as long.
 
     `fit` and all other methods take the same images: a folder, searched with its subfolders; a list
-    of paths, PIL images or uint8 arrays of any sizes; or one array or tensor (N, H, W),
-    (N, H, W, c), (N, c, H, W) with c = 1 or 3, or (N, P) of flattened square grey images. An array
-    (H, W, 3) is one image. uint8 is used as it is. Other numbers are scaled to 0 to 255, so that
-    the smallest and the largest number given to `fit` become 0 and 255.
+    of paths, PIL images, arrays or tensors of any sizes; or one array or tensor (N, H, W),
+    (N, H, W, c), (N, c, H, W) with c = 1, 3 or 4, or (N, P) of flattened square grey images. An
+    array (H, W, 3) or (H, W, 4) is one image. Transparency (c = 4) is laid on white. uint8 is used
+    as it is. Other numbers in arrays are scaled to 0 to 255, so that the smallest and the largest
+    number given to `fit` become 0 and 255.
 
     Args:
         n_clusters: K.
@@ -104,16 +108,16 @@ class SpiceClusterer(ClusterMixin, TransformerMixin, BaseEstimator):  # type: ig
         with tempfile.TemporaryDirectory(prefix="spice-pl-") as temporary:
             root, size, more = Path(temporary, "images"), self.image_size, []
             images = self._prepared(X, reset=True)
-            if _is_folder(images):
+            if is_path(images):
                 root = Path(images).expanduser().resolve()
             elif isinstance(images, np.ndarray):
                 if SCRATCH in self.settings:  # a pretrained encoder has a size of its own
                     size = size or min(images.shape[1:3])
                 write_images([Image.fromarray(image) for image in images], root)
-            elif all(map(_is_folder, images)):
-                root = Path(os.path.commonpath([_absolute(path).parent for path in images]))
+            elif all(map(is_path, images)):
+                root = Path(os.path.commonpath([absolute(path).parent for path in images]))
                 table = Path(temporary, "paths.csv")
-                write_paths([_absolute(path).relative_to(root) for path in images], table)
+                write_paths([absolute(path).relative_to(root) for path in images], table)
                 more = [f"dataset.table={quoted(table)}"]
             else:
                 write_images(images, root)
@@ -132,10 +136,9 @@ class SpiceClusterer(ClusterMixin, TransformerMixin, BaseEstimator):  # type: ig
                 *self.settings,
             ]
             from spice_pl.models.portable import load
-
-            folder = self._run(_job(overrides))
             from spice_pl.runs.folder import RunFolder
 
+            folder = self._run(overrides)
             run = RunFolder(folder)
             self.model_, self.run_ = load(folder), str(folder) if self.runs_dir else None
             self.report_ = str(folder / "report.html") if self.runs_dir else None
@@ -174,12 +177,12 @@ class SpiceClusterer(ClusterMixin, TransformerMixin, BaseEstimator):  # type: ig
         if self.run_ is None:
             raise ValueError("edit needs the files of the run; fit with runs_dir=FOLDER")
         from spice_pl.models.portable import load
-        from spice_pl.runs.edits import Edits
+        from spice_pl.runs.edited import edits_of
         from spice_pl.runs.folder import RunFolder
         from spice_pl.tasks.edit import edited_folder
 
         run = RunFolder(Path(self.run_))
-        root, metrics = run.metrics["settings"].get("dataset.root"), run.metrics
+        root = run.metrics["settings"].get("dataset.root")
         if root is None or not Path(root).is_dir():
             raise ValueError(
                 f"the images of {run.path} are not in {root} any more; edit needs images that are "
@@ -189,50 +192,27 @@ class SpiceClusterer(ClusterMixin, TransformerMixin, BaseEstimator):  # type: ig
         if absent := [key for key in move or {} if key not in places]:
             raise ValueError(f"move names {absent[0]!r}, which is not in keys_")
         keys = run.read_clusters().keys
-        edits = Edits(
-            reviewed=f"{run.path.parent.name}/{run.path.name}",
-            fingerprint=metrics["fingerprint"],
-            digest=metrics["digest"],
-            num_clusters=int(metrics["num_clusters"]),
-            names={**run.names, **(names or {})},
-            merge=[list(map(int, group)) for group in merge],
-            split=dict(split or {}),
-            move={keys[places[key]]: int(cluster) for key, cluster in (move or {}).items()},
-        )
+        moved = {keys[places[key]]: cluster for key, cluster in (move or {}).items()}
+        edits = edits_of(run, names=names or {}, merge=merge, split=split or {}, move=moved)
         with tempfile.TemporaryDirectory(prefix="spice-pl-") as temporary:
             file = Path(temporary, "edits.json")
             file.write_text(json.dumps(edits.as_json()), encoding="utf-8")
             given = [f"cache_dir={quoted(Path(temporary, 'cache'))}", "open=false"]
-            self._run(_job(["stage=edit", f"edit.file={quoted(file)}", *given], of=run.path))
+            self._run(["stage=edit", f"edit.file={quoted(file)}", *given], of=run.path)
         edited = edited_folder(run)
         self.model_, self.run_ = load(edited.path), str(edited.path)
         self.report_ = str(edited.path / "report.html")
         self.labels_ = edited.read_clusters().clusters.astype(np.int64)
         return self
 
-    def _run(self, job: Job) -> Path:
-        """Run all stages; return the folder of the last one.
+    def _run(self, overrides: Sequence[str], of: Path | None = None) -> Path:
+        """Run the job of some settings; return the folder of its last stage."""
+        from spice_pl.job import python
 
-        Raises:
-            KeyboardInterrupt: a signal asked to stop. The command exits with a code instead, which
-                would end a script or a notebook without a word.
-        """
-        from spice_pl.job.run import run_stages
-        from spice_pl.system.interrupts import RESUME_CODE, SIGNALS
-
-        with contextlib.ExitStack() as stack:
-            if not self.verbose:
-                stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-            try:
-                run_stages(job)
-            except SystemExit as error:
-                if error.code not in {RESUME_CODE, *(128 + number for number in SIGNALS)}:
-                    raise
-                kept = "with runs_dir=FOLDER it could be resumed"
-                if self.runs_dir:
-                    kept = f'it is kept in {self.runs_dir}; "resume=true" in settings resumes it'
-                raise KeyboardInterrupt(f"a signal stopped the run; {kept}") from error
-        return job.folder(job.stages[-1]).path
+        kept = "with runs_dir=FOLDER it could be resumed"
+        if self.runs_dir:
+            kept = f'it is kept in {self.runs_dir}; "resume=true" in settings resumes it'
+        return python.run(python.job_of(overrides, of), quiet=not self.verbose, kept=kept)
 
     def predict(self, X: Any) -> NDArray[np.int64]:  # noqa: N803
         """Return the cluster (N,) of each image; `model_.predict` gives the confidence too.
@@ -292,15 +272,22 @@ class SpiceClusterer(ClusterMixin, TransformerMixin, BaseEstimator):  # type: ig
         return tags
 
     def _prepared(self, X: Any, *, reset: bool) -> Any:  # noqa: N803
-        """Return a folder or a list of images as it is, anything else as (N, H, W, 3) uint8."""
-        images: Any = list(X) if isinstance(X, Iterator) else X
-        if not hasattr(images, "__array__") and (_is_folder(images) or _is_list_of_images(images)):
+        """Return a folder, or a list of images with arrays as uint8, or (N, H, W, 3) uint8."""
+        images = given_images(X)
+        if is_path(images):
+            if reset:
+                self._range = None
             return images
-        if isinstance(images, Image.Image):
-            return [images]
-        if hasattr(images, "detach"):
-            images = images.numpy(force=True)
-        if getattr(images, "ndim", 0) == 3 and images.shape[2] == 3:
+        if isinstance(images, list) and any(map(_is_image, images)):
+            arrays = [each for each in images if isinstance(each, np.ndarray)]
+            if reset:
+                self._range = number_range(arrays)
+            between = getattr(self, "_range", None)
+            return [
+                eight_bits(_one(each, i), between) if isinstance(each, np.ndarray) else each
+                for i, each in enumerate(images)
+            ]
+        if getattr(images, "ndim", 0) == 3 and images.shape[2] in (3, 4):
             images = images[None]
         return self._pixels(images, reset=reset)
 
@@ -319,94 +306,29 @@ class SpiceClusterer(ClusterMixin, TransformerMixin, BaseEstimator):  # type: ig
                     "give images as (N, H, W) or (N, H, W, 3), or flattened square ones"
                 )
             given = given.reshape(-1, side, side)
-        if given.ndim == 3:
-            given = given[..., None]
-        if given.ndim == 4 and given.shape[1] in (1, 3) and given.shape[3] not in (1, 3):
-            given = given.transpose(0, 2, 3, 1)  # (N, H, W, c)
-        if given.ndim != 4 or given.shape[3] not in (1, 3):
-            raise ValueError(
-                f"X {given.shape} are not images; give (N, H, W), (N, H, W, 3) or (N, 3, H, W), "
-                "with 1 in place of 3 for grey"
-            )
-        if given.shape[3] == 1:
-            given = np.repeat(given, 3, axis=3)  # (N, H, W, 3)
-        if given.dtype == np.uint8:
-            return given
-        numbers = given.astype(np.float64)
+        given = channels_last(given, "X")
         if reset:
-            self._range = float(numbers.min()), float(numbers.max())
-        low, high = self._range
-        scaled = (numbers - low) / (high - low or 1.0) * 255
-        levels: NDArray[np.uint8] = np.round(scaled).clip(0, 255).astype(np.uint8)
-        return levels
+            self._range = number_range([given])
+        return eight_bits(given, getattr(self, "_range", None))
 
 
-def _job(overrides: Sequence[str], of: Path | None = None) -> Job:
-    """Return the job of a command line; with `of`, a task with the settings of that run."""
-    from hydra import compose, initialize_config_dir
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    from spice_pl.job.job import Job
-    from spice_pl.job.of_run import with_settings_of_run
-
-    given = [*overrides, *([] if of is None else [f"of={quoted(of)}"])]
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        cfg = compose("config", given)
-        if of is not None:
-            parser = OverridesParser.create()
-            cfg = with_settings_of_run(cfg, parser.parse_overrides(list(overrides)))
-        return Job(cfg, tuple(given), "none", sweep=False)
-
-
-def write_images(images: Sequence[Any], root: Path) -> None:
-    """Write PIL images, uint8 arrays and files into a folder; their names keep the order."""
-    root.mkdir()
-    for i, image in enumerate(images):
-        if _is_folder(image):
-            shutil.copyfile(image, root / f"{i:09}{Path(image).suffix}")
-            continue
-        if not isinstance(image, Image.Image):
-            image = Image.fromarray(_levels(np.asarray(image)))
-        shown = image if image.mode in ("L", "RGB") else image.convert("RGB")
-        shown.save(root / f"{i:09}.png", compress_level=1)
-
-
-def write_paths(paths: Sequence[Path], file: Path) -> None:
-    """Write a table of paths in their order, for `dataset.table`."""
-    with file.open("w", newline="", encoding="utf-8", errors="surrogateescape") as lines:
-        writer = csv.writer(lines)
-        writer.writerow(["path"])
-        writer.writerows([str(path)] for path in paths)
-
-
-def _absolute(path: Any) -> Path:
-    return Path(os.path.abspath(Path(path).expanduser()))
-
-
-def _levels(image: NDArray[Any]) -> NDArray[np.uint8]:
-    """Return one image of a list as (H, W) or (H, W, 3).
+def _one(image: NDArray[Any], i: int) -> NDArray[Any]:
+    """View one image of a list, (H, W), (H, W, c) or (c, H, W), as (H, W, c).
 
     Raises:
-        ValueError: it does not hold levels 0 to 255.
+        ValueError: it has another shape.
     """
-    if image.ndim == 3 and image.shape[0] == 3 != image.shape[2]:
+    if image.ndim == 3 and image.shape[2] not in (1, 3, 4):
         image = image.transpose(1, 2, 0)
-    if image.dtype != np.uint8 or image.ndim not in (2, 3):
+    if image.ndim == 2:
+        image = image[..., None]
+    if image.ndim != 3 or image.shape[2] not in (1, 3, 4) or 0 in image.shape:
         raise ValueError(
-            f"an image of the list is {image.dtype} {image.shape}; give uint8 levels as (H, W), "
-            "(H, W, 3) or (3, H, W), or one array of all images"
+            f"image {i} of the list has the shape {image.shape}; give (H, W), (H, W, 3) or "
+            "(3, H, W), with 4 in place of 3 for RGB and opacity"
         )
-    return np.ascontiguousarray(image)
+    return image
 
 
-def _is_folder(given: Any) -> bool:
-    return isinstance(given, str | os.PathLike)
-
-
-def _is_list_of_images(given: Any) -> bool:
-    """Whether this is a list of paths, of PIL images, or of uint8 arrays of several sizes."""
-    first = next(iter(given), None) if isinstance(given, Sequence) else None
-    if isinstance(first, str | os.PathLike | Image.Image):
-        return True
-    shapes = {getattr(each, "shape", None) for each in given} if first is not None else {None}
-    return len(shapes) > 1 and None not in shapes
+def _is_image(given: Any) -> bool:
+    return is_path(given) or isinstance(given, Image.Image | np.ndarray)

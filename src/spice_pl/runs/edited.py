@@ -25,6 +25,39 @@ from spice_pl.system.files import atomic
 logger = logging.getLogger(__name__)
 
 
+def edits_of(
+    run: RunFolder,
+    *,
+    names: Mapping[int, str],
+    merge: Sequence[Sequence[int]] = (),
+    split: Mapping[int, int] | None = None,
+    move: Mapping[str, int] | None = None,
+) -> Edits:
+    """Return edits of a run's clusters; names that they do not give are those of the run.
+
+    Args:
+        run: artifacts of the run, finished.
+        names: name by cluster.
+        merge: groups of clusters; each group becomes one cluster.
+        split: number of parts by cluster.
+        move: new cluster by key of the image.
+
+    Raises:
+        UsageError: the edits contradict each other or name clusters that do not exist.
+    """
+    metrics = run.metrics
+    return Edits(
+        reviewed=f"{run.path.parent.name}/{run.path.name}",
+        fingerprint=metrics["fingerprint"],
+        digest=metrics["digest"],
+        num_clusters=int(metrics["num_clusters"]),
+        names={**run.names, **names},
+        merge=[list(map(int, group)) for group in merge],
+        split=dict(split or {}),
+        move={key: int(cluster) for key, cluster in (move or {}).items()},
+    )
+
+
 def write_edited(edits: Edits, reviewed: RunFolder, target: RunFolder, num_clusters: int) -> None:
     """Write the reviewed run after the user's edits, for the stage that trains on it.
 

@@ -16,11 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spice_pl.data.images import ImageSet
 from spice_pl.errors import UsageError
 from spice_pl.functional.words import word_shares
 from spice_pl.models.clip import load_clip
-from spice_pl.runs.edits import MAX_NAME, Edits
+from spice_pl.runs.edited import edits_of
+from spice_pl.runs.edits import MAX_NAME
 from spice_pl.runs.folder import RunFolder
 from spice_pl.runs.small_files import is_name, read_text
 from spice_pl.system.files import atomic, for_spreadsheet
@@ -99,16 +99,11 @@ class Name:
             num_clusters,
             network.scale,
         ).cpu()
-        self._write(context, run, images, shares, np.bincount(clusters, minlength=num_clusters))
+        self._write(context, run, shares, np.bincount(clusters, minlength=num_clusters))
         logger.info("words by %s; each score is the mean probability among the words", network.name)
 
     def _write(
-        self,
-        context: Context,
-        run: RunFolder,
-        images: ImageSet,
-        shares: Tensor,
-        sizes: NDArray[np.int64],
+        self, context: Context, run: RunFolder, shares: Tensor, sizes: NDArray[np.int64]
     ) -> None:
         """Write the tables from the shares (K, W) and the sizes (K,) of the clusters."""
         scores, order = shares.topk(min(self.num_words, len(self.words)))  # (K, num_words)
@@ -135,13 +130,7 @@ class Name:
                     for word, score in zip(words, scores[cluster].tolist(), strict=True)
                 )
                 logger.info("cluster %d, %s images: %s", cluster, f"{size:,}", listed)
-        edits = Edits(
-            reviewed=f"{run.path.parent.name}/{run.path.name}",
-            fingerprint=images.fingerprint,
-            digest=str(run.metrics["digest"]),
-            num_clusters=len(sizes),
-            names={**kept, **run.names},  # names that you gave stay
-        )
+        edits = edits_of(run, names={**kept, **run.names})  # names that you gave stay
         context.folder.write_json("edits.json", edits.as_json())
         logger.info(
             "%s  %d of %d clusters with a word of more than %.2f; the verb edit takes this file",

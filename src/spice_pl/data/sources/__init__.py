@@ -1,1 +1,1 @@
-"""Sources of images: folders, tables, archives, arrays and published data sets."""
+"""Sources of images: folders, tables, archives, arrays, Hugging Face and published data sets."""
