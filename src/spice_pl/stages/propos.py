@@ -21,6 +21,7 @@ from spice_pl.data.images import ImageSet
 from spice_pl.data.keyed import keyed_generator, keyed_uniform
 from spice_pl.errors import UsageError
 from spice_pl.functional.contrastive import alignment
+from spice_pl.functional.device import to_device
 from spice_pl.functional.kmeans import cosine_kmeans
 from spice_pl.functional.momentum import EmaPairs
 from spice_pl.functional.scattering import scattering_loss
@@ -194,7 +195,7 @@ class ProPosModule(FeatureStage):
         weight = centres / (HEAD_TEMPERATURE * features.norm(dim=1).mean())
         self.head.weight.copy_(self.gathered(weight[None])[0].view_as(weight))
         self.head.bias.zero_()
-        self.clusters[self.train_index.to(self.device)] = found
+        self.clusters[to_device(self.train_index, self.device)] = found
         self.share_buffers()
 
     def _scattering(self, projected: Tensor, target: Tensor, index: Tensor) -> Tensor:
