@@ -190,7 +190,7 @@ def test_similarities_of_a_gpu_are_not_computed_in_tf32(monkeypatch: pytest.Monk
         torch, "set_float32_matmul_precision", lambda given: precision.__setitem__(0, given)
     )
 
-    class Watch(TorchDispatchMode):
+    class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def __torch_dispatch__(
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
@@ -198,7 +198,7 @@ def test_similarities_of_a_gpu_are_not_computed_in_tf32(monkeypatch: pytest.Monk
                 asked.append(precision[0])
             return func(*args, **(kwargs or {}))
 
-    with rehearsal(), Watch():
+    with rehearsal(), Watch():  # type: ignore[no-untyped-call]
         similarities(on_device(4, 3), on_device(5, 3))
     assert asked == ["highest"]
     assert precision == ["high"]
