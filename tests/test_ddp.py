@@ -160,6 +160,7 @@ def test_scan_trains_on_two_ranks_with_the_neighbours_that_the_first_found(
     small = ("scan.epochs=1", "scan.streams.images.batch_size=30", "scan.module.num_neighbors=5")
     done = train(*runs.overrides, f"runs_dir={tmp_path}", "stage=scan", *small, *TWO)
     assert done.returncode == 0, done.stderr
+    assert "sync_dist" not in done.stderr
     folder = RunFolder(tmp_path / "photos/scan/seed0")
     assert folder.metrics["devices"] == 2
     assert np.isfinite(folder.probs).all()
