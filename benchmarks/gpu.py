@@ -47,6 +47,7 @@ from spice_pl.functional.contrastive import info_nce, nt_xent
 from spice_pl.functional.momentum import EmaPairs
 from spice_pl.functional.scan import scan_loss, self_label_loss
 from spice_pl.job.trainer import auto_precision
+from spice_pl.nn.optimizers import keep_rates, sgd_settings
 from spice_pl.nn.queue import Queue
 from spice_pl.nn.resnet import ResNet
 
@@ -90,7 +91,11 @@ class Model:
             ids = [device] if device.type == "cuda" else None
             self.network = DistributedDataParallel(network, device_ids=ids, broadcast_buffers=False)
         self.queue = Queue(PROJECTION, 1024 if small else 12800).to(device)
-        self.optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, foreach=True)
+        self.new_keys: Tensor | None = None
+        self.optimizer = torch.optim.SGD(
+            network.parameters(), lr=0.01, momentum=0.9, **sgd_settings(device)
+        )
+        keep_rates(self.optimizer, device)
         self.ema = EmaPairs((self.average, network))
         self.dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(
             auto_precision(device.type)
@@ -106,6 +111,8 @@ class Model:
             loss.backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
             self.ema.update_(0.999)
+            if self.new_keys is not None:
+                self.queue.enqueue(self.new_keys)  # in place, so after the backward pass
         return loss
 
     def _loss(self, views: dict[str, dict[str, Tensor]]) -> Tensor:
@@ -115,7 +122,7 @@ class Model:
             with torch.no_grad():
                 key = normal(self.average(images["key"]).float())
             loss = info_nce(query, key, self.queue.keys, 0.2)
-            self.queue.enqueue(key)
+            self.new_keys = key
             return loss
         if self.stage == "simclr":
             both = self.network(torch.cat([images["query"], images["key"]])).float()

@@ -186,6 +186,19 @@ def test_a_method_after_stage_1_on_two_ranks_equals_one_rank(
         torch.testing.assert_close(two[key], value, rtol=1e-3, atol=1e-5, msg=key)
 
 
+def test_scan_trains_on_two_ranks_with_the_neighbours_that_the_first_found(
+    runs: Runs, tmp_path: Path
+) -> None:
+    shutil.copytree(runs.two, tmp_path / "photos")
+    small = ("scan.epochs=1", "scan.streams.images.batch_size=30", "scan.module.num_neighbors=5")
+    done = train(*runs.overrides, f"runs_dir={tmp_path}", "stage=scan", *small, *TWO)
+    assert done.returncode == 0, done.stderr
+    assert "sync_dist" not in done.stderr
+    folder = RunFolder(tmp_path / "photos/scan/seed0")
+    assert folder.metrics["devices"] == 2
+    assert np.isfinite(folder.probs).all()
+
+
 def test_stage_2_on_two_ranks_equals_one_rank(runs: Runs) -> None:
     two, one = runs.dump("proto", 2, 0), runs.dump("proto", 1, 0)
     for key in ("best_head", "best_epoch"):

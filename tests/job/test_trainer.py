@@ -30,6 +30,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Gpus:
             "device_count": count,
             "is_bf16_supported": native,
             "get_device_capability": capability,
+            "get_device_name": "a GPU",
         }.items():
             monkeypatch.setattr(torch.cuda, name, lambda *_, found=value, **__: found)
         monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)
@@ -115,6 +116,27 @@ def test_precision_is_what_the_gpu_multiplies_in(
 ) -> None:
     gpus(1, capability=capability)
     assert auto_precision("auto") == precision
+
+
+@pytest.mark.parametrize(
+    ("devices", "precision", "said"),
+    [("2", "16-mixed", True), ("[0]", "bf16-mixed", False), ("[0,2]", "bf16-mixed", False)],
+)
+def test_different_gpus_share_a_precision_that_all_have_and_it_is_said(
+    devices: str,
+    precision: str,
+    said: bool,
+    gpus: Gpus,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    gpus(3)
+    capabilities, names = ((9, 0), (7, 5), (9, 0)), ("H100", "T4", "H100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda each=0: capabilities[each])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda each=0: names[each])
+    made = trainer_settings(settings(f"trainer.devices={devices}"))
+    assert made["precision"] == precision
+    assert ("the GPUs differ (H100, T4)" in caplog.text) is said
 
 
 @pytest.mark.parametrize(

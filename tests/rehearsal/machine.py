@@ -75,10 +75,15 @@ class Steps(pl.Callback):
     steps: list[Step] = field(default_factory=list)
     addresses: list[dict[str, int]] = field(default_factory=list)
     rates: list[Any] = field(default_factory=list)
+    epochs: list[Counter[tuple[str, str]]] = field(default_factory=list)  # waits of each, all
     _before: Step | None = None
+    _epoch: Counter[tuple[str, str]] | None = None
 
     def on_train_epoch_start(self, *_: Any) -> None:
-        self._before = None
+        now = Counter(Rehearsal.now.waits)
+        if self._epoch is not None:
+            self.epochs.append(now - self._epoch)
+        self._before, self._epoch = None, now
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
         self.addresses.append(_addresses(trainer, module))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,10 @@ from tests.rehearsal import machine
 from tests.rehearsal.device import DEVICE, OnDevice, RefusedError, rehearsal
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from spice_pl.functional.kmeans import cosine_kmeans
+from spice_pl.functional.neighbors import similarities
 from spice_pl.nn.queue import Queue
 
 
@@ -158,6 +162,46 @@ def test_values_are_those_of_the_processor_and_gradients_flow() -> None:
         torch.testing.assert_close(loss.cpu(), expected)
         assert moved.weight.grad is not None
         torch.testing.assert_close(moved.weight.grad.cpu(), gradient)
+
+
+@pytest.mark.parametrize(("num_samples", "num_clusters"), [(60, 4), (12, 9)])
+def test_kmeans_of_a_gpu_waits_few_times_and_finds_what_the_processor_finds(
+    num_samples: int, num_clusters: int
+) -> None:
+    # Rounded, so that some samples are equal and clusters lose all of theirs.
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(num_samples, 3, generator=generator).round() + 0.1
+    wanted = cosine_kmeans(features, num_clusters, generator=torch.Generator().manual_seed(1))
+    with rehearsal() as seen:
+        moved = features.to(DEVICE, non_blocking=True)
+        found = cosine_kmeans(moved, num_clusters, generator=torch.Generator().manual_seed(1))
+        waits = seen.waits.total()
+        for ours, theirs in zip(found, wanted, strict=True):
+            torch.testing.assert_close(ours.cpu(), theirs)
+    assert waits <= 4  # one for the check of the features; more iterations than 28 are not needed
+
+
+def test_similarities_of_a_gpu_are_not_computed_in_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`trainer` allows TF32, which has 11 bits: many similarities near 1 would be equal."""
+    asked: list[str] = []
+    precision = ["high"]
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision[0])
+    monkeypatch.setattr(
+        torch, "set_float32_matmul_precision", lambda given: precision.__setitem__(0, given)
+    )
+
+    class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if func._schema.name == "aten::mm":
+                asked.append(precision[0])
+            return func(*args, **(kwargs or {}))
+
+    with rehearsal(), Watch():  # type: ignore[no-untyped-call]
+        similarities(on_device(4, 3), on_device(5, 3))
+    assert asked == ["highest"]
+    assert precision == ["high"]
 
 
 def test_views_and_allocations_launch_nothing() -> None:

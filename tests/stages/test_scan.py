@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from spice_pl.errors import UsageError
 from spice_pl.functional.neighbors import nearest_neighbors
 from spice_pl.nn.heads import ClusterHead
 from spice_pl.runs.folder import RunFolder
+from spice_pl.stages import scan
 from spice_pl.stages.scan import ScanModule
 from spice_pl.stages.selflabel import SelfLabelModule
 
@@ -68,6 +70,37 @@ def test_every_image_comes_with_one_of_its_neighbours(tmp_path: Path) -> None:
             assert not torch.equal(views[i], views[30 + i])
     assert sorted(torch.cat([index[:30] for index in drawn.index[:3]]).tolist()) == list(range(N))
     assert len(set(partners)) > 10
+
+
+def test_the_first_rank_finds_the_neighbours_for_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streams = {"images": stream(30, strong=STRONG)}
+    searched: list[int] = []
+
+    def found(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        searched.append(k)
+        return nearest_neighbors(queries, keys, k)
+
+    monkeypatch.setattr(scan, "nearest_neighbors", found)
+    sent: list[Tensor] = []
+    partners = []
+    for first in (True, False):
+        module = ScanModule(backbone(1), K, num_neighbors=4)
+        given = module.prepare(image_set(), upstream(tmp_path), streams)["images"].partners
+        assert given is not None
+
+        def broadcast(own: Tensor) -> Tensor:
+            sent.append(own)
+            return sent[0]
+
+        strategy = SimpleNamespace(broadcast=broadcast)
+        module.trainer = SimpleNamespace(is_global_zero=first, strategy=strategy)  # type: ignore[assignment]
+        module.on_fit_start()
+        partners.append(given)
+    assert searched == [5]  # by the first rank alone, the image itself counted
+    assert torch.equal(*partners)
+    assert partners[0].min() >= 0
 
 
 def test_the_epoch_of_the_lowest_loss_is_kept(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ class NanGuard(pl.Callback):
             UsageError: says where, and what to try.
         """
         first, self.first = self.first, None
-        worst = first if first is not None else torch.tensor(-1, device=pl_module.device)
+        worst = first if first is not None else torch.full((), -1, device=pl_module.device)
         if trainer.world_size > 1:
             worst = trainer.strategy.reduce(worst, reduce_op="max")
         # A gradient can be infinite where the loss is finite, so weights are checked too.

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from spice_pl.callbacks.scores import ClusteringScores
 from spice_pl.functional.assignment import clustering_scores
 from spice_pl.functional.neighbors import nearest_neighbors
-from spice_pl.stages.base import Prediction, as_stage
+from spice_pl.stages.base import Prediction, Stage, as_stage
 
 
 class TruthMonitor(pl.Callback):
@@ -35,67 +35,70 @@ class TruthMonitor(pl.Callback):
     def __init__(self, labels: NDArray[np.int64], num_clusters: int) -> None:
         self.labels = torch.from_numpy(labels)
         self.sizes = (num_clusters, int(labels.max()) + 1)
-        self.scores = ClusteringScores(*self.sizes)
-        self.head_scores: list[ClusteringScores] = []
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Clear the counts."""
-        self.scores.reset()
-        self.scores.to(pl_module.device)
-        self.head_scores.clear()
-        self.features: list[Tensor] = []
-        self.index: list[Tensor] = []
+        """Forget the validation before."""
+        self.index: list[Tensor] = []  # (B,) each
+        self.features: list[Tensor] = []  # (B, D) each
+        self.clusters: list[Tensor] = []  # (B, 1 + H) each
 
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any
     ) -> None:
-        """Count clusters against classes, or keep features."""
+        """Keep clusters or features; they stay on their device, so that no batch waits."""
         if not isinstance(outputs, Prediction):
             return
+        self.index.append(outputs.index)
         if outputs.probs is None:
             self.features.append(outputs.features)
-            self.index.append(outputs.index)
-        else:
-            labels = self.labels[outputs.index.cpu()].to(pl_module.device)
-            self.scores.update(outputs.probs.argmax(dim=1), labels)
-            if outputs.head_clusters is not None:
-                self._count_heads(outputs.head_clusters, labels)
+            return
+        clusters = [outputs.probs.argmax(dim=1)[None]]
+        if outputs.head_clusters is not None:
+            clusters.append(outputs.head_clusters)
+        self.clusters.append(torch.cat(clusters).T)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the scores of all ranks together."""
         stage = as_stage(pl_module)
-        if int(self.scores.update_count):
-            for name, value in self.scores.compute().items():
-                pl_module.log(f"truth/{name}", float(value), sync_dist=True)
-        scores_of_heads = [scores.compute() for scores in self.head_scores]
-        # There are scores only where an image with a true label is among those watched.
-        if any(scores_of_heads) and stage.chosen_head is not None:
-            accuracies = [float(scores["acc"]) for scores in scores_of_heads]
-            stage.log("truth/best_head_acc", max(accuracies), sync_dist=True)
-            stage.log("truth/epoch_head_acc", accuracies[stage.chosen_head], sync_dist=True)
+        if self.clusters:
+            rows = torch.cat([torch.cat(self.index)[:, None], torch.cat(self.clusters)], dim=1)
+            index, *columns = stage.across_ranks(rows).cpu().unbind(dim=1)  # (W,), (W,) each
+            labels = self.labels[index]
+            kept, *heads = (self._scores(each, labels) for each in columns)
+            for name, value in kept.items():
+                _log(stage, name, value)
+            # There are scores only where an image with a true label is among those watched.
+            if any(heads) and stage.chosen_head is not None:
+                accuracies = [scores["acc"] for scores in heads]
+                _log(stage, "best_head_acc", max(accuracies))
+                _log(stage, "epoch_head_acc", accuracies[stage.chosen_head])
         if self.features:
             features, index = (
                 stage.across_ranks(torch.cat(parts)).cpu() for parts in (self.features, self.index)
             )
             known = self.labels[index] >= 0
             accuracy = knn_accuracy(features[known], self.labels[index[known]])
-            pl_module.log("truth/knn_acc", accuracy, sync_dist=True)
+            _log(stage, "knn_acc", accuracy)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the accuracy of the labels that the stage trains on."""
-        labelled = as_stage(pl_module).labelled()
+        stage = as_stage(pl_module)
+        labelled = stage.labelled()
         if labelled is not None:
             index, label = (each.cpu() for each in labelled)
             known = self.labels[index] >= 0
             scores = clustering_scores(label[known], self.labels[index[known]])
-            pl_module.log("truth/reliable_acc", scores["acc"], sync_dist=True)
+            _log(stage, "reliable_acc", scores["acc"])
 
-    def _count_heads(self, head_clusters: Tensor, labels: Tensor) -> None:
-        if not self.head_scores:
-            made = (ClusteringScores(*self.sizes) for _ in head_clusters)
-            self.head_scores = [scores.to(labels.device) for scores in made]
-        for scores, clusters in zip(self.head_scores, head_clusters, strict=True):
-            scores.update(clusters, labels)
+    def _scores(self, clusters: Tensor, labels: Tensor) -> dict[str, float]:
+        scores = ClusteringScores(*self.sizes, sync_on_compute=False)  # of all ranks already
+        scores.update(clusters, labels)
+        return scores.compute()
+
+
+def _log(stage: Stage, name: str, value: float) -> None:
+    """Log a score that is the same on all ranks; a tensor of the processor, so nothing waits."""
+    stage.log(f"truth/{name}", torch.tensor(value))
 
 
 def knn_accuracy(features: Tensor, labels: Tensor, num_neighbors: int = 20) -> float:

@@ -62,7 +62,7 @@ def resident_store(
         parts.append(images.extra)
     needed, free = sum(each.nbytes for each in parts), free_memory(device)
     size, room = f"{needed / 2**30:.2f} GiB", f"{free / 2**30:.2f} GiB free"
-    if needed > (free if mode == "resident" else SHARE * free):
+    if not keeps(needed, device, mode):
         logger.info("images: %s do not fit on the GPU beside training (%s); streamed", size, room)
         return None
     try:
@@ -72,6 +72,14 @@ def resident_store(
         return None
     logger.info("images: %s on the GPU (%s before)", size, room)
     return store
+
+
+def keeps(num_bytes: int, device: torch.device, mode: str) -> bool:
+    """Return whether data is to be kept on a device: by `mode`, and by the free memory of a GPU."""
+    if device.type == "cpu" or mode == "stream":
+        return False
+    free = free_memory(device)
+    return num_bytes <= (free if mode == "resident" else SHARE * free)
 
 
 def free_memory(device: torch.device) -> float:

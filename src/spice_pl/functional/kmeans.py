@@ -4,6 +4,7 @@ Shapes: N samples, D features, K clusters.
 """
 
 import logging
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 from torch.nn import functional as F
 
+from spice_pl.functional.device import cluster_sizes
 from spice_pl.functional.neighbors import similarities, unit_rows
 
 logger = logging.getLogger(__name__)
@@ -21,6 +23,7 @@ FIT_AT_MOST = 20_000  # samples; enough for the centres, and all restarts togeth
 # Centres of all restarts together: 10 restarts with 100 centres; 1 with 1000, which varies less.
 CENTRES_AT_MOST = 1_000
 PIXELS_AT_MOST = 32  # side of an image; larger images are averaged down, which bounds the memory
+FIRST_WAIT = 4  # iterations of a GPU before the processor asks whether anything still changes
 ROWS_PER_CHUNK = 2**16  # bounds the memory beyond the embeddings to ROWS_PER_CHUNK * K numbers
 
 
@@ -65,40 +68,93 @@ def cosine_kmeans(
     if not bool(features.isfinite().all()):
         raise ValueError("a feature is NaN or infinite; compute the features again")
     embeddings = unit_rows(features)
-    best: tuple[Tensor, Tensor] | None = None
-    best_fit = -float("inf")
-    for _ in range(num_restarts):
-        centres = _first_centres(embeddings, num_clusters, generator)  # (K, D)
-        fit, clusters = _assign(embeddings, centres)  # (N,) each
-        for _ in range(max_iterations):
-            centres = _centres(embeddings, clusters, fit, num_clusters)
-            fit, moved = _assign(embeddings, centres)
-            if torch.equal(moved, clusters):
-                break
-            clusters = moved
-        if (total := float(fit.double().sum())) > best_fit:
-            best_fit, best = total, (clusters, centres)
-    assert best is not None  # noqa: S101 - a sum of cosines is larger than minus infinity
-    return best
+    on_gpu = features.device.type != "cpu"
+    # A GPU takes all restarts together, so that the processor waits for them together.
+    together, every = (num_restarts, FIRST_WAIT) if on_gpu else (1, 1)
+    found: list[tuple[Tensor, Tensor, Tensor]] = []  # sum of cosines, clusters, centres
+    for first in range(0, num_restarts, together):
+        restarts = [
+            _Restart(embeddings, _first_centres(embeddings, num_clusters, generator))
+            for _ in range(min(together, num_restarts - first))
+        ]
+        _converge(restarts, max_iterations, every)
+        found += [(each.fit.double().sum(), each.clusters, each.centres) for each in restarts]
+        found = [reduce(_better, found)]
+    _, clusters, centres = found[0]
+    return clusters, centres
+
+
+def _better(
+    one: tuple[Tensor, Tensor, Tensor], other: tuple[Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the result of the larger sum, the first of equal ones; the device chooses."""
+    larger = other[0] > one[0]
+    total, clusters, centres = (
+        torch.where(larger, new, old) for new, old in zip(other, one, strict=True)
+    )
+    return total, clusters, centres
+
+
+class _Restart:
+    """Clusters and centres of one start of k-means; once nothing changes they stay as they are.
+
+    Args:
+        embeddings: (N, D).
+        centres: (K, D), the first ones.
+    """
+
+    def __init__(self, embeddings: Tensor, centres: Tensor) -> None:
+        self.embeddings, self.centres = embeddings, centres
+        self.fit, self.clusters = _assign(embeddings, centres)  # (N,) each
+        self.moves = torch.ones((), dtype=torch.bool, device=embeddings.device)
+
+    def iterate(self) -> None:
+        """Move the centres and assign the samples again, unless the last iteration moved none."""
+        centres = _centres(self.embeddings, self.clusters, self.fit, len(self.centres))
+        fit, clusters = _assign(self.embeddings, centres)
+        moves = self.moves & (clusters != self.clusters).any()
+        self.fit = torch.where(self.moves, fit, self.fit)
+        self.centres = torch.where(self.moves, centres, self.centres)
+        self.clusters = torch.where(self.moves, clusters, self.clusters)
+        self.moves = moves
+
+
+def _converge(restarts: list[_Restart], max_iterations: int, every: int) -> None:
+    """Iterate until no restart moves a sample.
+
+    The processor asks after `every` iterations; with more than one, after twice as many the next
+    time, so that it waits few times however long it takes.
+    """
+    done = 0
+    while restarts and done < max_iterations:
+        every = min(every, max_iterations - done)
+        for each in restarts:
+            for _ in range(every):
+                each.iterate()
+        moves = torch.stack([each.moves for each in restarts]).tolist()
+        restarts = [each for each, moving in zip(restarts, moves, strict=True) if moving]
+        done, every = done + every, every if every == 1 else 2 * every
 
 
 def _first_centres(
     embeddings: Tensor, num_clusters: int, generator: torch.Generator | None
 ) -> Tensor:
     """k-means++: draw centres in proportion to the squared distance from the nearest one so far."""
+    device, num_samples = embeddings.device, len(embeddings)
     draws = torch.rand(num_clusters, generator=generator, dtype=torch.float64).tolist()
-    chosen = [int(draws[0] * len(embeddings))]
-    nearest = torch.full((len(embeddings),), -1.0, device=embeddings.device)  # cosine
+    chosen = torch.full((1,), int(draws[0] * num_samples), device=device)
+    nearest = torch.full((num_samples,), -1.0, device=device)  # cosine
     for draw in draws[1:]:
-        nearest = torch.maximum(nearest, embeddings @ embeddings[chosen[-1]])
+        last = embeddings.index_select(0, chosen[-1:])[0]
+        nearest = torch.maximum(nearest, embeddings @ last)
         mass = (1 - nearest).clamp_min(0).double()  # half the squared distance
-        mass[chosen] = 0
-        if float(mass.sum()) == 0:  # fewer distinct samples than centres
-            mass = torch.ones_like(mass).index_fill_(0, torch.tensor(chosen, device=mass.device), 0)
+        mass.index_fill_(0, chosen, 0)
+        others = torch.ones_like(mass).index_fill_(0, chosen, 0)
+        mass = torch.where(mass.sum() == 0, others, mass)  # fewer distinct samples than centres
         reached = mass.cumsum(dim=0)
-        place = torch.searchsorted(reached, reached[-1] * draw, right=True)
-        chosen.append(int(place.clamp_max(len(embeddings) - 1)))
-    return embeddings[chosen]
+        place = torch.searchsorted(reached, reached[-1:] * draw, right=True)
+        chosen = torch.cat([chosen, place.clamp_max(num_samples - 1)])
+    return embeddings.index_select(0, chosen)
 
 
 def _assign(embeddings: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,12 +166,9 @@ def _assign(embeddings: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _centres(embeddings: Tensor, clusters: Tensor, fit: Tensor, num_clusters: int) -> Tensor:
-    counts = torch.bincount(clusters, minlength=num_clusters)
-    empty = (counts == 0).nonzero()[:, 0]
-    if len(empty):
-        clusters = clusters.clone()
-        worst = fit.topk(len(empty), largest=False).indices
-        clusters[worst] = empty
+    empty = cluster_sizes(clusters, num_clusters) == 0  # (K,)
+    if clusters.device.type != "cpu" or bool(empty.any()):
+        clusters = _filled(clusters, fit, empty)
     sums = embeddings.new_zeros(num_clusters, embeddings.shape[1])
     for rows, ids in zip(
         torch.split(embeddings, ROWS_PER_CHUNK), torch.split(clusters, ROWS_PER_CHUNK), strict=True
@@ -123,6 +176,16 @@ def _centres(embeddings: Tensor, clusters: Tensor, fit: Tensor, num_clusters: in
         member = torch.nn.functional.one_hot(ids, num_clusters).to(rows.dtype)  # (n, K)
         sums += similarities(member.T, rows.T)
     return unit_rows(sums)
+
+
+def _filled(clusters: Tensor, fit: Tensor, empty: Tensor) -> Tensor:
+    """Give each empty cluster one of the samples with the smallest cosine, without asking which."""
+    worst = fit.topk(len(empty), largest=False).indices  # (K,)
+    rank = empty.cumsum(dim=0) - 1
+    nowhere = torch.full_like(worst, len(clusters))  # one place more, for clusters with samples
+    place = torch.where(empty, worst[rank.clamp_min(0)], nowhere)
+    names = torch.arange(len(empty), device=clusters.device)
+    return torch.cat([clusters, nowhere[:1]]).scatter(0, place, names)[:-1]
 
 
 def kmeans_clusters(data: NDArray[Any], num_clusters: int, seed: int) -> NDArray[np.int64]:

@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -60,11 +61,25 @@ def similarities(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tens
         tensor([[0.6000, 0.8000]])
     """
     # bfloat16 has 8 bits of precision: under autocast most similarities near 1 would be equal.
-    with torch.autocast(left.device.type, enabled=False):
+    with torch.autocast(left.device.type, enabled=False), _without_tf32(left.device):
         if out is None:
             return left @ right.T  # (A, B)
         with torch.no_grad():
             return torch.mm(left, right.T, out=out)
+
+
+@contextmanager
+def _without_tf32(device: torch.device) -> Iterator[None]:
+    """Multiply in float32 on a GPU, where TF32 keeps 11 bits of each factor."""
+    if device.type == "cpu":
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def nearest_neighbors(

@@ -99,6 +99,7 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for known in (
         "resuming from a checkpoint that ended before the epoch",  # the sampler continues there
+        "It is recommended to use `self.log",  # with sync_dist; the values are of all ranks already
         "does not have many workers",  # images are in memory, whole batches at a time
         "Checkpoint directory .* exists and is not empty",
         "Experiment logs directory .* exists and is not empty",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -28,6 +29,8 @@ from spice_pl.job.plan import Step
 from spice_pl.job.settings import build, flat, masked
 from spice_pl.system import ranks
 from spice_pl.system.interrupts import Interrupts
+
+logger = logging.getLogger(__name__)
 
 OURS = ("data", "compile")  # settings of trainer.* that are not arguments of Lightning's trainer
 STRATEGIES = (
@@ -137,7 +140,9 @@ def trainer_settings(given: Mapping[str, Any]) -> dict[str, Any]:
         settings.pop(ours, None)
     count, gpu = num_devices(settings), on_gpu(settings)
     if settings.get("precision") == "auto":
-        settings["precision"] = auto_precision(str(settings["accelerator"]))
+        chosen = _chosen_gpus(settings) if gpu else ()
+        settings["precision"] = auto_precision(str(settings["accelerator"]), chosen)
+        _say_if_mixed(chosen, settings["precision"])
     if settings.get("sync_batchnorm") and not gpu:
         raise UsageError(
             "trainer.sync_batchnorm=true needs GPUs; on the processor each process has its own "
@@ -167,17 +172,39 @@ def _ddp(strategy: str) -> DDPStrategy:
     )
 
 
-def auto_precision(accelerator: str) -> str:
+def auto_precision(accelerator: str, gpus: Sequence[int] = (0,)) -> str:
     """bfloat16 where the hardware multiplies in it, float16 on other GPUs with tensor cores.
 
-    Else float32; emulation is far slower.
+    Else float32; emulation is far slower. All `gpus` of a run have the same precision, one that
+    each of them has.
     """
     if accelerator != "cpu" and torch.cuda.is_available():
-        if torch.cuda.is_bf16_supported(including_emulation=False):
+        least = min(torch.cuda.get_device_capability(each) for each in gpus)
+        if torch.cuda.is_bf16_supported(including_emulation=False) and least[0] >= 8:
             return "bf16-mixed"
-        return "16-mixed" if torch.cuda.get_device_capability()[0] >= 7 else "32-true"
+        return "16-mixed" if least[0] >= 7 else "32-true"
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return "bf16-mixed" if native else "32-true"
+
+
+def _chosen_gpus(settings: Mapping[str, Any]) -> Sequence[int]:
+    """Return the numbers of the GPUs that the settings ask for."""
+    choice = _device_choice(settings)
+    if isinstance(choice, list):
+        return choice
+    return range(torch.cuda.device_count() if choice == -1 else choice)
+
+
+def _say_if_mixed(gpus: Sequence[int], precision: str) -> None:
+    """Log that the GPUs of a run are of several kinds, and what follows."""
+    names = sorted({torch.cuda.get_device_name(each) for each in gpus})
+    if len(names) > 1 and ranks.is_first_rank():
+        logger.warning(
+            "the GPUs differ (%s): trainer.precision=auto is %s, which all of them have, and a "
+            "step takes as long as on the slowest; trainer.devices=[0,...] names those to use",
+            ", ".join(names),
+            precision,
+        )
 
 
 def on_gpu(settings: Mapping[str, Any]) -> bool:

@@ -373,7 +373,7 @@ def _same_features(one: RunFolder, other: RunFolder) -> bool:
     return file.is_file() and np.array_equal(one.features, other.features)
 
 
-def as_tensor(array: NDArray[np.float32]) -> Tensor:
+def as_tensor(array: NDArray[np.floating[Any]]) -> Tensor:
     """Return a memory-mapped array as a tensor without a copy; do not write to it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")

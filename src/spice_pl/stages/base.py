@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from spice_pl.data.datamodule import Stream, Views, ViewsDataModule
 from spice_pl.data.images import ImageSet
 from spice_pl.errors import UsageError
-from spice_pl.functional.device import cluster_sizes
+from spice_pl.functional.device import cluster_sizes, to_device
 from spice_pl.functional.reliability import local_consistency
 from spice_pl.nn.heads import ClusterHead, LinearHead, head_of
 from spice_pl.nn.optimizers import keep_rates
@@ -192,7 +192,7 @@ class Stage(pl.LightningModule):
         epoch holds them.
         """
         if isinstance(value, Tensor):
-            value = value.detach().to(self.device, torch.float32)
+            value = to_device(value.detach(), self.device).to(torch.float32)
         else:
             value = torch.full((), value, dtype=torch.float32, device=self.device)
         if self.trainer.training:

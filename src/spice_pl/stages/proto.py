@@ -334,23 +334,23 @@ class ProtoHeadModule(Stage):
         """M-step, Eq. 5: `repeats` passes over the slots (H, S), in one order for all heads."""
         optimizer = self.optimizers()
         generator = keyed_generator(self.seed, self.current_epoch, batch_idx)
-        total, steps = torch.zeros(len(slots), device=slots.device), 0
+        total = torch.zeros(len(slots), device=slots.device)
         orders = [torch.randperm(slots.shape[1], generator=generator) for _ in range(self.repeats)]
-        for order in to_device(torch.stack(orders), slots.device):
-            for chosen in torch.split(order, self.head_batch_size):
-                if len(chosen) < self.head_batch_size:
-                    break  # the incomplete last batch is dropped
-                logits = self.heads.logits(self.view_features.read(strong, slots[:, chosen]))
-                losses = losses_of(logits, label[..., chosen])  # (H, B, K) -> (H,), Eq. 5
-                loss = losses.sum()  # not the mean: each head learns as if it were the only one
-                if self.entropy:
-                    spread = mean_prediction_entropy(logits.softmax(dim=-1))  # (H,)
-                    loss = loss - self.entropy * spread.sum()
-                optimizer.zero_grad()  # type: ignore[union-attr]
-                self.manual_backward(loss)
-                optimizer.step()  # type: ignore[union-attr]
-                total, steps = total + losses.detach(), steps + 1
-        losses = total / steps
+        whole = slots.shape[1] // self.head_batch_size  # the incomplete last batch is dropped
+        batches = torch.stack(orders)[:, : whole * self.head_batch_size]
+        batches = batches.reshape(-1, self.head_batch_size)  # (steps, B)
+        for chosen, features in self.view_features.read(strong, slots, batches):
+            logits = self.heads.logits(features)
+            losses = losses_of(logits, label[..., chosen])  # (H, B, K) -> (H,), Eq. 5
+            loss = losses.sum()  # not the mean: each head learns as if it were the only one
+            if self.entropy:
+                spread = mean_prediction_entropy(logits.softmax(dim=-1))  # (H,)
+                loss = loss - self.entropy * spread.sum()
+            optimizer.zero_grad()  # type: ignore[union-attr]
+            self.manual_backward(loss)
+            optimizer.step()  # type: ignore[union-attr]
+            total += losses.detach()
+        losses = total / len(batches)
         self.record("train/loss", losses.mean())
         for head, loss in enumerate(losses):
             self.record(f"train/loss_head_{head}", loss)
@@ -365,7 +365,7 @@ class ProtoHeadModule(Stage):
         scores = score_heads(
             self.heads,
             self.view_features.plain(self.train_index),
-            self.embeddings[self.train_index.to(self.device)],
+            self.embeddings[to_device(self.train_index, self.device)],
             self.prototype_pseudo_labels,
             self.shares,
         )

@@ -51,6 +51,7 @@ def score_heads(
         shares: (H, K) shares of the clusters; None for equal ones.
     """
     losses, information, num_empty = [], [], []
+    shares = None if shares is None else shares.cpu()  # once; they say how many slots there are
     for head in range(heads.num_heads):
         probs = heads.head(head)(features)  # (N, K)
         own = None if shares is None else shares[head]

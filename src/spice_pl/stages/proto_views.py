@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from itertools import product
 from pathlib import Path
@@ -25,7 +26,9 @@ from torch.nn import functional as F
 
 from spice_pl.data.datamodule import Stream, Views
 from spice_pl.data.keyed import keyed_uniform
+from spice_pl.data.transfer import keeps
 from spice_pl.errors import UsageError
+from spice_pl.functional.device import to_device
 from spice_pl.nn.frozen import Frozen
 from spice_pl.runs.folder import RunFolder, as_tensor
 from spice_pl.stages.base import Stage
@@ -53,8 +56,14 @@ class FrozenViews:
         return stream
 
     def on_fit_start(self) -> None:
-        """Copy the encoder for the views, now that its weights are on their device."""
+        """Copy the encoder for the views, now that its weights are on their device.
+
+        A GPU with room for the features of plain images keeps them, as it keeps images.
+        """
         self.encode = Frozen(self.stage.encoder)
+        device, mode = self.stage.device, self.stage.datamodule.mode
+        if keeps(self.features.nbytes, device, mode):
+            self.features = self.features.to(device)
 
     def on_epoch_start(self) -> None:
         """Put the encoder in eval mode again: Lightning has put every module in train mode."""
@@ -65,17 +74,29 @@ class FrozenViews:
         weak, strong = (self.encode(batch.views[name]).float() for name in VIEWS)
         return weak, strong
 
-    def read(self, strong: Tensor, slots: Tensor) -> Tensor:
-        """Return features (H, B, D) of the strong views in slots (H, B)."""
-        return F.embedding(slots, strong)  # `strong[slots]` takes four times as long
+    def read(
+        self, strong: Tensor, slots: Tensor, batches: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the batch (B,) of each step, and the features (H, B, D) of its strong views.
+
+        Args:
+            strong: what `embed` returned for the strong views, of all images of a cycle.
+            slots: (H, S) images that have a label.
+            batches: (steps, B) positions among the S, on the processor.
+        """
+        for chosen in to_device(batches, slots.device):
+            # `strong[slots]` takes four times as long
+            yield chosen, F.embedding(slots[:, chosen], strong)
 
     def plain(self, index: Tensor) -> Tensor:
         """Return features (b, D) of plain images."""
-        return self.features[index].to(self.stage.device)
+        rows = self.features[to_device(index, self.features.device)]
+        return to_device(rows, self.stage.device)
 
     def predict(self, batch: Views) -> Tensor:
         """Return features (b, D) of plain images by the encoder that belongs to the kept head."""
-        return self.plain(batch.index.cpu())
+        on_gpu = self.features.device.type != "cpu"
+        return self.plain(batch.index if on_gpu else batch.index.cpu())
 
     def keep(self) -> None:
         """Keep the present encoder with the kept head; a frozen one is the same all the time."""
@@ -90,7 +111,8 @@ class BankedViews(FrozenViews):
     Each cycle draws one of the n by a keyed hash, so 2n views per image pass the encoder, whatever
     the number of epochs. A view that is the plain one needs no bank: its features are those that
     stage 1 stored. The banks are memory-mapped files in half precision, in the folder of the run:
-    a resumed run reuses them, and they are removed after the last epoch.
+    a resumed run reuses them, and they are removed after the last epoch. A GPU with room for them
+    gets a copy, so that no batch waits for the files.
 
     Args:
         stage: stage whose encoder is used; `default_root_dir` of its trainer is the folder.
@@ -115,6 +137,7 @@ class BankedViews(FrozenViews):
         self.made_from: dict[str, Any] = {"upstream": upstream.digest(), "seed": seed}
         self.made_from |= {"shape": [num_views, *features.shape]}
         self.banks: dict[str, NDArray[np.float16]] = {}
+        self.resident: dict[str, Tensor] = {}
 
     def stream(self, stream: Stream) -> Stream:
         """Return the stream without views: batches hold positions, and the banks hold the views."""
@@ -148,21 +171,33 @@ class BankedViews(FrozenViews):
             if trainer.is_global_zero:
                 RunFolder(self.folder).write_json(stamp.name, self.made_from)
         self.banks = {name: np.load(self._file(name), mmap_mode="r") for name in self.banked}
+        self.resident = self._copied()
 
     def embed(self, batch: Views) -> tuple[Tensor, Tensor]:
         """Return one weak and one strong view per image out of the n, (b, D) each."""
-        index, epoch = batch.index.cpu(), self.stage.current_epoch
+        epoch = self.stage.current_epoch
+        if self.resident:
+            weak, strong = (
+                self.resident[name][self._drawn(key, epoch, batch.index), batch.index]
+                if name in self.banks
+                else self.resident[name][batch.index]
+                for key, name in enumerate(VIEWS)
+            )
+            return weak.float(), strong.float()
+        index = batch.index.cpu()
         weak, strong = (
-            as_tensor(self.banks[name][self._drawn(key, epoch, index), index.numpy()])
+            as_tensor(self.banks[name][self._drawn(key, epoch, index).numpy(), index.numpy()])
             if name in self.banks
-            else self.features[index]
+            else self.features[to_device(index, self.features.device)]
             for key, name in enumerate(VIEWS)
         )
-        return weak.to(self.stage.device).float(), strong.to(self.stage.device).float()
+        device = self.stage.device
+        return to_device(weak, device).float(), to_device(strong, device).float()
 
     def on_train_end(self) -> None:
         """Remove the banks."""
         self.banks.clear()
+        self.resident = {}
         self.stage.trainer.strategy.barrier("banks read")
         self._remove()
 
@@ -172,11 +207,21 @@ class BankedViews(FrozenViews):
             (self.folder / "made_from.json").unlink(missing_ok=True)
             shutil.rmtree(self.folder)
 
-    def _drawn(self, key: int, epoch: int, index: Tensor) -> NDArray[np.int64]:
+    def _copied(self) -> dict[str, Tensor]:
+        """Return banks and plain features on a GPU where images may be kept too; else nothing."""
+        device, mode = self.stage.device, self.stage.datamodule.mode
+        tables = {
+            name: as_tensor(self.banks[name]) if name in self.banks else self.features
+            for name in VIEWS
+        }
+        if not keeps(sum(each.nbytes for each in tables.values()), device, mode):
+            return {}
+        return {name: each.to(device) for name, each in tables.items()}
+
+    def _drawn(self, key: int, epoch: int, index: Tensor) -> Tensor:
         """Return the numbers (b,), 0 to n - 1, of the views that the images have in an epoch."""
         uniform = keyed_uniform(self.seed, epoch, index, key, 1)[:, 0]
-        drawn: NDArray[np.int64] = (uniform * self.num_views).long().numpy()
-        return drawn
+        return (uniform * self.num_views).long()
 
     def _fill(self) -> None:
         stage, trainer = self.stage, self.stage.trainer
@@ -245,13 +290,18 @@ class MovingEncoder(FrozenViews):
         encode = self.stage.encoder
         return encode(weak).float(), strong if self.joint else encode(strong).float()
 
-    def read(self, strong: Tensor, slots: Tensor) -> Tensor:
-        """Return features (H, B, D); `joint` encodes each image of the step once, with gradient."""
+    def read(
+        self, strong: Tensor, slots: Tensor, batches: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield as above; `joint` encodes each image of a step once, with gradient."""
         if not self.joint:
-            return super().read(strong, slots)
-        images, place = torch.unique(slots, return_inverse=True)  # (u,), (H, B)
-        features: Tensor = self.stage.encoder(strong[images]).float()  # (u, D)
-        return features[place]
+            yield from super().read(strong, slots, batches)
+            return
+        device, here = strong.device, slots.cpu()  # one wait per cycle; `unique` waits on a GPU
+        for chosen, there in zip(batches, to_device(batches, device), strict=True):
+            images, place = torch.unique(here[:, chosen], return_inverse=True)  # (u,), (H, B)
+            features: Tensor = self.stage.encoder(strong[to_device(images, device)]).float()
+            yield there, features[to_device(place, device)]  # (u, D) -> (H, B, D)
 
     @torch.no_grad()
     def plain(self, index: Tensor) -> Tensor:

@@ -97,19 +97,16 @@ class ScanModule(Stage):
     def prepare(
         self, images: ImageSet, upstream: RunFolder | None, streams: Mapping[str, Stream]
     ) -> Mapping[str, Stream]:
-        """Load the encoder of stage 1; find the neighbours of each training image."""
+        """Load the encoder of stage 1; make room for the neighbours of each training image."""
         if upstream is None:
             raise UsageError("stage=scan needs an upstream stage; set scan.upstream=moco")
         upstream.load_weights("encoder.safetensors", self.encoder)
         check_features(upstream.features, len(images), f"{upstream.path}/features.npy")
         self.embeddings = upstream.embeddings(images.train_index)  # (N, d)
-        train_index = torch.from_numpy(images.train_index)
-        embeddings = self.embeddings[train_index]  # (n, d)
-        count = min(self.num_neighbors + 1, len(train_index))  # the image itself counted
-        _, nearest = nearest_neighbors(embeddings, embeddings, count)
-        partners = torch.full((len(images), count), -1)
-        partners[train_index] = train_index[nearest]
-        return {"images": replace(streams["images"], partners=partners)}
+        self.train_index = torch.from_numpy(images.train_index)
+        count = min(self.num_neighbors + 1, len(self.train_index))  # the image itself counted
+        self.partners = torch.full((len(images), count), -1)
+        return {"images": replace(streams["images"], partners=self.partners)}
 
     def weights(self) -> Mapping[str, nn.Module]:
         """Return encoder and head of the kept epoch."""
@@ -123,6 +120,11 @@ class ScanModule(Stage):
             encoder, head = self.encoder, self.head
         features = encoder(batch.views["plain"]).float()
         return Prediction(batch.index, features, head(features).float())
+
+    def on_fit_start(self) -> None:
+        """Find the neighbours of each training image, once for all ranks."""
+        found = self._neighbors() if self.trainer.is_global_zero else torch.empty(0)
+        self.partners[self.train_index] = self.trainer.strategy.broadcast(found)
 
     def on_validation_epoch_start(self) -> None:
         """Forget the predictions of the validation before."""
@@ -156,6 +158,12 @@ class ScanModule(Stage):
         super().on_train_end()
         if not bool(self.best_loss.isfinite()):
             self._keep(self.best_loss)
+
+    def _neighbors(self) -> Tensor:
+        """Return the nearest training images of each training image, itself counted."""
+        embeddings = self.embeddings[self.train_index].to(self.device)  # (n, d)
+        _, nearest = nearest_neighbors(embeddings, embeddings, self.partners.shape[1])
+        return self.train_index[nearest.cpu()]
 
     def _keep(self, loss: Tensor) -> None:
         self.best_loss.copy_(loss)

@@ -27,6 +27,7 @@ from spice_pl.data.keyed import keyed_generator
 from spice_pl.errors import UsageError
 from spice_pl.functional.assignment import count_table, match_clusters
 from spice_pl.functional.consistency import weighted_cross_entropy
+from spice_pl.functional.device import to_device
 from spice_pl.functional.kmeans import cosine_kmeans
 from spice_pl.functional.momentum import EmaPairs
 from spice_pl.functional.selectors import OracleLabels
@@ -238,7 +239,8 @@ class SemiSupervisedModule(Stage):
 
     def labelled(self) -> tuple[Tensor, Tensor]:
         """Return the images (n,) that the selector labelled, and their labels (n,)."""
-        return self.reliable_index, self.pseudo_labels[self.reliable_index]
+        chosen = to_device(self.reliable_index, self.pseudo_labels.device)
+        return self.reliable_index, self.pseudo_labels[chosen]
 
     def on_fit_start(self) -> None:
         """Move the labels to the device of the images; pair the models that are on it now."""
@@ -281,12 +283,13 @@ class SemiSupervisedModule(Stage):
         clusters, _ = cosine_kmeans(
             features, self.num_clusters, generator=keyed_generator(self.seed, self.global_step)
         )
-        label = self.pseudo_labels[self.train_index.to(self.device)]  # (n,)
-        known = label >= 0
-        table = count_table(clusters[known], label[known], self.num_clusters, self.num_clusters)
-        named = match_clusters(table).to(self.device)[clusters]  # (n,)
+        index = to_device(self.train_index, self.device)
+        # Both in one copy to the processor, (n,) each.
+        both = torch.stack([clusters, self.pseudo_labels[index]]).cpu().unbind()
+        table = count_table(both[0], both[1], self.num_clusters, self.num_clusters)
+        named = to_device(match_clusters(table), self.device)[clusters]  # (n,)
         named = self.gathered(named)[0] if self.trainer.world_size > 1 else named
-        self.kmeans_labels[self.train_index.to(self.device)] = named
+        self.kmeans_labels[index] = named
 
     def _load(self, upstream: RunFolder | None) -> None:
         """Load what `init` takes from the upstream stage."""
