@@ -350,7 +350,7 @@ def silhouettes(rows: Tensor, candidates: Tensor) -> Tensor:
     Examples:
         >>> rows = torch.tensor([[0.0], [1.0], [9.0], [10.0]])
         >>> silhouettes(rows, torch.tensor([[0, 0, 1, 1], [0, 0, 0, 0]]))
-        tensor([0.8889, 0.0000], dtype=torch.float64)
+        tensor([0.8885, 0.0000], dtype=torch.float64)
     """
     rows, candidates = rows.double().cpu(), candidates.cpu()
     picked = torch.arange(0, len(rows), max(1, -(-len(rows) // SILHOUETTES)))
