@@ -2,13 +2,14 @@
 
     python benchmarks/choice.py [NAME=FEATURES.npy,LABELS.npy ...] [--seeds 2] [--most 100]
 
-Without data sets: the pixels of scikit-learn's digits. Of each data set and seed, five kinds of set
-are drawn: as many images of each class, five classes, thirty images per class, classes that fall
-from 10 to 1, and one class with half of the images. On each, heads are trained on the fixed
-features with the steps of stage 2, noise in the place of views; then `choose_answer` chooses.
+Without data sets: the pixels of scikit-learn's digits. Of each data set, seven kinds of set are
+drawn: as many images of each class, two and five classes, thirty images per class, classes that
+fall from 10 to 1, one class with half of the images, and two classes 6 to 1. On each, heads are
+trained on the fixed features with the steps of stage 2 as the recipe pretrained has it
+(`start=kmeans prior=estimated`), noise in the place of views; then `choose_answer` chooses.
 Regret is the largest ACC of the network and of k-means after 3, 10, 30 and 100 steps, minus that of
-the chosen clusters. "Left out" is the regret if the weight of the evenness is the one that loses
-least on the other data sets. Labels are read only for these figures. Prints one line per set, then
+the chosen clusters; the last columns have the regret if the silhouette or the assortativity alone
+chooses. Labels are read only for these figures. Prints one line per set, then
 one per kind, with means over data sets and seeds, the regret (mean and largest), the adjusted Rand
 index between the chosen clusters of two seeds on the same images, and, as its last line, JSON.
 """
@@ -31,29 +32,36 @@ from torch.nn import functional as F
 
 from spice_pl.functional.assignment import clustering_scores
 from spice_pl.functional.candidates import (
-    DISAGREEMENT_FLOOR,
-    EVENNESS_WEIGHT,
-    evenness,
+    COMPONENTS,
+    assortativity,
     neighbor_agreement,
+    silhouettes,
     spectral_clusters,
     walk_clusters,
 )
 from spice_pl.functional.embeddings import (
+    coordinates,
     fit_projection,
     neighbor_graph,
     project,
     smoothed_embeddings,
 )
-from spice_pl.functional.losses import double_softmax_cross_entropy_per_head
-from spice_pl.functional.prototypes import prototype_pseudo_labels
+from spice_pl.functional.losses import (
+    double_softmax_cross_entropy,
+    double_softmax_cross_entropy_per_head,
+    tempered_cross_entropy_per_head,
+)
+from spice_pl.functional.prototypes import prototype_pseudo_labels, prototype_shares
 from spice_pl.nn.heads import ParallelHeads
 from spice_pl.runs.answer import candidates, choose_answer
+from spice_pl.stages.proto import EMPTY_COST, SHARES_RATE
+from spice_pl.stages.proto_start import start_clusters, start_probs
 
-HEADS, EPOCHS, REPEATS, BATCH, WIDTH, NOISE = 3, 8, 8, 128, 128, 0.5
+HEADS, CYCLES, REPEATS, BATCH, WIDTH, NOISE = 3, 8, 8, 128, 128, 0.5
 STEPS = (3, 10, 30, 100)
-KINDS = ("even", "five", "thirty", "tail", "dominant")
-WEIGHTS = (0.0, 0.5, 1.0, 1.25, 1.5, 1.75, 2.0, 3.0)  # of the evenness
-COLUMNS = ("network", "k-means", "spectral", "chosen", "regret", "left out")
+KINDS = ("even", "two", "five", "thirty", "tail", "dominant", "6 to 1")
+ALONE = ("silhouette", "assortativity")
+COLUMNS = ("network", "k-means", "spectral", "chosen", "regret", *ALONE)
 
 
 class Outcome(NamedTuple):
@@ -62,13 +70,13 @@ class Outcome(NamedTuple):
     Attributes:
         acc: ACC of the network, of k-means after 3 steps, of spectral clustering and of the choice.
         best: largest ACC of the network and of k-means after each number of steps.
-        by_weight: ACC of the choice with each of WEIGHTS.
+        alone: ACC of the choice by each of ALONE.
         chosen: (N,), the chosen clusters.
     """
 
     acc: dict[str, float]
     best: float
-    by_weight: tuple[float, ...]
+    alone: dict[str, float]
     chosen: Tensor
 
 
@@ -79,8 +87,8 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=100, help="largest number of images per class")
     args = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    print(f"| set | images | classes | {' | '.join(COLUMNS[:-1])} |")
-    print("|:--|" + "--:|" * (len(COLUMNS) + 1))
+    print(f"| set | images | classes | {' | '.join(COLUMNS[:5])} |")
+    print("|:--|" + "--:|" * 7)
     found: dict[tuple[str, str], list[Outcome]] = {}
     for name, features, labels in data_sets(args.sets):
         for kind in KINDS:
@@ -106,12 +114,7 @@ def summary(found: dict[tuple[str, str], list[Outcome]], kind: str) -> dict[str,
     regrets = [run.best - run.acc["chosen"] for run in runs]
     row = {key: statistics.fmean(run.acc[key] for run in runs) for key in COLUMNS[:4]}
     row["regret"] = statistics.fmean(regrets)
-    row["left out"] = statistics.fmean(
-        run.best - run.by_weight[weight_without(found, name)]
-        for (name, each), of in found.items()
-        if each == kind
-        for run in of
-    )
+    row |= {key: statistics.fmean(run.best - run.alone[key] for run in runs) for key in ALONE}
     row["largest regret"] = max(regrets)
     pairs = [
         clustering_scores(one.chosen, other.chosen)["ari"]
@@ -121,15 +124,6 @@ def summary(found: dict[tuple[str, str], list[Outcome]], kind: str) -> dict[str,
     ]
     row["ARI of seeds"] = statistics.fmean(pairs) if pairs else float("nan")
     return row
-
-
-def weight_without(found: dict[tuple[str, str], list[Outcome]], left_out: str) -> int:
-    """Return the place in WEIGHTS that loses least on the other data sets; on all if no other."""
-    others = [run for (name, _), of in found.items() if name != left_out for run in of]
-    others = others or [run for of in found.values() for run in of]
-    gains = [sum(run.by_weight[place] for run in others) for place in range(len(WEIGHTS))]
-    near = sorted(range(len(WEIGHTS)), key=lambda place: abs(WEIGHTS[place] - EVENNESS_WEIGHT))
-    return max(near, key=lambda place: gains[place])  # of equal ones that nearest to the constant
 
 
 def data_sets(given: list[str]) -> Iterator[tuple[str, Tensor, NDArray[np.int64]]]:
@@ -148,16 +142,17 @@ def draw(
 ) -> NDArray[np.intp]:
     """Return the images of a kind of set, in order."""
     classes = generator.permutation(np.unique(labels))
-    if kind == "five":
-        classes = classes[:5]
+    classes = classes[: {"five": 5, "two": 2, "6 to 1": 2}.get(kind)]
     count = len(classes)
     least = min(int((labels == each).sum()) for each in classes)
-    largest = least if kind in ("tail", "dominant") else min(most, least)
+    largest = least if kind in ("tail", "dominant", "6 to 1") else min(most, least)
     sizes = [largest] * count
     if kind == "thirty":
         sizes = [min(30, least)] * count
     if kind == "tail":
         sizes = [max(2, round(size)) for size in np.geomspace(largest, largest / 10, count)]
+    if kind == "6 to 1":
+        sizes = [largest, max(2, round(largest / 6))]
     if kind == "dominant":
         sizes = [largest] + [max(2, largest // (count - 1))] * (count - 1)
     parts = [
@@ -180,44 +175,82 @@ def look(features: Tensor, truth: Tensor, seed: int) -> Outcome:
     best = max(acc["network"], *(accuracy(row, truth) for row in walked))
     found, others = candidates(features, probs, seed)
     each = torch.stack(list(found.values()))
-    agreements = -(1 - neighbor_agreement(others, each) + DISAGREEMENT_FLOOR).log()
-    even = torch.tensor([evenness(row, num_clusters) for row in each], dtype=torch.float64)
-    kept = [int((weight * even + agreements).argmax()) for weight in WEIGHTS]
-    return Outcome(acc, best, tuple(accuracy(each[place], truth) for place in kept), chosen)
+    located = coordinates(features, fit_projection(features, COMPONENTS, "none"))
+    linked = assortativity(neighbor_agreement(others, each), each)
+    scores = dict(zip(ALONE, (silhouettes(located, each), linked), strict=True))
+    alone = {name: accuracy(each[int(of.argmax())], truth) for name, of in scores.items()}
+    return Outcome(acc, best, alone, chosen)
 
 
 def accuracy(clusters: Tensor, truth: Tensor) -> float:
     return clustering_scores(clusters, truth)["acc"]
 
 
-def network(features: Tensor, num_clusters: int, seed: int) -> Tensor:
-    """Train heads on fixed features by Eqs. 2 to 5; return the probabilities of the best loss."""
+def network(
+    features: Tensor,
+    num_clusters: int,
+    seed: int,
+    *,
+    started: bool = True,
+    num_heads: int = HEADS,
+    cycles: int = CYCLES,
+) -> Tensor:
+    """Train heads on 128 components of fixed features; return the probabilities of the kept one.
+
+    Args:
+        features: (N, D).
+        num_clusters: K.
+        seed: seed of heads, noise and order.
+        started: as the recipe pretrained, `start=kmeans prior=estimated`; else the paper's start.
+        num_heads: number of heads.
+        cycles: number of E-steps.
+
+    Returns:
+        Probabilities (N, K).
+    """
     generator = torch.Generator().manual_seed(seed)
-    centred = features - features.mean(dim=0)
-    axes = torch.linalg.eigh(centred.T @ centred)[1].flip(1)[:, :WIDTH]
-    rows = centred @ axes
-    rows = rows / rows.norm(dim=1).mean() * WIDTH**0.5
     embeddings = smoothed_embeddings(features)
-    heads = ParallelHeads(rows.shape[1], WIDTH, num_clusters, HEADS, 1000 * seed)
-    optimizer = torch.optim.Adam(heads.parameters(), lr=1e-3)
-    for _ in range(EPOCHS):
+    centred = features - features.mean(dim=0)
+    rows = centred @ torch.linalg.eigh(centred.T @ centred)[1].flip(1)[:, :WIDTH]
+    rows = rows / rows.norm(dim=1).mean() * rows.shape[1] ** 0.5
+    heads = ParallelHeads(rows.shape[1], WIDTH, num_clusters, num_heads, 1000 * seed)
+    optimizer = torch.optim.Adam(heads.parameters(), lr=1e-3, fused=True)
+    shares = None
+    for cycle in range(cycles):
         with torch.no_grad():
-            slots, label = prototype_pseudo_labels(embeddings, heads(rows))
+            probs = heads(rows)  # (H, N, K)
+            if started and cycle == 0:
+                clusters = start_clusters(features, num_clusters, seed)
+                probs = start_probs(embeddings, clusters, num_clusters).expand_as(probs)
+                sizes = clusters.bincount(minlength=num_clusters) / len(clusters)
+                shares = sizes.expand(num_heads, -1).clone()
+            if shares is not None:
+                found = prototype_shares(embeddings, probs, shares=shares)
+                shares.lerp_(found, SHARES_RATE)
+            slots, label = prototype_pseudo_labels(embeddings, probs, shares=shares)
         noise = torch.randn(rows.shape, generator=generator)
         strong = rows + NOISE * rows.std(dim=0) * noise
         for _ in range(REPEATS):
-            for chosen in torch.randperm(len(label), generator=generator).split(BATCH):
-                probs = heads(F.embedding(slots[:, chosen], strong))
-                loss = double_softmax_cross_entropy_per_head(probs, label[chosen]).sum()
+            for chosen in torch.randperm(slots.shape[1], generator=generator).split(BATCH):
+                logits = heads.logits(F.embedding(slots[:, chosen], strong))
+                if started and cycle == 0:
+                    loss = tempered_cross_entropy_per_head(logits, label[..., chosen])
+                else:
+                    probs = logits.softmax(dim=-1)
+                    loss = double_softmax_cross_entropy_per_head(probs, label[..., chosen])
                 optimizer.zero_grad()
-                torch.autograd.backward(loss)
+                torch.autograd.backward(loss.sum())
                 optimizer.step()
     with torch.no_grad():
         probs = heads(rows)
-        slots, label = prototype_pseudo_labels(embeddings, probs)
-        own = torch.stack([one[at] for one, at in zip(probs, slots, strict=True)])
-        best = int(double_softmax_cross_entropy_per_head(own, label).argmin())
-    return probs[best]
+        slots, label = prototype_pseudo_labels(embeddings, probs, shares=shares)
+        label = label.expand(slots.shape)
+        losses = [
+            double_softmax_cross_entropy(one[at], own, balanced=started)
+            + started * EMPTY_COST * (num_clusters - len(one.argmax(dim=1).unique()))
+            for one, at, own in zip(probs, slots, label, strict=True)
+        ]
+    return probs[int(torch.stack(losses).argmin())]
 
 
 if __name__ == "__main__":

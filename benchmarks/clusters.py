@@ -26,24 +26,20 @@ from collections import defaultdict
 
 import numpy as np
 import torch
-from choice import data_sets
+from choice import data_sets, network
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from spice_pl.functional.assignment import clustering_scores
 from spice_pl.functional.embeddings import smoothed_embeddings
 from spice_pl.functional.kmeans import kmeans_clusters
 from spice_pl.functional.losses import (
-    double_softmax_cross_entropy,
     double_softmax_cross_entropy_per_head,
     mean_prediction_entropy,
     tempered_cross_entropy_per_head,
 )
-from spice_pl.functional.prototypes import prototype_pseudo_labels, prototype_shares
+from spice_pl.functional.prototypes import prototype_pseudo_labels
 from spice_pl.nn.heads import ParallelHeads
-from spice_pl.stages.proto import EMPTY_COST, SHARES_RATE
-from spice_pl.stages.proto_start import start_clusters, start_probs
 
 DIM, REPEATS, BATCH = 64, 8, 128
 ROWS = {  # name: (double softmax or plain cross-entropy, weight of the entropy term)
@@ -177,59 +173,11 @@ def candidates(features: Tensor, num_clusters: int, seed: int) -> dict[str, Tens
     """Return the clusters (N,) of each column."""
     embeddings = smoothed_embeddings(features)
     clusters = [
-        network(features, embeddings, num_clusters, seed, started=started)
+        network(features, num_clusters, seed, started=started, num_heads=5, cycles=10).argmax(dim=1)
         for started in (False, True)
     ]
     clusters.append(torch.from_numpy(kmeans_clusters(embeddings.numpy(), num_clusters, seed)))
     return dict(zip(COLUMNS, clusters, strict=True))
-
-
-def network(
-    features: Tensor, embeddings: Tensor, num_clusters: int, seed: int, *, started: bool
-) -> Tensor:
-    """Train heads as the recipe pretrained does, on 128 components of fixed features."""
-    generator = torch.Generator().manual_seed(seed)
-    centred = features - features.mean(dim=0)
-    rows = centred @ torch.linalg.eigh(centred.T @ centred)[1].flip(1)[:, :128]
-    rows = rows / rows.norm(dim=1).mean() * rows.shape[1] ** 0.5
-    heads = ParallelHeads(rows.shape[1], 128, num_clusters, 5, 1000 * seed)
-    optimizer = torch.optim.Adam(heads.parameters(), lr=1e-3, fused=True)
-    shares = None
-    for cycle in range(10):
-        with torch.no_grad():
-            probs = heads(rows)  # (H, N, K)
-            if started and cycle == 0:
-                clusters = start_clusters(features, num_clusters, seed)
-                probs = start_probs(embeddings, clusters, num_clusters).expand_as(probs)
-                sizes = clusters.bincount(minlength=num_clusters) / len(clusters)
-                shares = sizes.expand(heads.num_heads, -1).clone()
-            if shares is not None:
-                found = prototype_shares(embeddings, probs, shares=shares)
-                shares.lerp_(found, SHARES_RATE)
-            slots, label = prototype_pseudo_labels(embeddings, probs, shares=shares)
-        noise = torch.randn(rows.shape, generator=generator)
-        strong = rows + 0.5 * rows.std(dim=0) * noise
-        for _ in range(REPEATS):
-            for chosen in torch.randperm(slots.shape[1], generator=generator).split(BATCH):
-                logits = heads.logits(F.embedding(slots[:, chosen], strong))
-                if started and cycle == 0:
-                    loss = tempered_cross_entropy_per_head(logits, label[..., chosen])
-                else:
-                    probs = logits.softmax(dim=-1)
-                    loss = double_softmax_cross_entropy_per_head(probs, label[..., chosen])
-                optimizer.zero_grad()
-                loss.sum().backward()
-                optimizer.step()
-    with torch.no_grad():
-        probs = heads(rows)
-        slots, label = prototype_pseudo_labels(embeddings, probs, shares=shares)
-        label = label.expand(slots.shape)
-        losses = [
-            double_softmax_cross_entropy(one[at], own, balanced=started)
-            + started * EMPTY_COST * (num_clusters - len(one.argmax(dim=1).unique()))
-            for one, at, own in zip(probs, slots, label, strict=True)
-        ]
-    return probs[int(torch.stack(losses).argmin())].argmax(dim=1)
 
 
 if __name__ == "__main__":

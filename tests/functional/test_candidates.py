@@ -7,15 +7,18 @@ from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 from scipy.stats import entropy
 from sklearn.cluster import SpectralClustering
+from sklearn.metrics import cohen_kappa_score, silhouette_samples
 from torch import Tensor
 
 from spice_pl.functional.assignment import clustering_scores
 from spice_pl.functional.candidates import (
+    assortativity,
     cluster_scores,
     connect,
     evenness,
     modularity,
     neighbor_agreement,
+    silhouettes,
     spectral_clusters,
     vote_clusters,
     walk_clusters,
@@ -45,10 +48,8 @@ def acc(clusters: Tensor, group: Tensor) -> float:
     return float(clustering_scores(clusters, group)["acc"])
 
 
-def scores(
-    features: Tensor, candidates: Tensor, num_clusters: int, num_neighbors: int = 10
-) -> Tensor:
-    return cluster_scores(nearest_others(features, num_neighbors), candidates, num_clusters)
+def scores(features: Tensor, candidates: Tensor, num_neighbors: int = 10) -> Tensor:
+    return cluster_scores(features, nearest_others(features, num_neighbors), candidates)
 
 
 def same(left: Tensor, right: Tensor) -> bool:
@@ -76,14 +77,14 @@ def test_a_long_walk_keeps_unequal_groups_whole_and_the_score_chooses_it() -> No
     found = walk_clusters(features, 4, walks=(0, 100))
     assert acc(found[0], group) < 0.7  # the large group is cut
     assert acc(found[1], group) > 0.95
-    assert int(scores(features, found, 4).argmax()) == 1
+    assert int(scores(features, found).argmax()) == 1
 
 
 def test_the_score_keeps_even_groups_from_a_walk_that_is_too_long() -> None:
     features, group = groups([40] * 8, noise=0.35)
     found = walk_clusters(features, 8, walks=(3, 2000))
     assert acc(found[1], group) < acc(found[0], group) - 0.2
-    assert int(scores(features, found, 8).argmax()) == 0
+    assert int(scores(features, found).argmax()) == 0
 
 
 def test_walks_of_copies_and_of_equal_features_give_clusters_without_warnings() -> None:
@@ -268,21 +269,54 @@ def test_evenness_is_the_entropy_of_sizes(sizes: list[int]) -> None:
     assert evenness(torch.zeros(5, dtype=torch.long), 1) == 1
 
 
-def test_the_score_by_hand() -> None:
-    features = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.1, 0.9], [0.0, 1.0]])
-    candidates = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]])  # agreement 1 and 1/2
-    even = (0.25 * np.log(4) + 0.75 * np.log(4 / 3)) / np.log(2)
-    wanted = [1.75 - np.log(0.04), 1.75 * even - np.log(0.54)]
-    np.testing.assert_allclose(scores(features, candidates, 2, 1).numpy(), wanted)
+@pytest.mark.parametrize("num_samples", [60, 4200])  # above 2,000 every third is looked at
+def test_silhouettes_are_those_of_scikit_learn(num_samples: int) -> None:
+    rows, group = groups([num_samples - 25, 20, 5], noise=0.5)
+    candidates = torch.stack([group, torch.arange(num_samples) % 4])
+    candidates[1, 7] = 6  # alone in its cluster; cluster 5 is empty
+    found = silhouettes(rows, candidates)
+    every = slice(None, None, 3 if num_samples > 2000 else 1)
+    wanted = [silhouette_samples(rows.numpy(), each)[every].mean() for each in candidates.numpy()]
+    np.testing.assert_allclose(found.numpy(), wanted, atol=1e-6)
+
+
+def test_silhouettes_of_copies_and_of_one_cluster_are_zero() -> None:
+    halves = torch.arange(20) % 2
+    found = silhouettes(torch.ones(20, 3), torch.stack([halves, torch.zeros_like(halves)]))
+    assert found.tolist() == [0, 0]
+    assert silhouettes(torch.ones(1, 3), torch.zeros(1, 1, dtype=torch.long)).tolist() == [0]
+
+
+def test_assortativity_is_cohens_kappa_of_neighbours_on_a_ring() -> None:
+    """Every sample has and is two neighbours, so that both marginals are the sizes."""
+    ring = torch.arange(60)
+    others = torch.stack([(ring - 1) % 60, (ring + 1) % 60], dim=1)
+    generator = torch.Generator().manual_seed(0)
+    unequal = torch.multinomial(torch.tensor([0.7, 0.2, 0.1]), 60, True, generator=generator)
+    candidates = torch.stack([ring // 20, ring * 60 // 70, unequal])
+    found = assortativity(neighbor_agreement(others, candidates), candidates)
+    wanted = [
+        cohen_kappa_score(row.repeat_interleave(2), row[others].flatten()) for row in candidates
+    ]
+    np.testing.assert_allclose(found.numpy(), wanted, atol=1e-12)
+
+
+def test_the_score_is_the_sum_of_silhouette_and_assortativity() -> None:
+    """Two pairs at the ends of a line: assortativity 1, and ½ − ⅝ over 1 − ⅝."""
+    features = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+    candidates = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]])
+    # Silhouettes of the second: 0 alone; -1 beside a copy elsewhere; ½ for both others.
+    wanted = [1 + 1, -1 / 3 + (0 - 1 + 0.5 + 0.5) / 4]
+    np.testing.assert_allclose(scores(features, candidates, 1).numpy(), wanted, atol=1e-6)
 
 
 def test_neither_names_of_clusters_nor_order_of_samples_change_the_score() -> None:
     features, group = groups([40, 20, 10], noise=0.6)
-    wanted = scores(features, group[None], 3)
+    wanted = scores(features, group[None])
     renamed = torch.tensor([2, 0, 1])[group]
     order = torch.randperm(70, generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(scores(features, renamed[None], 3), wanted)
-    torch.testing.assert_close(scores(features[order], group[order][None], 3), wanted)
+    torch.testing.assert_close(scores(features, renamed[None]), wanted)
+    torch.testing.assert_close(scores(features[order], group[order][None]), wanted)
 
 
 def test_the_score_prefers_the_truth_to_a_merge_a_cut_and_noise() -> None:
@@ -300,7 +334,7 @@ def test_the_score_prefers_the_truth_to_a_merge_a_cut_and_noise() -> None:
         noisy[::5] = torch.randint(
             4, (len(noisy[::5]),), generator=torch.Generator().manual_seed(3)
         )
-        found = scores(features, torch.stack([merged, cut, group, noisy]), 4)
+        found = scores(features, torch.stack([merged, cut, group, noisy]))
         assert int(found.argmax()) == 2
 
 

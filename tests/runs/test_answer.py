@@ -141,13 +141,6 @@ def test_unequal_groups_are_not_cut_where_the_network_cuts_them() -> None:
     assert clustering_scores(found, group)["recall"] > 0.97
 
 
-def test_the_vote_of_longer_walks_has_to_be_about_as_even(monkeypatch: pytest.MonkeyPatch) -> None:
-    evenness = iter([1.0, 0.95, 0.87, 0.75])  # of the network, two votes, 100 steps
-    monkeypatch.setattr("spice_pl.runs.answer.evenness", lambda *_: next(evenness))
-    found, _ = candidates(features(), probs_of(GROUPS), seed=0)
-    assert list(found) == [NETWORK, VOTE, "k-means after 100 steps"]
-
-
 def test_a_candidate_with_an_empty_cluster_is_left_out_where_another_has_none() -> None:
     three = probs_of(GROUPS.clamp_max(2))  # of a network that leaves the fourth cluster empty
     found, _ = candidates(features(), three, seed=0)

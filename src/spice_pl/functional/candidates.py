@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from spice_pl.functional.assignment import count_table, match_clusters
 from spice_pl.functional.embeddings import (
     Whitening,
+    coordinates,
     fit_projection,
     neighbor_graph,
     project,
@@ -28,8 +29,9 @@ from spice_pl.functional.kmeans import kmeans_clusters
 from spice_pl.functional.neighbors import SIMILARITIES_PER_CHUNK, similarities, unit_rows
 
 WALKS = (3, 10, 30, 100)  # steps; few suit even classes, many suit unequal ones
-EVENNESS_WEIGHT = 1.75  # 1.5 to 2 choose about alike
-DISAGREEMENT_FLOOR = 0.04  # 0.03 to 0.05 choose alike; where few disagree, evenness decides
+COMPONENTS = 32  # of the silhouette, as in stage=estimate_k
+SILHOUETTES = 2000  # samples whose silhouette is taken, at most
+SAME = 1e-6  # distance of copies; that of float32 rows of length one is rounded by some 1e-7
 DENSE_UP_TO = 200  # samples whose eigenvectors are found without iteration
 
 
@@ -271,45 +273,109 @@ def evenness(clusters: Tensor, num_clusters: int) -> float:
     return abs(float(torch.special.entr(shares).sum())) / float(np.log(num_clusters))
 
 
-def cluster_scores(others: Tensor, candidates: Tensor, num_clusters: int) -> Tensor:
+def cluster_scores(features: Tensor, others: Tensor, candidates: Tensor) -> Tensor:
     """Score candidates without labels; the largest is the one to keep.
 
-    Ours: score = 1.75 h − log(1 − a + 0.04), with the agreement a of `neighbor_agreement` and the
-    evenness h of `evenness`. The agreement alone favours candidates that split off a small odd
-    group and merge two classes in its place. The product a h rejects classes that are truly
-    unequal: a of good candidates differs by hundredths only, and h by tenths. The logarithm
-    compares the shares of neighbours that disagree, which differ by a factor where a large class
-    is cut in two.
+    The mean silhouette (Rousseeuw 1987) of the principal components plus the assortativity
+    (Newman 2003) of the neighbour graph, `silhouettes` and `assortativity`. Both are at most 1, and
+    0 for one cluster. A long walk makes neighbours agree, right or wrong, and k-means makes compact
+    clusters: the silhouette is taken in features that were not smoothed, and the assortativity
+    without centres.
 
     Candidates have to share K and the features. The score does not choose K, and it tells close
-    candidates apart badly: the longer embeddings are smoothed over neighbours, the more neighbours
-    agree, right or wrong. benchmarks/choice.py measures what its choices lose.
+    candidates apart badly. benchmarks/choice.py measures what its choices lose.
 
     Args:
+        features: (N, D), raw.
         others: (N, k), neighbours by the cosine of the features, from `nearest_others`.
-        candidates: (R, N), clusters of each candidate, ids 0 to K - 1.
-        num_clusters: K.
+        candidates: (R, N), clusters of each candidate, ids from 0.
 
     Returns:
-        Scores (R,), float64.
+        Scores (R,), float64, in [-2, 2].
 
     Raises:
-        ValueError: as in `neighbor_agreement`.
+        ValueError: as in `neighbor_agreement`, or a feature is not finite.
 
     Examples:
+        >>> rows = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.1, 0.9], [0.0, 1.0]])
         >>> others = torch.tensor([[1], [0], [3], [2]])
         >>> candidates = torch.tensor([[0, 0, 0, 1], [0, 0, 1, 1]])
-        >>> cluster_scores(others, candidates, num_clusters=2).argmax()
+        >>> cluster_scores(rows, others, candidates).argmax()
         tensor(1)
     """
-    agreements = neighbor_agreement(others, candidates)
-    even = torch.tensor([evenness(row, num_clusters) for row in candidates], dtype=torch.float64)
-    return label_free_scores(agreements, even)
+    linked = assortativity(neighbor_agreement(others, candidates), candidates)
+    rows = coordinates(features, fit_projection(features, COMPONENTS, "none"))
+    return linked + silhouettes(rows, candidates)
 
 
-def label_free_scores(agreements: Tensor, evenness: Tensor) -> Tensor:
-    """Return the scores (R,) of `cluster_scores` from agreements and evenness (R,)."""
-    return EVENNESS_WEIGHT * evenness - (1 - agreements + DISAGREEMENT_FLOOR).log()
+def assortativity(agreements: Tensor, candidates: Tensor) -> Tensor:
+    """Measure how much more often neighbours share a cluster than chance, as a share of the most.
+
+    Newman 2003, "Mixing patterns in networks", Eq. 2, on the graph of nearest others with equal
+    degrees: (a − Σ_j p_j²) / (1 − Σ_j p_j²), with the agreement a of `neighbor_agreement` and the
+    shares p of the clusters.
+
+    Args:
+        agreements: a of each candidate, (R,), float64.
+        candidates: (R, N), clusters of each candidate, ids from 0.
+
+    Returns:
+        (R,), float64: 1 where all neighbours share a cluster, 0 as by chance and for one cluster.
+
+    Examples:
+        >>> candidates = torch.tensor([[0, 0, 0, 0], [0, 0, 1, 1]])
+        >>> assortativity(torch.ones(2, dtype=torch.float64), candidates)
+        tensor([0., 1.], dtype=torch.float64)
+    """
+    shares = [torch.bincount(row).double().cpu() / len(row) for row in candidates]
+    chance = torch.stack([each.square().sum() for each in shares])
+    return torch.where(chance < 1, (agreements - chance) / (1 - chance), 0)
+
+
+def silhouettes(rows: Tensor, candidates: Tensor) -> Tensor:
+    """Measure how much nearer samples are to their own cluster than to the next one.
+
+    Rousseeuw 1987: the mean over samples of (b - a) / max(a, b), with the mean Euclidean distance a
+    to the other samples of the sample's cluster, and b to those of the nearest other cluster. A
+    sample that is alone in its cluster has 0. Above 2,000 samples, every n-th is looked at, with
+    its distances to all.
+
+    Args:
+        rows: (N, d).
+        candidates: (R, N), clusters of each candidate, ids from 0.
+
+    Returns:
+        (R,), float64, in [-1, 1]; 0 for one cluster.
+
+    Examples:
+        >>> rows = torch.tensor([[0.0], [1.0], [9.0], [10.0]])
+        >>> silhouettes(rows, torch.tensor([[0, 0, 1, 1], [0, 0, 0, 0]]))
+        tensor([0.8885, 0.0000], dtype=torch.float64)
+    """
+    rows, candidates = rows.double().cpu(), candidates.cpu()
+    picked = torch.arange(0, len(rows), max(1, -(-len(rows) // SILHOUETTES)))
+    totals = torch.zeros(len(candidates), dtype=torch.float64)
+    for some in torch.split(picked, max(1, SIMILARITIES_PER_CHUNK // (4 * len(rows)))):
+        distances = torch.cdist(rows, rows[some])  # (N, n)
+        distances.masked_fill_(distances < SAME, 0)
+        for place, clusters in enumerate(candidates):
+            totals[place] += _silhouettes(distances, clusters, clusters[some]).sum()
+    return totals / len(picked)
+
+
+def _silhouettes(distances: Tensor, clusters: Tensor, own: Tensor) -> Tensor:
+    """Silhouettes (n,) of n samples, from their distances (N, n) to all and their clusters (n,)."""
+    counts = torch.bincount(clusters).double()  # (K,)
+    sums = distances.new_zeros(len(counts), distances.shape[1])
+    sums.index_add_(0, clusters, distances)
+    columns = torch.arange(len(own))
+    within = sums[own, columns] / (counts[own] - 1).clamp_min(1)
+    means = sums / counts.clamp_min(1).unsqueeze(1)
+    means[counts == 0] = torch.inf
+    means[own, columns] = torch.inf
+    between = means.min(dim=0).values
+    defined = (counts[own] > 1) & between.isfinite() & (torch.maximum(within, between) > 0)
+    return torch.where(defined, (between - within) / torch.maximum(within, between), 0)
 
 
 def _kmeans(rows: NDArray[np.float32], num_clusters: int, seed: int) -> Tensor:

@@ -183,15 +183,24 @@ def project(features: Tensor, projection: Projection) -> Tensor:
     Raises:
         ValueError: a feature is not finite.
     """
+    return unit_rows(coordinates(features, projection))
+
+
+def coordinates(features: Tensor, projection: Projection) -> Tensor:
+    """Return (N, d) as `project` does, but not divided by their length.
+
+    Raises:
+        ValueError: a feature is not finite.
+    """
     mean, components = projection
     parts = [
         similarities(unit_rows(rows).float() - mean, components.T)
         for rows in torch.split(features, ROWS_PER_CHUNK)
     ]
-    embeddings = unit_rows(torch.cat(parts))
-    if not bool(embeddings.isfinite().all()):
+    found = torch.cat(parts)
+    if not bool(found.isfinite().all()):
         raise ValueError(_not_finite(features))
-    return embeddings
+    return found
 
 
 def smooth(embeddings: Tensor, num_neighbors: int = 10, num_steps: int = 3) -> Tensor:

@@ -19,7 +19,6 @@ from torch.nn import functional as F
 from spice_pl.functional.candidates import (
     WALKS,
     cluster_scores,
-    evenness,
     numbered_like,
     vote_clusters,
     walk_clusters,
@@ -32,9 +31,6 @@ NUM_NEIGHBORS = 10
 NETWORK = "network"
 VOTE = "vote of network and k-means"
 WALKS_VOTE = f"vote of k-means after {WALKS[1]} and {WALKS[2]} steps"
-COLLAPSED = 0.3  # less even than the evenest candidate by this much; classes 10:1 are even to 0.1
-# For the vote of longer walks: in small sets it merges even classes, and neighbours agree.
-COLLAPSED_VOTE = 0.12
 
 
 @dataclass(frozen=True)
@@ -43,7 +39,7 @@ class Answer:
 
     Attributes:
         name: the candidate that was chosen; "network" for that of the head.
-        scores: label-free score of each candidate that has not collapsed; the largest was chosen.
+        scores: label-free score of each candidate without an empty cluster; the largest was chosen.
         probs: (N, K); its largest entry is the cluster and the confidence of an image.
     """
 
@@ -67,7 +63,7 @@ def choose_answer(features: Tensor, probs: Tensor, seed: int) -> Answer:
     """
     num_clusters, own = probs.shape[1], probs.argmax(dim=1)
     found, others = candidates(features, probs, seed)
-    values = cluster_scores(others, torch.stack(list(found.values())), num_clusters)
+    values = cluster_scores(features, others, torch.stack(list(found.values())))
     scores = dict(zip(found, values.tolist(), strict=True))
     name = max(scores, key=lambda each: scores[each])
     logger.info("kept: clusters of %s, the best score of %s", name, _listed(scores))
@@ -92,8 +88,8 @@ def candidates(features: Tensor, probs: Tensor, seed: int) -> tuple[dict[str, Te
         seed: seed of k-means.
 
     Returns:
-        Clusters (N,) of each candidate that has not collapsed and has no empty cluster, by its
-        name; neighbours (N, k). If each has an empty one, all that have not collapsed.
+        Clusters (N,) of each candidate without an empty cluster, by its name, or of all candidates
+        if each has one; neighbours (N, k).
     """
     num_clusters, own = probs.shape[1], probs.argmax(dim=1)
     inside = max(1, len(probs) // num_clusters - 1)  # other images of a cluster of mean size
@@ -108,14 +104,9 @@ def candidates(features: Tensor, probs: Tensor, seed: int) -> tuple[dict[str, Te
         WALKS_VOTE: vote_clusters(torch.stack([middle, long]), others, num_clusters),
         f"k-means after {WALKS[-1]} steps": longest,
     }
-    # Neighbours agree most where everything is in one cluster: no such candidate may win.
-    even = {name: evenness(row, num_clusters) for name, row in found.items()}
-    limits = dict.fromkeys(found, max(even.values()) - COLLAPSED)
-    limits[WALKS_VOTE] = max(even.values()) - COLLAPSED_VOTE
-    kept = {name: row for name, row in found.items() if even[name] >= limits[name]}
     # K clusters were asked for: a vote that empties one is kept only where all have an empty one.
-    full = {name: row for name, row in kept.items() if len(set(row.tolist())) == num_clusters}
-    return full or kept, others
+    full = {name: row for name, row in found.items() if len(set(row.tolist())) == num_clusters}
+    return full or found, others
 
 
 def _propagated(clusters: Tensor, others: Tensor, num_clusters: int) -> Tensor:

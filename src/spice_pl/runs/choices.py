@@ -21,14 +21,16 @@ from torch import Tensor
 
 from spice_pl.data.images import ImageSet
 from spice_pl.functional.assignment import count_table, match_clusters
+from spice_pl.functional.candidates import COMPONENTS as SCORED_COMPONENTS
 from spice_pl.functional.candidates import (
+    assortativity,
     connect,
     evenness,
-    label_free_scores,
+    silhouettes,
     spectral_clusters,
 )
-from spice_pl.functional.embeddings import fit_projection, neighbor_graph, project
-from spice_pl.functional.neighbors import nearest_neighbors
+from spice_pl.functional.embeddings import coordinates, fit_projection, neighbor_graph, project
+from spice_pl.functional.neighbors import nearest_neighbors, unit_rows
 from spice_pl.functional.reliability import least_agreement
 from spice_pl.reports.choices import Compared, Comparison, KChoice, Preview
 from spice_pl.reports.map import Map
@@ -73,7 +75,8 @@ def compare_clusters(
     scores: dict[str, float] = dict(answer["scores"])
     chosen = str(answer["name"])
     features = folder.features
-    rows = components(features, seed)
+    located = components(features, seed)
+    rows = unit_rows(located).numpy()
     kept = title if chosen == NETWORK else chosen
     clusterings = {kept: table.clusters}
     if chosen != NETWORK:
@@ -85,13 +88,22 @@ def compare_clusters(
         made = spectral_clusters(starts, graph, num_clusters, seed=seed)
         clusterings["spectral clustering"] = made.numpy()
     queries, near = sampled_neighbors(features, seed)  # (n,), (n, k)
-    reference = torch.from_numpy(table.clusters)
-    compared = []
-    for name, clusters in clusterings.items():
-        ids = torch.from_numpy(np.asarray(clusters, dtype=np.int64))
-        same = alike(ids, reference, num_clusters)
-        row = measured(ids, num_clusters, queries, near, name=name, kept=name == kept, alike=same)
-        compared.append(row)
+    every = torch.stack([torch.from_numpy(np.asarray(each)) for each in clusterings.values()])
+    every = every.long()  # (R, N)
+    apart = silhouettes(located[:, :SCORED_COMPONENTS], every)
+    compared = [
+        measured(
+            clusters,
+            num_clusters,
+            queries,
+            near,
+            silhouette,
+            name=name,
+            kept=name == kept,
+            alike=alike(clusters, torch.from_numpy(table.clusters), num_clusters),
+        )
+        for name, clusters, silhouette in zip(clusterings, every, apart.tolist(), strict=True)
+    ]
     return Comparison(compared, len(queries), scores, chosen if scores else "")
 
 
@@ -100,7 +112,9 @@ def measure_edited(folder: RunFolder, table: ClusterTable, seed: int, title: str
     used, clusters = np.unique(table.clusters, return_inverse=True)
     queries, near = sampled_neighbors(folder.features, seed)
     ids = torch.from_numpy(clusters.astype(np.int64))
-    return measured(ids, len(used), queries, near, name=title, kept=True, alike=1.0)
+    located = components(folder.features, seed)[:, :SCORED_COMPONENTS]
+    silhouette = float(silhouettes(located, ids[None]))
+    return measured(ids, len(used), queries, near, silhouette, name=title, kept=True, alike=1.0)
 
 
 def measured(
@@ -108,6 +122,7 @@ def measured(
     num_clusters: int,
     queries: Tensor,
     near: Tensor,
+    silhouette: float,
     *,
     name: str,
     kept: bool,
@@ -120,26 +135,27 @@ def measured(
         num_clusters: K.
         queries: (n,) images whose neighbours are looked at.
         near: (n, k) their nearest others.
+        silhouette: of `functional.candidates.silhouettes`.
         name: how it was made.
         kept: whether it is the one of the run.
         alike: share of images in the matching cluster of the run.
     """
     sizes = torch.bincount(clusters, minlength=num_clusters)
-    own, even = torch.ones(len(queries)), evenness(clusters, num_clusters)
+    own = torch.ones(len(queries), dtype=torch.float64)
     if near.numel():
         own = (clusters[near] == clusters[queries].unsqueeze(1)).double().mean(dim=1)  # (n,)
-    agreement = own.double().mean()
+    agreement = own.mean()
     least = least_agreement(sizes, near.shape[1])[clusters[queries]]
     return Compared(
         name=name,
         kept=kept,
         agreement=float(agreement),
-        evenness=even,
+        evenness=evenness(clusters, num_clusters),
         alike=alike,
         smallest=int(sizes[sizes > 0].min()),
         largest=int(sizes.max()),
         sure=float((own >= least).double().mean()),
-        score=float(label_free_scores(agreement, torch.tensor(even))),
+        score=silhouette + float(assortativity(agreement, clusters[None])),
     )
 
 
@@ -168,14 +184,14 @@ def sampled_neighbors(features: NDArray[np.float32], seed: int) -> tuple[Tensor,
     return torch.from_numpy(keys[places]), near
 
 
-def components(features: NDArray[np.float32], seed: int) -> NDArray[np.float32]:
-    """Return principal components (N, d) of l2-normalised features, of length one."""
+def components(features: NDArray[np.float32], seed: int) -> Tensor:
+    """Return principal components (N, d) of l2-normalised features."""
     projection = _fitted(features, seed)
     parts = [
-        project(torch.from_numpy(np.array(features[start : start + ROWS])), projection).numpy()
+        coordinates(torch.from_numpy(np.array(features[start : start + ROWS])), projection)
         for start in range(0, len(features), ROWS)
     ]
-    return np.concatenate(parts)
+    return torch.cat(parts)
 
 
 def _fitted(features: NDArray[np.float32], seed: int) -> Any:

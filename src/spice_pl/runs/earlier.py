@@ -41,7 +41,7 @@ def better_of(answer: Answer, probs: Tensor, stage: str, upstream: RunFolder) ->
     }
     features = torch.from_numpy(np.array(upstream.features))
     others = nearest_others(features, NUM_NEIGHBORS)
-    values = cluster_scores(others, torch.stack(list(found.values())), num_clusters).tolist()
+    values = cluster_scores(features, others, torch.stack(list(found.values()))).tolist()
     scores = dict(zip(found, values, strict=True))
     (before, old), (now, new) = scores.items()
     kept = before if old > new else now

@@ -33,7 +33,7 @@ def start_clusters(features: Tensor, num_clusters: int, seed: int) -> Tensor:
     features = features.cpu().float()
     k = min(NUM_NEIGHBORS, max(3, len(features) // (4 * num_clusters)))
     walked = walk_clusters(features, num_clusters, walks=WALKS, num_neighbors=k, seed=seed)
-    scores = cluster_scores(nearest_others(features, k), walked, num_clusters)
+    scores = cluster_scores(features, nearest_others(features, k), walked)
     return walked[int(scores.argmax())]
 
 

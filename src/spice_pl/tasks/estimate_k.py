@@ -21,7 +21,7 @@ from sklearn.preprocessing import normalize
 from torch import Tensor
 
 from spice_pl.errors import UsageError
-from spice_pl.functional.candidates import modularity
+from spice_pl.functional.candidates import modularity, neighbor_agreement
 from spice_pl.functional.embeddings import nearest_others, smoothed_embeddings
 from spice_pl.reports.lines import line_figure
 from spice_pl.system.files import atomic
@@ -50,6 +50,7 @@ class Point:
         silhouette: mean silhouette, by the principal components, of k-means on smoothed embeddings
             of all sampled images.
         modularity: see `functional.candidates.modularity`, of the same clusters.
+        agreement: share of an image's neighbours that are in its cluster.
     """
 
     num_clusters: int
@@ -58,11 +59,16 @@ class Point:
     null: float
     silhouette: float
     modularity: float
+    agreement: float
 
     @property
     def score(self) -> float:
-        """Silhouette times modularity; the largest decides. Not positive where either is not."""
-        return min(self.silhouette, self.modularity, self.silhouette * self.modularity)
+        """Silhouette times modularity times agreement; the largest decides.
+
+        Not positive where silhouette or modularity is not.
+        """
+        product = self.silhouette * self.modularity * self.agreement
+        return min(self.silhouette, self.modularity, product)
 
 
 @dataclass(frozen=True)
@@ -184,7 +190,8 @@ def look(
     The silhouette (Rousseeuw 1987) is not taken in the space that is clustered: smoothing makes
     clumps, and their silhouette rises with K. By itself it is largest where a few large clusters
     take in the small ones. Modularity grows with K as long as neighbours stay together, so small
-    clusters count; by itself it cuts large clusters. Stability as in Lange et al. 2004: if there
+    clusters count; by itself it cuts large clusters, since it is at most 1 − 1/K. Agreement falls
+    where clusters are cut. Stability as in Lange et al. 2004: if there
     are K groups, k-means finds the same ones in two halves of the images. The cloud without groups
     is a Gaussian with the same variances. It is needed for comparison, because a small K is stable
     without groups too, along the axes in which the cloud is long.
@@ -204,6 +211,7 @@ def look(
         cloud = generator.normal(size=rows.shape) * rows.std(axis=0)
         without.append(agreement_of_halves(cloud, num_clusters, generator))
     whole = _kmeans(num_clusters, generator, RESTARTS_WHOLE).fit_predict(embeddings)
+    clusters = torch.from_numpy(whole.astype(np.int64))
     groups = len(np.unique(whole))  # fewer than K where images are copies
     return Point(
         num_clusters,
@@ -211,7 +219,8 @@ def look(
         float(np.std(found)),
         float(np.mean(without)),
         float(silhouette_score(rows, whole)) if 1 < groups < len(rows) else 0.0,
-        modularity(others, torch.from_numpy(whole.astype(np.int64))),
+        modularity(others, clusters),
+        float(neighbor_agreement(others, clusters[None])[0]),
     )
 
 
