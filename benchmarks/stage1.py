@@ -82,7 +82,7 @@ def main() -> None:
                 key = {"method": method, "asked": minutes, "seed": seed}
                 if any(key.items() <= row.items() for row in rows):
                     continue
-                row = key | trained(method, minutes, (*METHODS[method], *settings, f"seed={seed}"))
+                row = key | trained(minutes, (*METHODS[method], *settings, f"seed={seed}"))
                 print(table([row]).splitlines()[-1], flush=True)
                 rows = [*(stored(args.curve) or rows), row]  # another process may have added some
                 if args.curve:
@@ -126,21 +126,22 @@ def write(rows: list[Row], name: Path) -> None:
         name.with_name(f"{name.name}_{end}.svg").write_text(figure, encoding="utf-8")
 
 
-def trained(method: str, minutes: float, settings: tuple[str, ...]) -> Row:
+def trained(minutes: float, settings: tuple[str, ...]) -> Row:
     """Train a stage for a time; return what it cost and its scores."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         job = Job(compose("config", list(settings)), settings, "none", sweep=False)
     images = open_images(job.cfg)
     if images.labels is None:
         raise SystemExit("error: the images have no labels to score with (dataset.labels=folders)")
-    sizes = job.cfg[method].module.sizes or [images.images.shape[-1]]
+    stage = job.cfg[job.cfg.stages[0]]
+    sizes = stage.module.sizes or [images.images.shape[-1]]
     _, seconds, steps = fit(job, images, len(sizes), limit_train_batches=TIMED)
     per_epoch = seconds / (len(sizes) * TIMED) * steps
     epochs = max(len(sizes), round(60 * minutes / per_epoch))
     module, seconds, steps = fit(job, images, epochs)
     plain = build(job.cfg, job.cfg.augment.plain)
     features = embedded(module, images, plain)
-    batch = int(job.cfg[method].streams.images.batch_size)
+    batch = int(stage.streams.images.batch_size)
     return {
         "minutes": round(seconds / 60, 2),
         "epochs": epochs,
