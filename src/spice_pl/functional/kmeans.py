@@ -31,6 +31,7 @@ def cosine_kmeans(
     num_restarts: int = 10,
     max_iterations: int = 300,
     generator: torch.Generator | None = None,
+    start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cluster features by their direction: each sample joins the centre with the largest cosine.
 
@@ -44,6 +45,7 @@ def cosine_kmeans(
         max_iterations: largest number of iterations of a restart, which ends earlier if no sample
             changes its cluster.
         generator: CPU generator for the first centres; torch's default generator if None.
+        start: clusters (N,), 0 to K - 1, whose means are the first centres, without restarts.
 
     Returns:
         Clusters (N,), and centres (K, D) of length one.
@@ -67,8 +69,11 @@ def cosine_kmeans(
     embeddings = unit_rows(features)
     best: tuple[Tensor, Tensor] | None = None
     best_fit = -float("inf")
-    for _ in range(num_restarts):
-        centres = _first_centres(embeddings, num_clusters, generator)  # (K, D)
+    for _ in range(num_restarts if start is None else 1):
+        if start is None:
+            centres = _first_centres(embeddings, num_clusters, generator)  # (K, D)
+        else:
+            centres = _centres(embeddings, start, embeddings.new_ones(len(start)), num_clusters)
         fit, clusters = _assign(embeddings, centres)  # (N,) each
         for _ in range(max_iterations):
             centres = _centres(embeddings, clusters, fit, num_clusters)
