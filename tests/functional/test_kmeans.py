@@ -45,6 +45,17 @@ def test_the_same_generator_gives_the_same_clusters() -> None:
     assert torch.equal(*runs)
 
 
+def test_given_clusters_are_the_start_and_keep_their_numbers() -> None:
+    features, label = blobs()
+    named = torch.tensor([2, 0, 3, 1])[label]
+    noisy = named.clone()
+    noisy[::10] = 0
+    found, _ = cosine_kmeans(features, 4, start=noisy)
+    assert torch.equal(found, named)
+    found, _ = cosine_kmeans(features, 5, start=named)  # an empty cluster takes an image
+    assert sorted(set(found.tolist())) == [0, 1, 2, 3, 4]
+
+
 def test_as_many_clusters_as_samples_and_equal_samples() -> None:
     features = torch.eye(4)
     clusters, _ = cosine_kmeans(features, 4)

@@ -89,6 +89,27 @@ def chosen_by_loops(rows: Tensor, clusters: Tensor) -> Tensor:
     return torch.tensor(best[1])
 
 
+def test_kmeans_starts_at_the_clusters_of_the_upstream(tmp_path: Path) -> None:
+    """Clusters keep their numbers, of which random centres know nothing."""
+    truth = torch.arange(N) % NUM_CLASSES
+    named = (truth + 1) % NUM_CLASSES
+    probs = F.one_hot(named, K).float().numpy()
+    upstream = write_upstream(tmp_path, settled(backbone(0)), probs=probs)
+    module = dcboost(lr=0.0, momentum=1.0)
+    module.prepare(image_set(), upstream, STREAMS)
+    assert torch.equal(module.clusters, named)
+    fit(module, STREAMS, epochs=1)
+    assert torch.equal(module.clusters, named)
+    assert torch.equal(module.head(plain_features(module.target_encoder)).argmax(dim=1), named)
+
+
+def test_an_upstream_with_another_number_of_clusters_is_refused(tmp_path: Path) -> None:
+    probs = torch.full((N, K + 1), 1 / (K + 1)).numpy()
+    upstream = write_upstream(tmp_path, backbone(0), probs=probs)
+    with pytest.raises(UsageError, match=r"has 4 clusters and dataset\.num_clusters is 3; give 4"):
+        dcboost().prepare(image_set(), upstream, STREAMS)
+
+
 def test_views_alone_are_aligned_in_the_warm_up(tmp_path: Path) -> None:
     module = dcboost(warmup_epochs=2)
     module.prepare(image_set(), write_upstream(tmp_path, settled(backbone(3))), STREAMS)

@@ -4,7 +4,7 @@ Shapes: N samples, D features, K clusters.
 """
 
 import logging
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,7 @@ def cosine_kmeans(
     num_restarts: int = 10,
     max_iterations: int = 300,
     generator: torch.Generator | None = None,
+    start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cluster features by their direction: each sample joins the centre with the largest cosine.
 
@@ -47,6 +48,7 @@ def cosine_kmeans(
         max_iterations: largest number of iterations of a restart, which ends earlier if no sample
             changes its cluster.
         generator: CPU generator for the first centres; torch's default generator if None.
+        start: clusters (N,), 0 to K - 1, whose means are the first centres, without restarts.
 
     Returns:
         Clusters (N,), and centres (K, D) of length one.
@@ -72,9 +74,14 @@ def cosine_kmeans(
     # A GPU takes all restarts together, so that the processor waits for them together.
     together, every = (num_restarts, FIRST_WAIT) if on_gpu else (1, 1)
     found: list[tuple[Tensor, Tensor, Tensor]] = []  # sum of cosines, clusters, centres
+    if start is None:
+        first_centres = partial(_first_centres, embeddings, num_clusters, generator)
+    else:
+        num_restarts, ones = 1, embeddings.new_ones(len(start))
+        first_centres = partial(_centres, embeddings, start, ones, num_clusters)
     for first in range(0, num_restarts, together):
         restarts = [
-            _Restart(embeddings, _first_centres(embeddings, num_clusters, generator))
+            _Restart(embeddings, first_centres())
             for _ in range(min(together, num_restarts - first))
         ]
         _converge(restarts, max_iterations, every)

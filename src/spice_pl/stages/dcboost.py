@@ -19,7 +19,8 @@ from spice_pl.data.datamodule import Stream
 from spice_pl.data.images import ImageSet
 from spice_pl.errors import UsageError
 from spice_pl.functional.dcboost import agreeing_images, compactness_loss, separation_loss
-from spice_pl.runs.folder import RunFolder
+from spice_pl.functional.device import to_device
+from spice_pl.runs.folder import RunFolder, as_tensor
 from spice_pl.stages.base import check_number, width_of
 from spice_pl.stages.target import TargetStage
 
@@ -31,7 +32,8 @@ class DCBoostModule(TargetStage):
 
     In each batch an image counts if its k nearest neighbours are of its cluster, where k is the
     number for which k times the number of such images is largest. Those of a cluster are pulled
-    together, and the prototypes of clusters are pushed apart. There is no weight to set.
+    together, and the prototypes of clusters are pushed apart. There is no weight to set. k-means
+    starts at the clusters of the upstream, and later at those of the epoch before.
 
     Args:
         backbone: (B, 3, S, S) -> (B, D), with `num_features`.
@@ -119,6 +121,27 @@ class DCBoostModule(TargetStage):
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
         return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def prepare(
+        self, images: ImageSet, upstream: RunFolder | None, streams: Mapping[str, Stream]
+    ) -> Mapping[str, Stream]:
+        """Load the encoder of the upstream, and its clusters, if it has any."""
+        streams = super().prepare(images, upstream, streams)
+        if upstream is not None and (upstream.path / "probs.npy").is_file():
+            clusters = as_tensor(upstream.answer).argmax(dim=1)  # (N,)
+            if (count := upstream.answer.shape[1]) != self.head.out_features:
+                raise UsageError(
+                    f"{upstream.path} has {count} clusters and dataset.num_clusters is "
+                    f"{self.head.out_features}; give {count}, or set dcboost.upstream to a stage "
+                    "without clusters (moco, embed)"
+                )
+            self.clusters.copy_(clusters)
+        return streams
+
+    def start_of_kmeans(self) -> Tensor | None:
+        """Return the clusters of the epoch before, at first those of the upstream."""
+        clusters = self.clusters[to_device(self.train_index, self.device)]
+        return clusters if bool((clusters >= 0).all()) else None
 
     def start(
         self, images: ImageSet, upstream: RunFolder | None, streams: Mapping[str, Stream]

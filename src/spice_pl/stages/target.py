@@ -163,6 +163,10 @@ class TargetStage(FeatureStage):
         self.register_buffer("clusters", torch.full((len(images),), -1))
         return streams
 
+    def start_of_kmeans(self) -> Tensor | None:
+        """Return clusters (n,) that k-means starts from; None for random centres, and restarts."""
+        return None
+
     def start(
         self, images: ImageSet, upstream: RunFolder | None, streams: Mapping[str, Stream]
     ) -> Mapping[str, Stream]:
@@ -195,7 +199,9 @@ class TargetStage(FeatureStage):
         features = self.plain_features(self.target_encoder, self.train_index)  # (n, D)
         self.target_encoder.train(training)
         generator = keyed_generator(self.seed, self.current_epoch)
-        found, centres = cosine_kmeans(features, self.head.out_features, generator=generator)
+        found, centres = cosine_kmeans(
+            features, self.head.out_features, generator=generator, start=self.start_of_kmeans()
+        )
         weight = centres / (HEAD_TEMPERATURE * features.norm(dim=1).mean())
         self.head.weight.copy_(self.gathered(weight[None])[0].view_as(weight))
         self.head.bias.zero_()
