@@ -31,6 +31,7 @@ from spice_pl.functional.cdc import (
 )
 from spice_pl.functional.kmeans import cosine_kmeans
 from spice_pl.nn.heads import ClusterHead
+from spice_pl.nn.optimizers import adam_settings
 from spice_pl.runs.evidence import check_features
 from spice_pl.runs.folder import RunFolder, as_tensor
 from spice_pl.stages.base import Prediction, Stage, check_batch, check_number, width_of
@@ -126,7 +127,9 @@ class CdcModule(Stage):
             {"params": [*self.encoder.parameters()], "lr": self.encoder_lr},
             {"params": heads},
         ]
-        return torch.optim.Adam(groups, lr=self.lr, weight_decay=self.weight_decay)
+        return torch.optim.Adam(
+            groups, lr=self.lr, weight_decay=self.weight_decay, **adam_settings(self.device)
+        )
 
     def check(self, images: ImageSet, streams: Mapping[str, Stream]) -> None:
         """Check that a batch has images for every cluster."""

@@ -20,6 +20,7 @@ from spice_pl.data.images import ImageSet
 from spice_pl.errors import UsageError
 from spice_pl.functional.dcboost import agreeing_images, compactness_loss, separation_loss
 from spice_pl.functional.device import to_device
+from spice_pl.nn.optimizers import sgd_settings
 from spice_pl.runs.folder import RunFolder, as_tensor
 from spice_pl.stages.base import check_number, width_of
 from spice_pl.stages.target import TargetStage
@@ -117,7 +118,7 @@ class DCBoostModule(TargetStage):
             lr=self.lr,
             momentum=self.sgd_momentum,
             weight_decay=self.weight_decay,
-            foreach=True,
+            **sgd_settings(self.device),
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
         return {"optimizer": optimizer, "lr_scheduler": schedule}
