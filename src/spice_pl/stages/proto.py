@@ -374,7 +374,10 @@ class ProtoHeadModule(Stage):
         if self.start == "kmeans":  # every cluster had images; a head that lost some comes last
             costs = costs + EMPTY_COST * scores.num_empty
         cost, chosen = costs.min(dim=0)
-        loss, num_empty = scores.losses[chosen], scores.num_empty[chosen]
+        # An index without dimensions would be read by the processor.
+        loss, num_empty = (
+            each.index_select(0, chosen[None])[0] for each in (scores.losses, scores.num_empty)
+        )
         read = torch.stack((chosen, num_empty, cost < self.best_cost))  # the only wait of a choice
         self.chosen_head, empty, better = read.tolist()
         self._warn_of_empty(empty)
