@@ -39,7 +39,11 @@ def test_the_page_is_written_again_and_the_numbers_stay(
             read_attention(folder)
     opened: list[Path] = []
     monkeypatch.setattr(report, "open_page", lambda page, wanted: opened.append(page))
+    for name in (".report.html.x", ".attention.npz.x", ".names.json.x"):  # the last is not its own
+        (folder.path / name).touch()
     run_stages(finished.job("stage=report"))
+    left = [each.name for each in folder.path.glob(".*.x")]
+    assert left == [".names.json.x"]
     assert opened == [folder.path / "report.html"]
     page = (folder.path / "report.html").read_text()
     assert '<h3 id="cluster-0-title" data-name="0">owls</h3>' in page

@@ -163,10 +163,15 @@ class RunFolder(CheckedFiles):
     def _waiting(self) -> str:
         return f"{self.path}: another run uses this folder; waiting until it ends"
 
-    def clear_temporary(self) -> None:
-        """Remove incomplete files of a run that was killed. Call it only with the lock."""
+    def clear_temporary(self, *names: str) -> None:
+        """Remove incomplete files of a run that was killed. Call it only with the lock.
+
+        Args:
+            names: files whose incomplete ones are removed; without names, all are.
+        """
+        begins = tuple(f".{name}." for name in names) or (".",)
         for file in self.path.glob(".*.*"):
-            if file.is_file():
+            if file.is_file() and file.name.startswith(begins):
                 file.unlink()
 
     def forget(self) -> None:

@@ -41,6 +41,7 @@ class Report:
     def __call__(self, context: Context) -> None:
         """Compute where the prototypes resemble their cluster, and write the page."""
         folder, images = context.upstream[0], context.images()
+        folder.clear_temporary("report.html", "attention.npz")  # of a report that was killed
         metrics, table = folder.metrics, folder.read_clusters()
         if (folder.path / portable.FILE_NAME).is_file():
             model = portable.load(
