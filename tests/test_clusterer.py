@@ -139,7 +139,7 @@ def test_flattened_grey_images_of_any_numbers() -> None:
     ("given", "message"),
     [
         (np.zeros((5, 7)), "7 numbers are not a square image; give images as"),
-        (np.zeros((5, 4, 4, 2)), r"X \(5, 4, 4, 2\) are not images"),
+        (np.zeros((5, 6, 6, 2)), r"X \(5, 6, 6, 2\) are not images"),
         (np.zeros((5, 2, 4, 4, 3)), "are not images"),
         (np.zeros((1, 4, 4)), "minimum of 2 is required"),
         (np.zeros((40, 40, 3)), "minimum of 2 is required"),  # one image

@@ -205,6 +205,14 @@ def test_it_reads_the_folders_of_runs(
     assert "SPICE stage 3" in (tmp_path / "compare.md").read_text()
 
 
+def test_a_folder_of_images_is_not_taken_for_their_runs(
+    straight: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(straight.runs.parent)  # which has `my photos` and `runs/my photos`
+    main(["my photos", "--to", str(tmp_path)])
+    assert "SPICE stage 3" in (tmp_path / "compare.md").read_text()
+
+
 def test_folders_without_runs_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="no finished run in or below"):
         finished_runs([tmp_path])

@@ -65,8 +65,9 @@ class CompareTrials(Callback):
         os.environ[TRIALS] = name
         hydra = config.hydra
         drawn = (hydra.get("sweeper") or {}).get("params") or {}  # swept by a file of settings
-        task = (hydra.get("overrides") or {}).get("task") or []
-        given = [*task, *(f"{key}={drawn[key]}" for key in drawn)]
+        typed = hydra.get("overrides") or {}  # -m is kept there as hydra.mode=MULTIRUN
+        own = [text for text in typed.get("hydra") or [] if not text.startswith("hydra.mode=")]
+        given = [*own, *(typed.get("task") or []), *(f"{key}={drawn[key]}" for key in drawn)]
         os.environ[SWEPT] = json.dumps([masked_override(str(text)) for text in given])
         # Hydra ends a sweep with a failed trial by an exception, and calls no hook.
         atexit.register(self.on_multirun_end, config)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,11 +74,12 @@ def load_clip(network: str, weights: str, device: torch.device) -> ImageText:
         )
     try:
         model: Any  # open_clip has no types
-        if file.is_file():
-            model = _with_file(open_clip, network, file)
-        else:
-            model = open_clip.create_model(network, pretrained=weights)
-        tokens = open_clip.get_tokenizer(network)
+        with _quiet(logging.WARNING if file.is_file() else logging.INFO):
+            if file.is_file():
+                model = _with_file(open_clip, network, file)
+            else:
+                model = open_clip.create_model(network, pretrained=weights)
+            tokens = open_clip.get_tokenizer(network)
     except UsageError:
         raise
     except Exception as error:  # of the Hub, of transformers and of open_clip, of many types
@@ -108,15 +110,21 @@ def load_clip(network: str, weights: str, device: torch.device) -> ImageText:
     return ImageText(f"{network} of open_clip ({shown}, trained by text)", images, texts, scale)
 
 
+@contextmanager
+def _quiet(level: int) -> Iterator[None]:
+    """Hide log messages up to a level: open_clip warns of random weights before it has a file's."""
+    before = logging.root.manager.disable
+    logging.disable(level)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
 def _with_file(open_clip: Any, network: str, file: Path) -> torch.nn.Module:
     """Return a network with the weights of a file, which is read without running code in it."""
     state, _ = find_state_dict(read_file(file), str(file))
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # open_clip would warn of random weights
-    try:
-        model: torch.nn.Module = open_clip.create_model(network, load_weights=False)
-    finally:
-        logging.disable(before)
+    model: torch.nn.Module = open_clip.create_model(network, load_weights=False)
     own = model.state_dict().keys()
     # Numbers that follow from the settings; open_clip leaves them out or in, by its release.
     load_strictly(model, {key: value for key, value in state.items() if key in own}, str(file))

@@ -146,7 +146,7 @@ def finished_runs(paths: Iterable[str | os.PathLike[str]]) -> list[dict[str, Any
     """
     found: dict[Path, dict[str, Any]] = {}
     for given in map(Path, paths):
-        path = given if given.is_dir() else Path("runs", given)  # a data set below the usual folder
+        path = _place(given)
         if not path.is_dir():
             raise UsageError(f"{given} is not a folder; give folders of runs{_known(str(given))}")
         for file in sorted(path.rglob("metrics.json")):
@@ -159,6 +159,17 @@ def finished_runs(paths: Iterable[str | os.PathLike[str]]) -> list[dict[str, Any
             "metrics.json"
         )
     return list(found.values())
+
+
+def _place(given: Path) -> Path:
+    """Return a folder of runs, or that of a data set below the usual one.
+
+    The images may be in a folder of the same name; it holds no runs.
+    """
+    below = Path("runs", given)
+    if given.is_dir() and not (below.is_dir() and not any(given.rglob("metrics.json"))):
+        return given
+    return below
 
 
 def _known(word: str) -> str:
@@ -326,8 +337,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except UsageError as error:
         print(escaped(f"error: {error}"), file=sys.stderr)
         raise SystemExit(2) from error
-    places = [run if Path(run).is_dir() else Path("runs", run) for run in given.runs]
-    show(lines, Path(given.to or os.path.commonpath([Path(run).absolute() for run in places])))
+    places = [_place(Path(run)).absolute() for run in given.runs]
+    show(lines, Path(given.to or os.path.commonpath(places)))
 
 
 def _own_rows(run: Mapping[str, Any]) -> list[ResultRow]:

@@ -107,34 +107,47 @@ class Name:
     ) -> None:
         """Write the tables from the shares (K, W) and the sizes (K,) of the clusters."""
         scores, order = shares.topk(min(self.num_words, len(self.words)))  # (K, num_words)
-        kept: dict[int, str] = {}
-        with atomic(context.folder.path / "words.csv") as part, part.open("w", newline="") as file:
-            table = csv.writer(file)
+        best = {
+            cluster: [
+                (self.words[i], score)
+                for i, score in zip(order[cluster].tolist(), scores[cluster].tolist(), strict=True)
+            ]
+            for cluster in np.flatnonzero(sizes).tolist()
+        }
+        shown = for_spreadsheet if self.spreadsheet else str
+        rows = [
+            [
+                cluster,
+                shown(run.names.get(cluster, "")),
+                sizes[cluster],
+                rank,
+                shown(word),
+                f"{s:.4f}",
+            ]
+            for cluster, found in best.items()
+            for rank, (word, s) in enumerate(found, 1)
+        ]
+        with (
+            atomic(context.folder.path / "words.csv") as part,
+            part.open("w", newline="", encoding="utf-8") as lines,
+        ):
+            table = csv.writer(lines)
             table.writerow(["cluster", "name", "images", "rank", "word", "score"])
-            for cluster, size in enumerate(sizes.tolist()):
-                if not size:
-                    continue
-                words = [self.words[i] for i in order[cluster].tolist()]
-                name = run.names.get(cluster, "")
-                for rank, (word, score) in enumerate(
-                    zip(words, scores[cluster].tolist(), strict=True), 1
-                ):
-                    shown = [
-                        for_spreadsheet(text) if self.spreadsheet else text for text in (name, word)
-                    ]
-                    table.writerow([cluster, shown[0], size, rank, shown[1], f"{score:.4f}"])
-                if float(scores[cluster, 0]) > MAJORITY:
-                    kept[cluster] = words[0]
-                listed = ", ".join(
-                    f"{printable(word)} {score:.2f}"
-                    for word, score in zip(words, scores[cluster].tolist(), strict=True)
-                )
-                logger.info("cluster %d, %s images: %s", cluster, f"{size:,}", listed)
+            table.writerows(rows)
+        for cluster, found in best.items():
+            listed = ", ".join(f"{printable(word)} {score:.2f}" for word, score in found)
+            logger.info("cluster %d, %s images: %s", cluster, f"{sizes[cluster]:,}", listed)
+        kept = {k: found[0][0] for k, found in best.items() if found[0][1] > MAJORITY}
+        file = context.folder.path / "edits.json"
+        file.unlink(missing_ok=True)
+        if not kept:
+            logger.info("no cluster has a word of more than %.2f; words.csv lists all", MAJORITY)
+            return
         edits = edits_of(run, names={**kept, **run.names})  # names that you gave stay
-        context.folder.write_json("edits.json", edits.as_json())
+        context.folder.write_json(file.name, edits.as_json())
         logger.info(
             "%s  %d of %d clusters with a word of more than %.2f; the verb edit takes this file",
-            *(context.folder.path / "edits.json", len(kept), int((sizes > 0).sum()), MAJORITY),
+            *(file, len(kept), int((sizes > 0).sum()), MAJORITY),
         )
 
 
