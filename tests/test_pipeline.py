@@ -262,11 +262,11 @@ def test_missing_upstream_prints_the_command_that_runs_it(
     assert not runs.exists()
 
 
-def test_command_for_a_missing_upstream_of_a_sweep_is_a_sweep(
+def test_command_for_a_missing_upstream_of_a_sweep_makes_the_run_that_the_trial_reads(
     straight: Finished, tmp_path: Path
 ) -> None:
     runs = tmp_path / "runs"
-    with pytest.raises(UsageError, match=r"\n  python train\.py -m stage=moco "):
+    with pytest.raises(UsageError, match=r"\n  python train\.py stage=moco 'run=seed0,"):
         run_stages(Finished(straight.overrides, runs).job("stage=proto", sweep=True))
 
 

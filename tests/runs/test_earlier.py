@@ -96,7 +96,7 @@ def test_a_spoiled_stage_3_keeps_the_clusters_of_stage_2_and_says_so(tiny: Seque
     assert found["scores"]["stage=proto"] > found["scores"]["stage=fixmatch"]
     assert fixmatch.metrics["rows"][-1]["acc"] == proto.metrics["rows"][-1]["acc"]
     page = (fixmatch.path / "report.html").read_text()
-    assert "Kept is “stage=proto”, the candidate of the best score without labels" in page
+    assert "This page shows the clusters of “stage=proto”" in page
 
 
 def test_the_paper_keeps_the_network(tiny: Sequence[str]) -> None:

@@ -30,7 +30,7 @@ def agreeing_images(
         Whether an image is chosen (B,), and k as a scalar.
 
     Examples:
-        >>> rows = F.normalize(torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]]))
+        >>> rows = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0], [-0.6, 0.8]])
         >>> agreeing_images(rows, torch.tensor([0, 0, 1, 1]))
         (tensor([True, True, True, True]), tensor(1))
     """

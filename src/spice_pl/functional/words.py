@@ -30,7 +30,7 @@ def word_shares(
 
     Examples:
         >>> images, words = torch.eye(2)[[0, 0, 1]], torch.eye(2)
-        >>> word_shares(images, words, torch.tensor([0, 2, 2]), 3, scale=100.0)
+        >>> word_shares(images, words, torch.tensor([0, 2, 2]), 3, scale=100.0).round(decimals=4)
         tensor([[1.0000, 0.0000],
                 [0.0000, 0.0000],
                 [0.5000, 0.5000]])

@@ -150,6 +150,8 @@ def _check_kind(name: str, value: Tensor, path: str) -> None:
         kind = "complex"
     elif value.numel() * value.element_size() > value.untyped_storage().nbytes():
         kind = "larger than its content in the file"
+    elif value.dim() > 1 and not value.numel():
+        kind = "empty"
     else:
         return
     raise UsageError(

@@ -20,8 +20,8 @@ COMPARED = ("Clusters", "Sizes", "Nearest 10", "5 or more", "Evenness", "Score")
 COMPARED_NOTE = (
     "No labels were given, so no accuracy can be computed. Nearest 10: share of the ten most alike "
     "images that are in the same cluster. 5 or more: share of images with at least half of them "
-    "there, or of as many as a small cluster has. Score: rises with the nearest ten and with "
-    "evenness; the kept clusters have the largest of all candidates."
+    "there, or of as many as a small cluster has. Score, from -2 to 2: rises where clusters are "
+    "compact and apart and neighbours share a cluster."
 )
 
 

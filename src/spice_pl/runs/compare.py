@@ -283,8 +283,8 @@ def notes(lines: Sequence[Line]) -> list[str]:
             "Nearest 10, 5 or more, Score: without labels, as in the report; mean over seeds. "
             "Compare them between rows of the same features and K. Nearest 10: share of the ten "
             "most alike images that are in the same cluster. 5 or more: share of images with at "
-            "least half of them there, or of as many as a small cluster has. Score: rises with the "
-            "nearest ten and with sizes that are more even."
+            "least half of them there, or of as many as a small cluster has. Score, from -2 to 2: "
+            "rises where clusters are compact and apart and neighbours share a cluster."
         )
     if repeated := sum(line.repeated for line in lines):
         said.append(
