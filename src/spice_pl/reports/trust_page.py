@@ -25,7 +25,8 @@ NAMES = {
 }
 EXPLAINED = {
     "heads": "The share of images that two heads put into the same cluster. Heads are trained side "
-    "by side from different random weights.",
+    "by side from different random weights. Those of your own images (recipe=pretrained) begin at "
+    "the same clusters, so they agree much, and that says little.",
     "seeds": "The share of images that two runs with different seeds put into the same cluster.",
     "consistency": "The share of an image's nearest neighbours that are in its own cluster. It is "
     "the mean of what the report calls agreement.",
