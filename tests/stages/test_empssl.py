@@ -120,6 +120,7 @@ def test_collapsed_features_are_named_with_a_way_out(caplog: pytest.LogCaptureFi
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"rate_weight": float("nan")}, r"rate_weight nan is not positive"),
         ({"rate_weight": 0.0}, r"empssl\.module\.rate_weight 0.0 is not positive"),
         ({"distortion": -1.0}, r"empssl\.module\.distortion -1.0 is not positive; EMP-SSL uses"),
         ({"sizes": []}, "must be sides of at least 8 pixels"),

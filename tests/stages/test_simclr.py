@@ -92,6 +92,7 @@ def test_stem_is_fitted_to_the_views() -> None:
     ("settings", "message"),
     [
         ({"temperature": 0.0}, "temperature 0.0 is not positive"),
+        ({"temperature": float("nan")}, "temperature nan is not positive"),
         ({"sizes": []}, "must be sides of at least 8 pixels"),
         ({"sizes": [4, 8]}, r"sizes \[4, 8\] must be sides of at least 8"),
     ],

@@ -21,7 +21,7 @@ from spice_pl.data.images import ImageSet
 from spice_pl.errors import UsageError
 from spice_pl.functional.coding_rate import multi_patch_loss
 from spice_pl.runs.folder import RunFolder
-from spice_pl.stages.base import width_of
+from spice_pl.stages.base import check_number, width_of
 from spice_pl.stages.features import FeatureStage, perceptron
 
 
@@ -69,8 +69,7 @@ class EmpSSLModule(FeatureStage):
             ("rate_weight", rate_weight, "our default is 0.05; without it all features are equal"),
             ("distortion", distortion, "EMP-SSL uses 0.2"),
         ):
-            if value <= 0:
-                raise UsageError(f"empssl.module.{key} {value} is not positive; {usual}")
+            check_number(self.name, key, value, value > 0, f"positive; {usual}")
         super().__init__(
             backbone,
             perceptron(width_of(backbone), hidden_dim, projection_dim),

@@ -23,7 +23,7 @@ from spice_pl.functional.device import to_device
 from spice_pl.functional.momentum import EmaPairs
 from spice_pl.nn.queue import Queue
 from spice_pl.runs.folder import RunFolder
-from spice_pl.stages.base import width_of
+from spice_pl.stages.base import check_number, width_of
 from spice_pl.stages.features import FeatureStage
 
 
@@ -69,10 +69,8 @@ class MoCoModule(FeatureStage):
         sgd_momentum: float = 0.9,
         weight_decay: float = 1e-4,
     ) -> None:
-        if temperature <= 0:
-            raise UsageError(
-                f"moco.module.temperature {temperature} is not positive; MoCo v2 uses 0.2"
-            )
+        rule = "positive; MoCo v2 uses 0.2"
+        check_number(self.name, "temperature", temperature, temperature > 0, rule)
         width = width_of(backbone)
         super().__init__(
             backbone,

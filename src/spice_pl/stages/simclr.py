@@ -17,7 +17,7 @@ from spice_pl.data.datamodule import Stream, Views
 from spice_pl.data.images import ImageSet
 from spice_pl.errors import UsageError
 from spice_pl.functional.contrastive import nt_xent
-from spice_pl.stages.base import width_of
+from spice_pl.stages.base import check_number, width_of
 from spice_pl.stages.features import FeatureStage, perceptron
 
 
@@ -53,10 +53,8 @@ class SimCLRModule(FeatureStage):
         sgd_momentum: float = 0.9,
         weight_decay: float = 1e-4,
     ) -> None:
-        if temperature <= 0:
-            raise UsageError(
-                f"simclr.module.temperature {temperature} is not positive; our default is 0.2"
-            )
+        rule = "positive; our default is 0.2"
+        check_number(self.name, "temperature", temperature, temperature > 0, rule)
         super().__init__(
             backbone,
             perceptron(width_of(backbone), hidden_dim, projection_dim),

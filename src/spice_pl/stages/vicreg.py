@@ -17,7 +17,7 @@ from spice_pl.data.datamodule import Stream, Views
 from spice_pl.data.images import ImageSet
 from spice_pl.errors import UsageError
 from spice_pl.functional.covariance import vicreg_loss
-from spice_pl.stages.base import width_of
+from spice_pl.stages.base import check_number, width_of
 from spice_pl.stages.features import FeatureStage, perceptron
 
 
@@ -67,11 +67,8 @@ class VICRegModule(FeatureStage):
             "covariance_weight": covariance_weight,
         }
         for key, value in loss_weights.items():
-            if value <= 0:
-                raise UsageError(
-                    f"vicreg.module.{key} {value} is not positive; VICReg uses 25, 25 and 1 for "
-                    "invariance, variance and covariance"
-                )
+            rule = "positive; VICReg uses 25, 25 and 1 for invariance, variance and covariance"
+            check_number(self.name, key, value, value > 0, rule)
         super().__init__(
             backbone,
             perceptron(width_of(backbone), hidden_dim, projection_dim),
