@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +15,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from spice_pl.system import command
-from spice_pl.system.command import quoted
+from spice_pl.system.command import quoted, version_of
 from spice_pl.system.output import open_output
 from spice_pl.usage import VERBS, conf_folder, usage, verb_usage
 
@@ -190,7 +189,7 @@ def run_words() -> None:
         print(verb_usage(first, conf_folder()) if first in VERBS else usage(conf_folder()))
         return
     if "--version" in words:
-        print(f"spice-pl {version('spice-pl')}")
+        print(f"spice-pl {version_of('spice-pl')}")
         return
     if not words and script in COMMANDS:  # python train.py runs the demonstration
         print(usage(conf_folder()))

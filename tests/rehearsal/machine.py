@@ -19,6 +19,7 @@ from pytorch_lightning.plugins import MixedPrecision
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, ddp
 from tests.rehearsal.device import DEVICE, NAME, OnDevice, RefusedError, Rehearsal
 
+from spice_pl.job import outlook
 from spice_pl.stages.base import as_stage
 
 GLOO = "a group of the processors"
@@ -158,6 +159,7 @@ def pretended_gpu(patch: pytest.MonkeyPatch, count: int = 1) -> Iterator[Steps]:
             )
 
     patch.setattr(pl, "Trainer", Trainer)
+    patch.setattr(outlook, "_device", lambda _: str(DEVICE))  # the plan measures there too
     if count > 1:
         _pretend_nccl(patch)
     yield steps

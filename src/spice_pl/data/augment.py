@@ -105,7 +105,7 @@ class PlainView:
             return images.to(torch.float32)
         if images.device.type == "cpu" or not self._has_own_way:
             return self._view(images, uniforms.to(images.device))
-        parameters = self._parameters(uniforms, images.shape[-1])
+        parameters = self._parameters(uniforms.cpu(), images.shape[-1])
         return self._on_device(images, to_device(parameters, images.device))
 
     @property

@@ -11,6 +11,12 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
+def synchronize(device: str) -> None:
+    """Wait until a GPU has done what it was given, so that a time measures the work."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+
+
 def cluster_sizes(clusters: Tensor, num_clusters: int) -> Tensor:
     """Count the samples of each cluster; `torch.bincount` waits for the largest id.
 

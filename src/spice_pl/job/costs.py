@@ -19,6 +19,7 @@ import torch
 from torch.nn import functional as F
 
 from spice_pl.data.augment import View
+from spice_pl.functional.device import synchronize
 from spice_pl.functional.embeddings import nearest_others
 from spice_pl.functional.kmeans import kmeans_clusters
 from spice_pl.nn.frozen import PART, Frozen
@@ -74,7 +75,7 @@ def measure(
     images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).to(device)
     made = {}
     for name, view in views.items():
-        uniforms = torch.rand(batch, view.num_uniforms, generator=generator).to(device)
+        uniforms = torch.rand(batch, view.num_uniforms, generator=generator)
         made[name] = watch.seconds(lambda v=view, u=uniforms: v(images, u)) / batch  # type: ignore[misc]
     no_uniforms = torch.empty(batch, 0, device=device)
     ready = views["plain"](images, no_uniforms).contiguous(memory_format=torch.channels_last)
@@ -113,8 +114,7 @@ class Watch:
         while len(taken) < REPEATS and (len(taken) < 2 or sum(taken[1:]) < LIMIT_S):
             begun = time.perf_counter()
             call()
-            if self.device != "cpu":
-                torch.cuda.synchronize()
+            synchronize(self.device)
             taken.append(time.perf_counter() - begun)
             if taken[0] > 2 * LIMIT_S:  # warming up does not count for much
                 break
@@ -181,4 +181,6 @@ def _precision(device: str, precision: str) -> AbstractContextManager[Any]:
     """Return the context of a trainer's precision."""
     if precision == "bf16-mixed":
         return torch.autocast(device, torch.bfloat16)
+    if precision == "16-mixed":
+        return torch.autocast(device, torch.float16)
     return nullcontext()

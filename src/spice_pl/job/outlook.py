@@ -156,13 +156,18 @@ def _work(job: Job, step: Step, images: ImageSet) -> Work:
     precision, accelerator = str(settings["precision"]), str(settings["accelerator"])
     if precision == "auto":
         precision = auto_precision(accelerator)
-    device = "cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu"
+    device = _device(accelerator)
     costs = measure(module, views, images.images.shape[-1], device=device, precision=precision)
-    if device == "cuda":
+    if device != "cpu":
         ranks = num_ranks(job.cfg)
         shared = {name: cost / ranks for name, cost in costs.views.items()}
         costs = replace(costs, encode=costs.encode / ranks, train=costs.train / ranks, views=shared)
     return Work(step, own, costs)
+
+
+def _device(accelerator: str) -> str:
+    """Return the device of a trainer's accelerator on this machine."""
+    return "cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def _in_order(other: Sequence[Part], works: Sequence[Part], steps: Sequence[Step]) -> list[Part]:

@@ -1,7 +1,8 @@
-"""The command that starts a job, for the commands that messages suggest."""
+"""The command that starts a job, for the commands that messages suggest, and its version."""
 
 import os
 import re
+from importlib.metadata import PackageNotFoundError, version
 
 NAME = "SPICE_PL_COMMAND"  # set by cli.main; ranks, trials and workers inherit it
 
@@ -9,6 +10,14 @@ NAME = "SPICE_PL_COMMAND"  # set by cli.main; ranks, trials and workers inherit 
 def command() -> list[str]:
     """Return the words before the settings: `python train.py`, or `spice` once installed."""
     return os.environ.get(NAME, "python train.py").split()
+
+
+def version_of(package: str) -> str:
+    """Return the version of a package; code may run from a clone that is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def quoted(text: object) -> str:

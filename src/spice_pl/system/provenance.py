@@ -2,11 +2,12 @@
 
 import platform
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from spice_pl.system.command import version_of
 
 try:
     import resource
@@ -18,7 +19,7 @@ PACKAGES = ("spice-pl", "torch", "torchvision", "pytorch-lightning", "hydra-core
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that influence results."""
-    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+    return {"python": platform.python_version()} | {name: version_of(name) for name in PACKAGES}
 
 
 def machine() -> dict[str, Any]:
