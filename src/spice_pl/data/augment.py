@@ -83,8 +83,9 @@ class PlainView:
 
         Args:
             images: (B, 3, S, S) uint8; not modified.
-            uniforms: (B, num_uniforms) in [0, 1), on the processor or on the device of the images;
-                ignored if num_uniforms is 0.
+            uniforms: (B, num_uniforms) in [0, 1), on the processor, where the parameters of a view
+                are drawn; a view that has only `_view` takes them on either device. Ignored if
+                num_uniforms is 0.
 
         Returns:
             (B, 3, S, S) float32, normalised.
@@ -105,7 +106,7 @@ class PlainView:
             return images.to(torch.float32)
         if images.device.type == "cpu" or not self._has_own_way:
             return self._view(images, uniforms.to(images.device))
-        parameters = self._parameters(uniforms.cpu(), images.shape[-1])
+        parameters = self._parameters(uniforms, images.shape[-1])
         return self._on_device(images, to_device(parameters, images.device))
 
     @property
