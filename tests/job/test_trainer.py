@@ -148,7 +148,8 @@ def test_products_use_tf32_on_a_gpu_only(
     gpus(count)
     asked: list[str] = []
     monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
-    trainer_settings(settings(f"trainer.accelerator={accelerator}"))
+    found = trainer_settings(settings(f"trainer.accelerator={accelerator}"))
+    assert found["accelerator"] == ("cuda" if expected else "cpu")  # never Apple's GPU
     assert asked == expected
 
 

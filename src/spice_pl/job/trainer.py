@@ -130,7 +130,8 @@ def progress(trainer: pl.Trainer) -> StageProgress:
 def trainer_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of the trainer, with precision, devices and strategy settled.
 
-    On a GPU float32 products use TF32, and cuDNN tries its algorithms once per shape of a batch.
+    `accelerator: auto` is CUDA or the processor. On a GPU float32 products use TF32, and cuDNN tries
+    its algorithms once per shape of a batch.
 
     Raises:
         UsageError: the machine does not have what is asked for.
@@ -153,6 +154,8 @@ def trainer_settings(given: Mapping[str, Any]) -> dict[str, Any]:
         several = count > 1 or int(settings.get("num_nodes") or 1) > 1 or ranks.in_rank()
         if several or settings["strategy"] != "auto":
             settings["strategy"] = _ddp(str(settings["strategy"]))
+    if settings["accelerator"] == "auto":  # Lightning's own would take Apple's GPU: no float64
+        settings["accelerator"] = "cuda" if gpu else "cpu"
     if gpu:
         torch.set_float32_matmul_precision("high")
         settings.setdefault("benchmark", not settings.get("deterministic"))
