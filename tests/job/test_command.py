@@ -60,7 +60,8 @@ def test_mistakes_end_with_one_message_and_code_2(
     assert stopped.value.code == 2
     message = capsys.readouterr().err.strip()
     expected = (
-        "error: dataset.root=/not/there does not exist; give the folder that holds the images"
+        "error: dataset.root=/not/there does not exist; give dataset.root=PATH, the folder that "
+        "holds the images"
     )
     assert message == expected
 
