@@ -282,6 +282,20 @@ def test_edits_are_saved_as_json_and_read_again(browser: Any, tmp_path: Path) ->
     assert opened.said == []
 
 
+def test_a_suggested_name_is_marked_and_taken_by_a_click(browser: Any, tmp_path: Path) -> None:
+    data = replace(hostile(), labels=None, names={}, suggested={0: (EVIL, 0.416), 1: ("cat", 1.0)})
+    page = Opened(browser, data, tmp_path).page
+    assert page.inner_text(".glance li[data-id='1'] .suggested") == "suggested: cat 1.00"
+    assert f"“{EVIL}”, score 0.42" in page.inner_text("#cluster-0 header")
+    title = page.locator("#cluster-0-title")
+    assert title.text_content() == "Cluster 0"  # nothing is named by it
+    page.click("#edit")
+    page.locator("#cluster-0 .edit button", has_text="Use suggested name").click()
+    assert title.text_content() == EVIL
+    page.click("#undo")
+    assert title.text_content() == "Cluster 0"
+
+
 def test_the_name_of_a_folder_is_taken_by_a_click_and_undone(browser: Any, tmp_path: Path) -> None:
     keys = [f"{EVIL if i % 3 == 0 else 'trip'}/{i}.png" for i in range(60)]
     opened = Opened(browser, replace(hostile(), labels=None, names={}, keys=keys), tmp_path)

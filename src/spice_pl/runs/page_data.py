@@ -31,6 +31,7 @@ from spice_pl.runs.clusters import ClusterTable
 from spice_pl.runs.folder import RunFolder
 from spice_pl.runs.oddities import find_oddities
 from spice_pl.runs.results import log_lines
+from spice_pl.runs.suggestions import read_suggestions
 from spice_pl.system.command import command
 
 SAMPLED = 1000  # images whose similarities and colours are looked at
@@ -84,6 +85,7 @@ def report_data(
         map=derived.map,
         attention=read_attention(folder),
         names=folder.names,
+        suggested=read_suggestions(folder),
         cost=_cost(metrics, upstream),
         review=_review(folder, metrics),
         skipped=images.skipped,

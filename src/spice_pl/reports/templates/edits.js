@@ -15,9 +15,9 @@ function panel(article) {
   const id = Number(article.dataset.id), box = make("div", undefined, {className: "edit"});
   const field = (text, input) => { const wrap = make("label", text + " "); wrap.append(input); box.append(wrap); return input; };
   const name = field("Name", make("input", undefined, {type: "text", maxLength: 80}));
-  const proposed = article.dataset.folder;
-  if (proposed) {
-    const use = make("button", "Use folder name", {type: "button", title: proposed});
+  for (const [text, proposed] of [["Use folder name", article.dataset.folder], ["Use suggested name", article.dataset.word]]) {
+    if (!proposed) continue;
+    const use = make("button", text, {type: "button", title: spoken(proposed)});
     use.addEventListener("click", () => change(() => { edits.names[id] = proposed; }));
     box.append(use);
   }
