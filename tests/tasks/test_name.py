@@ -81,8 +81,8 @@ def test_each_cluster_gets_the_word_of_its_images(
     assert {key: word for key, (word, _) in suggested.items()} == {
         int(key): row["word"] for key, row in best.items()
     }
-    for key, (_, score) in suggested.items():
-        assert score == pytest.approx(float(best[str(key)]["score"]), abs=1e-4)
+    for cluster, (_, score) in suggested.items():
+        assert score == pytest.approx(float(best[str(cluster)]["score"]), abs=1e-4)
     run_stages(finished.job("stage=report", "report.upstream=proto"))
     page = (proto.path / "report.html").read_text()
     for key, row in best.items():
