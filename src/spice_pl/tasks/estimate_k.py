@@ -109,7 +109,7 @@ class EstimateK:
         if len(rows) < 2 * IMAGES_PER_CLUSTER:
             raise UsageError(
                 f"the number of clusters is estimated from {2 * IMAGES_PER_CLUSTER} images or "
-                f"more, and there are {len(rows)}; choose it yourself, for example dataset.num_clusters=2"
+                f"more, and there are {len(rows)}; choose it, for example dataset.num_clusters=2"
             )
         largest = min(self.largest, len(rows) // IMAGES_PER_CLUSTER)
         num_neighbors = max(1, min(NUM_NEIGHBORS, len(rows) // (2 * largest)))
