@@ -153,7 +153,7 @@ def warnings(data: ReportData) -> list[str]:
             f"({named}). Fewer clusters may be enough."
         )
     choice = data.k_choice
-    if choice is not None and choice.estimated is not None and not choice.clear:
+    if choice is not None and choice.estimated == data.num_clusters and not choice.clear:
         found.append(
             "The number of clusters is unclear: the images divide into several numbers of groups "
             f"about equally well. The best guess is {choice.estimated}. The section “How many "

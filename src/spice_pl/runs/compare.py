@@ -270,10 +270,9 @@ def _filled(lines: Sequence[Line]) -> list[int]:
 
 def notes(lines: Sequence[Line]) -> list[str]:
     """Return what a reader of the table needs to know."""
-    said = [
-        "ACC, NMI, ARI: mean ± sample standard deviation over seeds. "
-        "Time: mean, with the stages before. Memory: largest."
-    ]
+    said = ["Time: mean, with the stages before. Memory: largest."]
+    if any(line.acc for line in lines):
+        said.insert(0, "ACC, NMI, ARI: mean ± sample standard deviation over seeds.")
     if any(line.alike for line in lines):
         said.append(
             f"{ALIKE}: ARI between the clusters of two seeds, without labels; mean over all pairs. "
