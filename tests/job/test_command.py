@@ -19,7 +19,18 @@ from spice_pl.job import run
 from spice_pl.job.job import Job
 from spice_pl.job.words import with_quotes
 from spice_pl.runs.folder import RunFolder
-from spice_pl.usage import conf_folder, usage
+from spice_pl.usage import VERBS, conf_folder, usage, verb_usage
+
+
+def test_help_of_a_verb_names_the_place_of_its_results_as_the_page_does() -> None:
+    page = Path(__file__).parents[2].joinpath("docs", "reference", "command.md").read_text()
+    rows = re.findall(r"^\| `([a-z-]+) (?!hf:)[^|]*\|[^|]*\| ([^|]*) \|$", page, re.MULTILINE)
+    places = dict(rows)
+    assert set(places) == set(VERBS)
+    for name, verb in VERBS.items():
+        said = places[name].strip("`").rstrip("/")
+        assert verb.results == ("" if name == "compare" else said), name
+        assert verb.results in verb_usage(name, conf_folder())
 
 
 def test_help_answers_without_the_heavy_imports() -> None:
