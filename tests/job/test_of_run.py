@@ -78,7 +78,8 @@ def test_new_images_are_decoded_as_the_run_decoded_its_own(
         (("trust",), "trust takes RUN, none given; the form is"),
         (("trust", "seed=1"), "trust takes RUN, none given; the form is"),
         (("predict", "RUN"), "predict takes RUN and NEW, 1 given"),
-        (("predict", "RUN", "not/there"), "NEW=not/there is not a folder that exists"),
+        (("predict", "RUN", "not/there"), "NEW=not/there does not exist; give a folder"),
+        (("predict", "RUN", __file__), "is a file, not a folder; give a folder of images"),
     ],
 )
 def test_mistakes_are_named(

@@ -16,6 +16,7 @@ from spice_pl.job.job import Job
 from spice_pl.job.origin import EMBED, titled
 from spice_pl.job.settings import flat, masked, masked_override, missing
 from spice_pl.job.values import check_values
+from spice_pl.nn.encoders import pretrained
 from spice_pl.runs.clusters import ReliableRule
 from spice_pl.runs.folder import RunFolder
 from spice_pl.runs.results import Record
@@ -97,6 +98,8 @@ def check_settings(job: Job) -> None:
         if job.cfg[key] not in words:
             allowed = ", ".join(str(word).lower() for word in words)
             raise UsageError(f"{key}={job.cfg[key]} is none of {allowed}")
+    if OmegaConf.is_interpolation(job.cfg, "backbone"):  # recipe=pretrained
+        pretrained(str(job.cfg.encoder))  # in an interpolation its message would be a traceback
     minutes = job.cfg.minutes
     if minutes is not None and not (isinstance(minutes, int | float) and minutes > 0):
         raise UsageError(f"minutes={minutes} is not a positive number; give one, or null for none")
