@@ -286,7 +286,7 @@ def test_edits_are_saved_as_json_and_read_again(browser: Any, tmp_path: Path) ->
 def test_a_suggested_name_is_marked_and_taken_by_a_click(browser: Any, tmp_path: Path) -> None:
     data = replace(hostile(), labels=None, names={}, suggested={0: (EVIL, 0.416), 1: ("cat", 1.0)})
     page = Opened(browser, data, tmp_path).page
-    assert page.inner_text(".glance li[data-id='1'] .suggested") == "suggested: cat 1.00"
+    assert page.inner_text(".glance li[data-id='1'] .suggested") == "suggested (1.00): cat"
     assert f"“{EVIL}”, score 0.42" in str(page.text_content("#cluster-0 header"))
     title = page.locator("#cluster-0-title")
     assert title.text_content() == "Cluster 0"  # nothing is named by it

@@ -89,7 +89,7 @@ def test_each_cluster_gets_the_word_of_its_images(
         shown = f"Suggested from your words: “{row['word']}”, score {float(row['score']):.2f}."
         section = page.partition(f'id="cluster-{key}"')[2].partition("</header>")[0]
         assert shown in section
-    assert page.count(">suggested: ") == len(best) - ("1" in best)  # not where it has a name
+    assert page.count(">suggested (") == len(best) - ("1" in best)  # not where it has a name
     proto.write_json("metrics.json", proto.metrics | {"digest": "of the run made again"})
     assert read_suggestions(finished.folder("proto")) == {}
     proto.write_json("metrics.json", proto.metrics | {"digest": edits["digest"]})
