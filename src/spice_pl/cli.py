@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -114,7 +115,8 @@ def with_verb(arguments: list[str]) -> list[str]:
             settings.append(f"predict.model={quoted(word)}")
             continue
         if name in ("NEW", "DIR") and not Path(word).is_dir():
-            _stop(f"{name}={word} is not a folder that exists; give a folder of images")
+            state = "is a file, not a folder" if Path(word).exists() else "does not exist"
+            _stop(f"{name}={word} {state}; give a folder of images")
         settings += [text.format(quoted(word)) for text in about.settings[name]]
     return [*settings, *others]
 
@@ -165,6 +167,23 @@ def _say_words(verb: str, words: list[str]) -> None:
     _stop(f"{verb} takes {' and '.join(VERBS[verb].words)}, {given}; the form is\n  {line}{folder}")
 
 
+def _check_first(word: str) -> None:
+    """Refuse a first word that is neither a folder, a verb nor a setting.
+
+    Raises:
+        SystemExit: with code 2.
+    """
+    if not word or "=" in word or word in VERBS or word.startswith(HUB) or Path(word).is_dir():
+        return
+    if word.startswith("~") and "/" not in word:  # removes a setting
+        return
+    if Path(word).is_file():
+        _stop(f"{word} is a file, not a folder; give the folder that holds the images")
+    near = get_close_matches(word, VERBS, n=1)
+    advice = f"; did you mean {near[0]}?" if near else "; --help lists the verbs"
+    _stop(f"{word} is not a folder that exists, nor a verb or a setting key=value{advice}")
+
+
 def _stop(message: str) -> None:
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
@@ -209,6 +228,7 @@ def run_words() -> None:
     from spice_pl.job.words import with_quotes
 
     settings = with_verb(words) if first in VERBS else with_folder(words)
+    _check_first(first)
     try:
         sys.argv[1:] = with_quotes(settings)
     except UsageError as error:

@@ -17,36 +17,64 @@ class Verb:
         words: what follows the verb.
         settings: for each word, the settings that it stands for.
         what: what it does, in one line.
+        results: where its results are.
     """
 
     stage: str
     words: tuple[str, ...]
     settings: Mapping[str, tuple[str, ...]]
     what: str
+    results: str = ""
 
 
 _RUN = {"RUN": ("of={}",)}
+_EDITS = "runs/<dataset>/edits"
 _IMAGES = ("dataset=folder", "dataset.root={}")
 VERBS = {
-    "inspect": Verb("inspect", ("DIR",), {"DIR": _IMAGES}, "look at images before training"),
-    "trust": Verb("trust", ("RUN",), _RUN, "how far to believe its clusters, without labels"),
-    "review": Verb("review", ("RUN",), _RUN, "name, merge and split its clusters in a browser"),
-    "edit": Verb(
-        "edit", ("RUN", "FILE"), {**_RUN, "FILE": ("edit.file={}",)}, "apply saved edits to it"
+    "inspect": Verb(
+        "inspect",
+        ("DIR",),
+        {"DIR": _IMAGES},
+        "look at images before training",
+        "runs/<dataset>/inspect",
     ),
-    "report": Verb("report", ("RUN",), _RUN, "write its report page again"),
+    "trust": Verb(
+        "trust", ("RUN",), _RUN, "how far to believe its clusters, without labels", "RUN/trust"
+    ),
+    "review": Verb(
+        "review", ("RUN",), _RUN, "name, merge and split its clusters in a browser", _EDITS
+    ),
+    "edit": Verb(
+        "edit",
+        ("RUN", "FILE"),
+        {**_RUN, "FILE": ("edit.file={}",)},
+        "apply saved edits to it",
+        _EDITS,
+    ),
+    "report": Verb("report", ("RUN",), _RUN, "write its report page again", "RUN/report.html"),
     "predict": Verb(
-        "predict", ("RUN", "NEW"), {**_RUN, "NEW": _IMAGES}, "cluster the images in the folder NEW"
+        "predict",
+        ("RUN", "NEW"),
+        {**_RUN, "NEW": _IMAGES},
+        "cluster the images in the folder NEW",
+        "RUN/predict/<folder>",
     ),
     "name": Verb(
         "name",
         ("RUN", "WORDS"),
         {**_RUN, "WORDS": ("name.words={}",)},
         "suggest names for its clusters from words",
+        "RUN/name",
     ),
-    "sort": Verb("sort", ("RUN",), _RUN, "copy its images into one folder per cluster"),
-    "export": Verb("export", ("RUN",), _RUN, "write its model and clusters for other programs"),
-    "estimate-k": Verb("estimate_k", ("RUN",), _RUN, "how many clusters its features show"),
+    "sort": Verb(
+        "sort", ("RUN",), _RUN, "copy its images into one folder per cluster", "RUN/sort/sorted"
+    ),
+    "export": Verb(
+        "export", ("RUN",), _RUN, "write its model and clusters for other programs", "RUN/export"
+    ),
+    "estimate-k": Verb(
+        "estimate_k", ("RUN",), _RUN, "how many clusters its features show", "RUN/estimate_k"
+    ),
     "compare": Verb("", ("RUN...",), {}, "runs in one table, with mean and spread over seeds"),
 }
 
@@ -138,15 +166,17 @@ def verb_usage(name: str, conf: Path) -> str:
     if "RUN" in verb.words:
         lines += [
             "  RUN is the folder of a finished run, or a data set below runs: then it is the",
-            "  newest run of it. Settings of the run are used; results are put into",
-            f"  RUN/{verb.stage}.",
-            "",
+            "  newest run of it. Settings of the run are used.",
         ]
+    if "NEW" not in verb.words and "RUN" in verb.words:
+        lines += ["  If its images were moved, give dataset.root=PATH."]
     file = conf / "stage" / f"{verb.stage}.yaml"
     if file.is_file():
         shown = file.read_text(encoding="utf-8").splitlines()
         shown = [line for line in shown if not line.startswith(("# @package", "stages:"))]
-        lines += ["Settings, as in", f"  python train.py {name} {' '.join(verb.words)} KEY=VALUE"]
+        lines += [f"  Results are put into {verb.results}.", ""]
+        lines += ["Settings with their defaults. Keys are joined by dots, as in"]
+        lines += [f"  python train.py {name} {' '.join(verb.words)} {verb.stage}.task.KEY=VALUE"]
         lines += ["", *(f"  {line}" for line in shown)]
     else:
         lines += ["  --to DIR    folder for compare.md, compare.csv and compare.html"]

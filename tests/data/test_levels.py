@@ -231,9 +231,9 @@ def test_given_levels_hold_for_every_image() -> None:
     assert (grey(tiff(eight), levels=[1000, 3000]) == eight).all()
 
 
-@pytest.mark.parametrize("levels", [[1], [3, 3], [4095, 0], [0, float("nan")]])
-def test_levels_that_are_none(levels: Sequence[float]) -> None:
-    with pytest.raises(UsageError, match=r"dataset\.levels .* are not black and white; give two"):
+@pytest.mark.parametrize("levels", [[1], [3, 3], [4095, 0], [0, float("nan")], 3, "ab"])
+def test_levels_that_are_none(levels: Any) -> None:
+    with pytest.raises(UsageError, match=r"dataset\.levels=.* are not black and white; give"):
         Decoding(S, levels)
 
 

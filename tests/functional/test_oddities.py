@@ -64,6 +64,16 @@ def test_one_colour_by_hand() -> None:
     assert deviations(images)[2] < oddities.ONE_COLOUR
 
 
+@pytest.mark.parametrize("side", [8, 28, 32, 64])
+def test_small_images_are_looked_at_in_full(side: int) -> None:
+    """A dot of four pixels on white is not one colour: the deviation is that of all pixels."""
+    images = np.full((1, 3, side, side), 255, np.uint8)
+    images[:, :, side // 2 + 1 : side // 2 + 3, 3:5] = 0
+    thinned = images if side < 64 else images[:, :, ::2, ::2]
+    assert deviations(images) == pytest.approx(thinned.std(axis=(2, 3)).max(), rel=1e-5)
+    assert deviations(images)[0] > oddities.ONE_COLOUR
+
+
 def test_tiny_is_small_for_the_network_and_for_the_set() -> None:
     assert tiny(np.array([500, 400, 300, 79, 80]), 160).tolist() == [False] * 3 + [True, False]
     assert not tiny(np.full(9, 32), 160).any()  # all are magnified alike

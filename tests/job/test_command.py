@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tests.conftest import make_job, run_as_a_person_does
+from tests.conftest import make_job, run_as_a_person_does, write_folder
 from tests.process import train
 
 from spice_pl.errors import UsageError
@@ -19,7 +19,44 @@ from spice_pl.job import run
 from spice_pl.job.job import Job
 from spice_pl.job.words import with_quotes
 from spice_pl.runs.folder import RunFolder
-from spice_pl.usage import conf_folder, usage
+from spice_pl.usage import VERBS, conf_folder, usage, verb_usage
+
+
+def test_help_of_a_verb_names_the_place_of_its_results_as_the_page_does() -> None:
+    page = Path(__file__).parents[2].joinpath("docs", "reference", "command.md").read_text()
+    rows = re.findall(r"^\| `([a-z-]+) (?!hf:)[^|]*\|[^|]*\| ([^|]*) \|$", page, re.MULTILINE)
+    places = dict(rows)
+    assert set(places) == set(VERBS)
+    for name, verb in VERBS.items():
+        said = places[name].strip("`").rstrip("/")
+        assert verb.results == ("" if name == "compare" else said), name
+        assert verb.results in verb_usage(name, conf_folder())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("trsut", "photos"), "trsut is not a folder that exists, .*; did you mean trust\\?"),
+        (
+            ("nowhere",),
+            "nowhere is not a folder that exists, nor a verb .*; --help lists the verbs",
+        ),
+        ((__file__, "seed=1"), "is a file, not a folder; give the folder that holds the images"),
+        (
+            ("dataset=folder", "recipe=pretrained", "encoder=resnet"),
+            "encoder=resnet: timm has no|needs timm",
+        ),
+    ],
+)
+def test_first_words_and_names_of_encoders_are_explained(
+    words: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    write_folder(tmp_path / "images", classes=False)
+    more = (f"dataset.root={tmp_path / 'images'}", f"runs_dir={tmp_path}")
+    done = train(*words, *(more if "=" in words[0] else ()))
+    assert done.returncode == 2
+    assert re.search(f"error: .*({message})", done.stderr)
+    assert "Traceback" not in done.stderr
 
 
 def test_help_answers_without_the_heavy_imports() -> None:
@@ -60,7 +97,8 @@ def test_mistakes_end_with_one_message_and_code_2(
     assert stopped.value.code == 2
     message = capsys.readouterr().err.strip()
     expected = (
-        "error: dataset.root=/not/there does not exist; give the folder that holds the images"
+        "error: dataset.root=/not/there does not exist; give dataset.root=PATH, the folder that "
+        "holds the images"
     )
     assert message == expected
 

@@ -46,6 +46,17 @@ def test_settings_are_those_of_the_run(straight: Finished) -> None:
     assert found == [run, straight.folder("moco").path]
 
 
+def test_images_that_were_moved_are_found_where_the_setting_says(
+    straight: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A setting of the run's data set is known, though the default data set has no such setting."""
+    run = str(straight.folder("proto").path)
+    assert job_of("trust", run, f"dataset.root={tmp_path}").cfg.dataset.root == str(tmp_path)
+    with pytest.raises(SystemExit):
+        job_of("trust", run, f"dataset.rot={tmp_path}")
+    assert "no setting dataset.rot; did you mean dataset.root?" in capsys.readouterr().err
+
+
 def test_new_images_are_decoded_as_the_run_decoded_its_own(
     straight: Finished, tmp_path: Path
 ) -> None:
@@ -67,7 +78,8 @@ def test_new_images_are_decoded_as_the_run_decoded_its_own(
         (("trust",), "trust takes RUN, none given; the form is"),
         (("trust", "seed=1"), "trust takes RUN, none given; the form is"),
         (("predict", "RUN"), "predict takes RUN and NEW, 1 given"),
-        (("predict", "RUN", "not/there"), "NEW=not/there is not a folder that exists"),
+        (("predict", "RUN", "not/there"), "NEW=not/there does not exist; give a folder"),
+        (("predict", "RUN", __file__), "is a file, not a folder; give a folder of images"),
     ],
 )
 def test_mistakes_are_named(

@@ -326,3 +326,9 @@ def test_a_job_searches_opens_and_names_its_images_once(
         assert sum(text.startswith(line) for text in caplog.messages) == 1, line
     skipped = job.folder("proto").metrics
     assert skipped["num_images"] + skipped["num_skipped"] == 92
+
+
+def test_a_run_whose_numbers_are_kept_is_looked_for_before_the_work(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"like=nowhere is not the folder of a run with clusters"):
+        run_stages(make_job("like=nowhere", f"runs_dir={tmp_path}"))
+    assert not list(tmp_path.iterdir())

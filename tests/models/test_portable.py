@@ -621,3 +621,9 @@ def test_known_images_vote_where_the_run_kept_other_clusters(
     votes = spice_pl.load(tmp_path / "model.spice").outputs(pixels)[0]
     shares = model.known.shares(embeddings, model.num_clusters)
     torch.testing.assert_close(votes, (probs + shares) / 2)
+
+
+def test_a_device_that_is_not_there_is_named(straight: Finished) -> None:
+    for device in ("foo", "xpu:7"):
+        with pytest.raises(UsageError, match=f"device={device} cannot be used .*; give cpu, cuda"):
+            spice_pl.load(straight.folder("proto").path, device=device)

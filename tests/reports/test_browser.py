@@ -252,6 +252,7 @@ def test_edits_are_saved_as_json_and_read_again(browser: Any, tmp_path: Path) ->
     page.fill("#cluster-0 .edit input[type=number]", "3")
     page.locator("#cluster-0 .tile").first.click()
     moved = page.locator("#cluster-0 .tile").first.get_attribute("data-i")
+    assert page.is_disabled("#move")  # no cluster is chosen yet
     page.select_option("#target", "1")
     page.click("#move")
     assert "4 clusters become 5" in page.inner_text("#summary")
@@ -280,6 +281,20 @@ def test_edits_are_saved_as_json_and_read_again(browser: Any, tmp_path: Path) ->
     page.click("#undo")
     assert "Nothing changed yet" in page.inner_text("#summary")
     assert opened.said == []
+
+
+def test_a_suggested_name_is_marked_and_taken_by_a_click(browser: Any, tmp_path: Path) -> None:
+    data = replace(hostile(), labels=None, names={}, suggested={0: (EVIL, 0.416), 1: ("cat", 1.0)})
+    page = Opened(browser, data, tmp_path).page
+    assert page.inner_text(".glance li[data-id='1'] .suggested") == "suggested (1.00): cat"
+    assert f"“{EVIL}”, score 0.42" in str(page.text_content("#cluster-0 header"))
+    title = page.locator("#cluster-0-title")
+    assert title.text_content() == "Cluster 0"  # nothing is named by it
+    page.click("#edit")
+    page.locator("#cluster-0 .edit button", has_text="Use suggested name").click()
+    assert title.text_content() == EVIL
+    page.click("#undo")
+    assert title.text_content() == "Cluster 0"
 
 
 def test_the_name_of_a_folder_is_taken_by_a_click_and_undone(browser: Any, tmp_path: Path) -> None:

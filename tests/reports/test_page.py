@@ -514,7 +514,11 @@ def chosen(clear: bool) -> KChoice:
 def test_an_unclear_number_is_said_first_and_others_are_offered() -> None:
     drawn = Map(np.arange(60), np.zeros((60, 2)), "a plane")
     text = render_report(report(k_choice=chosen(clear=False), map=drawn))
-    assert "The number of clusters is unclear" in text.split("<main>")[0]
+    # Four clusters were chosen by the user, whatever the estimate is.
+    assert "The number of clusters is unclear" not in text.split("<main>")[0]
+    estimated = dataclasses.replace(chosen(clear=False), estimated=4)
+    head = render_report(report(k_choice=estimated, map=drawn)).split("<main>")[0]
+    assert "The number of clusters is unclear" in head
     assert "best guess is 3" in text
     assert "2 clusters</button>" in text
     assert "train K=2 &#39;a folder&#39;" in text  # without JavaScript

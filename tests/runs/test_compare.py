@@ -221,14 +221,17 @@ def test_folders_without_runs_are_named(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(UsageError, match=f"^{none}$"):
         finished_runs(["digits"])
     for name in ("birds", "digits", "f1", "f2", "f3", "f4"):
-        (tmp_path / "runs" / name).mkdir(parents=True)
+        run = tmp_path / "runs" / name / "proto" / "seed0"
+        run.mkdir(parents=True)
+        (run / "metrics.json").write_text("{}")
+    (tmp_path / "runs" / "digi").mkdir()  # it holds no run
     near = "runs/digit is not a folder; give folders of runs; below runs are runs/digits"
     with pytest.raises(UsageError, match=near):
         finished_runs(["runs/digit"])
     with pytest.raises(UsageError, match=r"below runs are runs/birds, .*, runs/f3 and 1 more$"):
         finished_runs(["/a/x"])
     with pytest.raises(SystemExit) as stopped:
-        main([str(tmp_path)])
+        main(["runs/digi"])
     assert stopped.value.code == 2
 
 

@@ -35,6 +35,11 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     made(runs, "photos/fixmatch/seed0", age=9, digest="f", upstream="p0", cluster_sizes=[1])
     (runs / "photos/proto/seed0/report.html").write_text("")
     (runs / "photos/proto/unfinished").mkdir()
+    for stopped in ("photos/proto/stopped", "cats/proto/a"):
+        made(runs, stopped, age=4, digest="s").joinpath("metrics.json").unlink()
+    made(runs, "cats/embed/seed0", age=3, digest="c")
+    Path("pictures/summer").mkdir(parents=True)
+    Path("pictures/summer/1.JPG").write_text("")
     return runs
 
 
@@ -60,8 +65,16 @@ def test_features_are_enough_where_they_are_asked_for(runs: Path) -> None:
     ("word", "message"),
     [
         ("runs/photos/embed/seed0", r"holds no clusters, .*; these do: runs/photos/fixmatch/seed0"),
-        ("photo", r"photo is not a finished run; below runs are runs/photos/"),
-        ("photos/proto/unfinished", "is not a finished run"),
+        ("photo", "run: it does not exist; give one of those below runs: runs/photos/"),
+        ("photos/proto/unfinished", "unfinished is not a finished run: no run is in it; give one"),
+        ("photos/proto/stopped", "proto/stopped was stopped before its end; add resume=true to"),
+        ("cats/proto", "runs/cats/proto/a was stopped before its end; add resume=true to"),
+        ("cats/embed", "the runs in it hold no clusters; give one of those below runs: runs/"),
+        ("runs", "it holds the runs of several data sets; give one of those below runs: runs/"),
+        (
+            "pictures",
+            "it is a folder of images; cluster it, .* pictures, or give one of those",
+        ),
     ],
 )
 def test_what_is_no_run_is_refused_with_those_there_are(

@@ -143,8 +143,8 @@ def test_copies_of_two_images_give_finite_numbers() -> None:
     [
         (np.full((40, 3), np.nan), TASK, "the features hold NaN; run their stage again"),
         (np.ones((40, 3)), TASK, "every image has the same feature, so no number"),
-        (np.eye(15), TASK, "needs 16 images for the shortest curve, K = 2, .* here 15 and 7"),
-        (np.eye(40), replace(TASK, largest=1), "largest of 2 or more; here 40 and 1"),
+        (np.eye(15), TASK, r"from 16 images or more, and there are 15; .* dataset\.num_clusters=2"),
+        (np.eye(40), replace(TASK, largest=1), r"estimate_k\.task\.largest=1 is less than 2"),
         (np.eye(40), replace(TASK, num_splits=1), "num_splits 1 must be 2 or more"),
     ],
 )

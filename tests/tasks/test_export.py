@@ -68,6 +68,18 @@ def test_an_export_with_other_answers_is_refused(
     assert not list(tmp_path.rglob("*.pt2"))
 
 
+def test_a_run_whose_images_are_gone_has_no_files_for_annotation_tools(
+    finished: Finished, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = finished.folder("fixmatch")
+    settings = run.metrics["settings"] | {"dataset.root": str(tmp_path / "gone")}
+    run.write_json("metrics.json", run.metrics | {"settings": settings})
+    with caplog.at_level("INFO"):
+        folder = export(finished, tmp_path, "torch")
+    assert "no files for annotation tools: the images of" in caplog.text
+    assert not (folder / "cvat.xml").exists()
+
+
 def test_mistakes_are_named(straight: Finished, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"export\.task\.formats \['tflite'\] must be one"):
         export(straight, tmp_path, "tflite")

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from spice_pl.errors import UsageError
 from spice_pl.job.run import run_stages
 from spice_pl.models.clip import ImageText, load_clip
+from spice_pl.runs.suggestions import FILE_NAME, read_suggestions
 from spice_pl.tasks import name as task
 from spice_pl.tasks.name import Name, drawn, read_words
 
@@ -76,10 +77,51 @@ def test_each_cluster_gets_the_word_of_its_images(
     best = {row["cluster"]: row for row in rows if row["rank"] == "1"}
     likely = {key: row["word"] for key, row in best.items() if float(row["score"]) > 0.5}
     assert edits["names"] == likely | {"1": "mine"}
+    suggested = read_suggestions(finished.folder("proto"))
+    assert {key: word for key, (word, _) in suggested.items()} == {
+        int(key): row["word"] for key, row in best.items()
+    }
+    for cluster, (_, score) in suggested.items():
+        assert score == pytest.approx(float(best[str(cluster)]["score"]), abs=1e-4)
+    run_stages(finished.job("stage=report", "report.upstream=proto"))
+    page = (proto.path / "report.html").read_text()
+    for key, row in best.items():
+        shown = f"Suggested from your words: “{row['word']}”, score {float(row['score']):.2f}."
+        section = page.partition(f'id="cluster-{key}"')[2].partition("</header>")[0]
+        assert shown in section
+    assert page.count(">suggested (") == len(best) - ("1" in best)  # not where it has a name
+    proto.write_json("metrics.json", proto.metrics | {"digest": "of the run made again"})
+    assert read_suggestions(finished.folder("proto")) == {}
+    proto.write_json("metrics.json", proto.metrics | {"digest": edits["digest"]})
     edited = finished.job(
         "stage=edit", "edit.upstream=proto", f"edit.file={job.folder('name').path / 'edits.json'}"
     )
     run_stages(edited)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "cannot be read"),
+        ('{"digest": "x", "network": "y"}', "it lacks clusters"),
+        (
+            '{"digest": "x", "network": "y", "clusters": {"0": {"word": "a\\nb", "score": 1}}}',
+            "not",
+        ),
+        (
+            '{"digest": "x", "network": "y", "clusters": {"-1": {"word": "a", "score": 1}}}',
+            "'-1' is not the number of a cluster",
+        ),
+    ],
+)
+def test_a_damaged_file_of_suggestions_is_named(
+    content: str, message: str, finished: Finished
+) -> None:
+    proto = finished.folder("proto")
+    (proto.path / "name").mkdir()
+    (proto.path / "name" / FILE_NAME).write_text(content)
+    with pytest.raises(UsageError, match=rf"suggested\.json .*{message}.*; delete it, or run"):
+        read_suggestions(proto)
 
 
 def test_images_are_drawn_from_each_cluster() -> None:

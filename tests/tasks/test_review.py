@@ -132,10 +132,11 @@ def test_only_loopback_is_bound(served: Served) -> None:
     assert is_loopback("::1")
 
 
-def test_a_port_in_use_is_named(served: Served) -> None:
-    port = served.server.server_port
-    with pytest.raises(UsageError, match=rf"review\.task\.port={port} cannot be used .* 0 takes"):
-        make_server(served.folder, [], served.images, port)
+def test_a_port_in_use_or_out_of_range_is_named(served: Served) -> None:
+    for port in (served.server.server_port, 99_999):
+        said = rf"review\.task\.port={port} cannot be used .* 0 takes"
+        with pytest.raises(UsageError, match=said):
+            make_server(served.folder, [], served.images, port)
 
 
 def test_pictures_come_by_number(served: Served) -> None:

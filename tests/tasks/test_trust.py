@@ -156,9 +156,13 @@ def test_seeds_are_compared_on_the_same_images_only(straight: Finished, tmp_path
         seeds_agreement([proto, other])
 
 
-def test_nulls_need_a_spread() -> None:
+def test_mistakes_of_trust_are_named() -> None:
     with pytest.raises(UsageError, match="num_nulls 1"):
         Trust(None, num_nulls=1)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"runs=runs/x is not a list; write trust\.runs=\[runs"):
+        Trust(None, runs="runs/x")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="runs holds runs/x, which is not the folder of a run"):
+        Trust(None, runs=["runs/x"])(None)  # type: ignore[arg-type]
 
 
 def test_trust_of_a_run(finished: Finished) -> None:

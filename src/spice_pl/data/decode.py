@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -116,9 +116,9 @@ class Decoding:
         if self.image_size < 1:
             raise UsageError(f"dataset.image_size {self.image_size} is not positive")
         levels = self.levels
-        if levels is not None and (len(levels) != 2 or not levels[0] < levels[1]):
+        if levels is not None and not _are_levels(levels):
             raise UsageError(
-                f"dataset.levels {list(levels)} are not black and white; give two numbers, the "
+                f"dataset.levels={levels} are not black and white; give two numbers, the "
                 "smaller one first, such as dataset.levels=[0,4095]"
             )
         if self.max_decode_mb is not None and not self.max_decode_mb > 0:
@@ -133,6 +133,12 @@ class Decoding:
     def limits(self) -> list[str]:
         """What decides, beside the decoders, which files can be decoded."""
         return [f"max_decode_mb {self.max_bytes / 1e6:g}"]
+
+
+def _are_levels(given: Any) -> bool:
+    """Whether these are two numbers, the smaller one first."""
+    numbers = isinstance(given, Sequence) and all(isinstance(each, int | float) for each in given)
+    return numbers and len(given) == 2 and bool(given[0] < given[1])
 
 
 def decode(

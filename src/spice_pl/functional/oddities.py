@@ -19,16 +19,27 @@ MIN_GRADIENT = 0.5  # mean step in levels; below it an image has no edges to be 
 FAR_OUT = 2.2  # interquartile ranges above the upper quartile; Hoaglin and Iglewicz 1987
 NEIGHBOR = 5  # the neighbour whose distance counts, so that a few copies do not hide an outlier
 REFERENCES = 2_000  # images that distances are compared with
-STEP = 8  # every eighth line of pixels is looked at
+LINES = 32  # rows and columns of pixels that are looked at, or more; all of a smaller image
+MAX_STEP = 8  # from one row that is looked at to the next
+
+
+def step(side: int) -> int:
+    """Return the step from one row or column that is looked at to the next.
+
+    >>> [step(side) for side in (8, 32, 96, 160, 1024)]
+    [1, 1, 3, 5, 8]
+    """
+    return max(1, min(MAX_STEP, side // LINES))
 
 
 def deviations(images: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Return the largest standard deviation of a channel (n,), in levels of 255.
 
     Args:
-        images: (n, 3, S, S); every eighth row and column is read.
+        images: (n, 3, S, S); rows and columns are read by `step`.
     """
-    thinned = images[:, :, ::STEP, ::STEP].astype(np.float32)
+    every = step(images.shape[-1])
+    thinned = images[:, :, ::every, ::every].astype(np.float32)
     found: NDArray[np.float32] = thinned.std(axis=(2, 3)).max(axis=1)
     return found
 
@@ -39,14 +50,14 @@ def sharpness(images: NDArray[np.uint8]) -> NDArray[np.float32]:
     Independent of contrast. White noise has √3 = 1.73. Five photographs had 1.0 to 1.5 in focus,
     0.6 to 0.8 after a Gaussian blur of 1 pixel, and 0.3 to 0.46 after one of 2 pixels. The smaller
     of the two directions counts, so that an image blurred by a movement counts too. Green pixels
-    are read, on every eighth row and column. Images without edges have infinite sharpness.
+    are read, on rows and columns by `step`. Images without edges have infinite sharpness.
 
     Args:
         images: (n, 3, S, S), S > 2.
     """
-    green = images[:, 1]
-    rows = green[:, ::STEP].astype(np.int16)  # (n, S / 8, S)
-    columns = np.ascontiguousarray(green[:, :, ::STEP].transpose(0, 2, 1)).astype(np.int16)
+    green, every = images[:, 1], step(images.shape[-1])
+    rows = green[:, ::every].astype(np.int16)  # (n, S / step, S)
+    columns = np.ascontiguousarray(green[:, :, ::every].transpose(0, 2, 1)).astype(np.int16)
     return np.minimum(_sharpness(rows), _sharpness(columns))
 
 

@@ -47,6 +47,8 @@ class Loader(CheckedLoader):
     ) -> DictConfig:
         """Compose and check; see `ConfigLoaderImpl.load_configuration`."""
         try:
+            later = _of_its_data_set(overrides)
+            overrides = [text for text in overrides if text not in later]
             try:
                 cfg = super().load_configuration(config_name, overrides, *args, **more)
             except HydraException as error:
@@ -57,6 +59,7 @@ class Loader(CheckedLoader):
             check_stage(cfg, given)
             if cfg.of:
                 cfg = with_settings_of_run(cfg, given)
+                _change(cfg, _parsed(later))
             added = [each for each in given if each.is_add() or each.is_force_add()]
             if added:
                 self._check_added(added, config_name, overrides, *args, **more)
@@ -144,6 +147,30 @@ class Loader(CheckedLoader):
 
     def _is_group(self, override: Override) -> bool:
         return bool(self.repository.group_exists(override.key_or_group))
+
+
+def _of_its_data_set(overrides: Sequence[str]) -> list[str]:
+    """Return the settings `dataset.KEY=VALUE` that are of the data set of a run, given by of=RUN.
+
+    They can be checked once the settings of the run are read.
+    """
+    keys = [text.partition("=")[0] for text in overrides]
+    if "of" not in keys or "dataset" in keys:
+        return []
+    return [text for text, key in zip(overrides, keys, strict=True) if key.startswith("dataset.")]
+
+
+def _change(cfg: DictConfig, given: Sequence[Override]) -> None:
+    """Change settings that there are.
+
+    Raises:
+        UsageError: there is no such setting.
+    """
+    for each in given:
+        key = str(each.key_or_group)
+        if not _has(cfg, key):
+            raise UsageError(unknown_key(key, cfg))
+        OmegaConf.update(cfg, key, each.value())
 
 
 def check_stage(cfg: DictConfig, overrides: Sequence[Override]) -> None:

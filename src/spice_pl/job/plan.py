@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -16,6 +17,8 @@ from spice_pl.job.job import Job
 from spice_pl.job.origin import EMBED, titled
 from spice_pl.job.settings import flat, masked, masked_override, missing
 from spice_pl.job.values import check_values
+from spice_pl.nn.encoders import pretrained
+from spice_pl.runs.clusters import FILE_NAME as CLUSTERS
 from spice_pl.runs.clusters import ReliableRule
 from spice_pl.runs.folder import RunFolder
 from spice_pl.runs.results import Record
@@ -97,6 +100,13 @@ def check_settings(job: Job) -> None:
         if job.cfg[key] not in words:
             allowed = ", ".join(str(word).lower() for word in words)
             raise UsageError(f"{key}={job.cfg[key]} is none of {allowed}")
+    if OmegaConf.is_interpolation(job.cfg, "backbone"):  # recipe=pretrained
+        pretrained(str(job.cfg.encoder))  # in an interpolation its message would be a traceback
+    if job.cfg.like and not Path(str(job.cfg.like), CLUSTERS).is_file():
+        raise UsageError(
+            f"like={job.cfg.like} is not the folder of a run with clusters, since it has no "
+            f"{CLUSTERS}; give runs/<dataset>/<stage>/<run>"
+        )
     minutes = job.cfg.minutes
     if minutes is not None and not (isinstance(minutes, int | float) and minutes > 0):
         raise UsageError(f"minutes={minutes} is not a positive number; give one, or null for none")

@@ -130,8 +130,8 @@ def progress(trainer: pl.Trainer) -> StageProgress:
 def trainer_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of the trainer, with precision, devices and strategy settled.
 
-    `accelerator: auto` is CUDA or the processor. On a GPU float32 products use TF32, and cuDNN tries
-    its algorithms once per shape of a batch.
+    `accelerator: auto` is CUDA or the processor. On a GPU float32 products use TF32, and cuDNN
+    tries its algorithms once per shape of a batch.
 
     Raises:
         UsageError: the machine does not have what is asked for.

@@ -43,7 +43,7 @@ class Kind:
     def __str__(self) -> str:
         text = "a whole number" if self.whole else "a number"
         if math.isfinite(self.most):
-            text += f" from {self.least:g} to {self.most:g}"
+            text += f" from {self.least:,.15g} to {self.most:,.15g}"
         elif math.isfinite(self.least):
             text += f" of at least {self.least:g}"
         return " or ".join([text, *("null" if word is None else word for word in self.words)])

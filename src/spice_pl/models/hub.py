@@ -141,7 +141,7 @@ the network, not classes. Their names were given by hand.
 ## Use
 
 ```bash
-pip install 'spice-pl[hub]'
+pip install "spice-pl[hub] @ git+https://github.com/spice-pl/spice-pl"
 spice predict {SCHEME}{repo} new_photos
 ```
 

@@ -304,6 +304,7 @@ def load(
     width, num_clusters = _sizes(file, parts["encoder"], parts["head"], header.names)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    _check_device(device)
     known = None
     if header.known is not None:
         below = below_prefix(tensors, "known.")
@@ -323,6 +324,22 @@ def load(
     )
     model.network.to(device).to(memory_format=torch.channels_last)  # faster on a processor
     return model
+
+
+def _check_device(device: str) -> None:
+    """Refuse a device that this machine does not have.
+
+    Raises:
+        UsageError: names it.
+    """
+    try:
+        torch.empty(1, device=device)
+    # CUDA that is not in this torch is an AssertionError.
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UsageError(
+            f"device={device} cannot be used ({reason}); give cpu, cuda or auto"
+        ) from error
 
 
 def portable_settings(encoder: Any, head: nn.Module, plain: Any) -> dict[str, Any] | None:

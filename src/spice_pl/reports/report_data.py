@@ -51,6 +51,7 @@ class ReportData:
         attention: attention maps of the prototypes; empty if the backbone has no feature map, None
             if they were not computed.
         names: names that the user gave to clusters.
+        suggested: word that `stage=name` suggests and its score, by cluster.
         cost: time, memory and devices of the run, as text.
         review: what saving edits needs: the command that trains on from them and, on a served page,
             the addresses to save edits at and to load whole images from.
@@ -96,6 +97,7 @@ class ReportData:
     map: Map | None = None
     attention: Attention | None = None
     names: Mapping[int, str] = field(default_factory=dict)
+    suggested: Mapping[int, tuple[str, float]] = field(default_factory=dict)
     cost: Mapping[str, str] = field(default_factory=dict)
     review: Mapping[str, Any] = field(default_factory=dict)
     skipped: Sequence[tuple[str, str]] = ()

@@ -64,6 +64,8 @@ class ClusterSection:
     truth_share: str | None
     folder: str | None  # a name to propose; None with labels, which may be these folders
     folder_share: str | None
+    word: str | None  # suggested by `stage=name`
+    word_score: str | None
     walls: Mapping[str, Sequence[Picture]]
 
 
@@ -151,7 +153,7 @@ def warnings(data: ReportData) -> list[str]:
             f"({named}). Fewer clusters may be enough."
         )
     choice = data.k_choice
-    if choice is not None and choice.estimated is not None and not choice.clear:
+    if choice is not None and choice.estimated == data.num_clusters and not choice.clear:
         found.append(
             "The number of clusters is unclear: the images divide into several numbers of groups "
             f"about equally well. The best guess is {choice.estimated}. The section “How many "
@@ -198,6 +200,7 @@ def cluster_sections(
         if not size:
             continue
         folder, share = folders.get(cluster, (None, 0.0))
+        word, score = data.suggested.get(cluster, (None, 0.0))
         bins = np.histogram(data.confidence[members], BINS, (0, 1))[0]
         sections.append(
             ClusterSection(
@@ -215,6 +218,8 @@ def cluster_sections(
                 truth_share=None if majority is None else f"{(truth == majority).mean():.0%}",
                 folder=folder,
                 folder_share=None if folder is None else f"{share:.0%}",
+                word=word,
+                word_score=None if word is None else f"{score:.2f}",
                 walls=_by_wall(chosen, shown),
             )
         )

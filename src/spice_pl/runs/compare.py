@@ -135,7 +135,7 @@ class GroupKey(NamedTuple):
 Group = list[tuple[ResultRow, Mapping[str, Any]]]  # each row with the run that it is from
 
 
-def finished_runs(paths: Iterable[str | os.PathLike[str]]) -> list[dict[str, Any]]:
+def finished_runs(paths: Sequence[str | os.PathLike[str]]) -> list[dict[str, Any]]:
     """Return the metrics.json of every finished stage in or below some folders.
 
     Each has one more key, "folder": the folder that it was read from.
@@ -155,8 +155,8 @@ def finished_runs(paths: Iterable[str | os.PathLike[str]]) -> list[dict[str, Any
                 found[file.resolve()] = {**metrics, FOLDER: str(file.parent)}
     if not found:
         raise UsageError(
-            f"no finished run in or below {', '.join(map(str, paths))}; a finished stage has a "
-            "metrics.json"
+            f"no finished run in or below {', '.join(map(str, paths))}, that is, no "
+            f"metrics.json of a stage; give folders of runs{_known(str(paths[0]))}"
         )
     return list(found.values())
 
@@ -174,10 +174,11 @@ def _place(given: Path) -> Path:
 
 def _known(word: str) -> str:
     """Return which data sets have a folder of runs, those with names alike first."""
-    known = [each.as_posix() for each in sorted(Path("runs").glob("*")) if each.is_dir()]
+    known = [each for each in sorted(Path("runs").glob("*")) if any(each.glob("*/*/metrics.json"))]
     if not known:
         return "; there are none below runs"
-    near = get_close_matches(word, known, n=5, cutoff=0.3) or known[:5]
+    names = [each.as_posix() for each in known]
+    near = get_close_matches(word, names, n=5, cutoff=0.3) or names[:5]
     more = f" and {len(known) - len(near)} more" if len(known) > len(near) else ""
     return f"; below runs are {', '.join(near)}{more}"
 
@@ -269,10 +270,9 @@ def _filled(lines: Sequence[Line]) -> list[int]:
 
 def notes(lines: Sequence[Line]) -> list[str]:
     """Return what a reader of the table needs to know."""
-    said = [
-        "ACC, NMI, ARI: mean ± sample standard deviation over seeds. "
-        "Time: mean, with the stages before. Memory: largest."
-    ]
+    said = ["Time: mean, with the stages before. Memory: largest."]
+    if any(line.acc for line in lines):
+        said.insert(0, "ACC, NMI, ARI: mean ± sample standard deviation over seeds.")
     if any(line.alike for line in lines):
         said.append(
             f"{ALIKE}: ARI between the clusters of two seeds, without labels; mean over all pairs. "

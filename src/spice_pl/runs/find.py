@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
+from spice_pl.data.formats import SUFFIXES
 from spice_pl.errors import UsageError
+from spice_pl.system.command import command
 
 NEEDS = {"clusters": "cluster_sizes", "features": "rows"}  # field of metrics.json by what is needed
 
@@ -46,7 +50,7 @@ def find_runs(
         below = [each for pattern in ("*", "*/*") for each in folder.glob(pattern)]
         if found := [each for each in below if is_run(each) and _has(each, need)]:
             return sorted(found, key=_age)
-    raise UsageError(_not_found(word, Path(runs_dir), need))
+    raise UsageError(_not_found(word, places, Path(runs_dir), need))
 
 
 def is_run(folder: Path) -> bool:
@@ -99,14 +103,54 @@ def _lacks(folder: Path, need: str) -> str:
     return f"{folder} holds no {need}, only what a stage before them left{others}"
 
 
-def _not_found(word: str, runs_dir: Path, need: str) -> str:
+def _not_found(word: str, places: Sequence[Path], runs_dir: Path, need: str) -> str:
+    """Return what a word names instead of a finished run, and the way out."""
+    why, out = _instead(word, [place for place in places if os.path.exists(place)], need)
+    said = f"{word} is not a finished run: {why}"
     known = [each.as_posix() for each in sorted(runs_dir.glob("*/*/*")) if is_run(each)]
     known = [each for each in known if _has(Path(each), need)]
     if not known:
+        out = out or "cluster a folder first"
         return (
-            f"{word} is not a finished run, and there is none with {need} below {runs_dir}; "
-            "cluster a folder first, or give runs_dir=PATH where its runs are"
+            f"{said}, and there is none with {need} below {runs_dir}; {out}, or give runs_dir=PATH "
+            "where its runs are"
         )
     near = get_close_matches(word, known, n=5, cutoff=0.3) or known[:5]
     more = f" and {len(known) - len(near)} more" if len(known) > len(near) else ""
-    return f"{word} is not a finished run; below {runs_dir} are {', '.join(near)}{more}"
+    ways = [*filter(None, [out]), f"give one of those below {runs_dir}: {', '.join(near)}{more}"]
+    return f"{said}; {', or '.join(ways)}"
+
+
+def _instead(word: str, places: Sequence[Path], need: str) -> tuple[str, str]:
+    """Return what is where a word points to, and what to do, if that is known."""
+    if not places:
+        return "it does not exist", ""
+    if started := next(filter(None, map(_started, places)), None):
+        out = "add resume=true to the command that started it"
+        return f"{started.as_posix()} was stopped before its end", out
+    for place in places:
+        if any(place.glob("*/*/*/metrics.json")):
+            return "it holds the runs of several data sets", ""
+        if any(is_run(each) for depth in ("*", "*/*") for each in place.glob(depth)):
+            return f"the runs in it hold no {need}", ""
+        if _has_images(place):
+            return "it is a folder of images", f"cluster it, {shlex.join([*command(), word])}"
+    return "no run is in it", ""
+
+
+def _started(place: Path) -> Path | None:
+    """Return the newest run in or below a folder that was started and is not finished."""
+    folders = [place, *(each for depth in ("*", "*/*") for each in place.glob(depth))]
+    marks = (".hydra/config.yaml", "dataset.json")
+    found = [each for each in folders if all((each / mark).is_file() for mark in marks)]
+    return max((each for each in found if not is_run(each)), key=_modified, default=None)
+
+
+def _modified(folder: Path) -> int:
+    return folder.stat().st_mtime_ns
+
+
+def _has_images(place: Path) -> bool:
+    """Whether names of images are in a folder or in folders directly below it."""
+    files = (each for depth in ("*", "*/*") for each in place.glob(depth))
+    return any(each.suffix.lower() in SUFFIXES for each in files)

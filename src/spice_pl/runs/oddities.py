@@ -19,11 +19,11 @@ from spice_pl.data.duplicates import copies, row_digests
 from spice_pl.data.images import ImageSet
 from spice_pl.functional.oddities import (
     ONE_COLOUR,
-    STEP,
     blurred,
     deviations,
     outliers,
     sharpness,
+    step,
     tiny,
 )
 from spice_pl.reports.oddities import RULES, Oddity
@@ -33,7 +33,7 @@ from spice_pl.system.schema import parse_object, read_text
 FILE_NAME = "oddities.json"
 CHUNK = 256  # images that a thread looks at; bounds the memory
 LISTED = 10_000  # images that the file names of each kind; the count is of all
-VERSION = 1  # of the rules; a file of another version is made again
+VERSION = 2  # of the rules; a file of another version is made again
 
 
 def find_oddities(
@@ -108,7 +108,8 @@ def _look(
     sharp = np.full(len(images), np.inf, np.float32)
     if images.shape[-1] > 2:
         sharp = sharpness(images)
-    return deviations(images), sharp, row_digests(images[:, :, ::STEP, ::STEP])
+    every = step(images.shape[-1])
+    return deviations(images), sharp, row_digests(images[:, :, ::every, ::every])
 
 
 def _equal(images: NDArray[np.uint8], marks: NDArray[np.uint64]) -> list[NDArray[np.int64]]:

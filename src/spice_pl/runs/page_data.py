@@ -20,6 +20,7 @@ from spice_pl.data.thumbnails import own_shapes
 from spice_pl.errors import UsageError
 from spice_pl.functional.embeddings import nearest_others
 from spice_pl.functional.neighbors import unit_rows
+from spice_pl.functional.oddities import step
 from spice_pl.reports.choices import Comparison, KChoice
 from spice_pl.reports.map import Map, feature_map
 from spice_pl.reports.oddities import Oddity
@@ -31,10 +32,10 @@ from spice_pl.runs.clusters import ClusterTable
 from spice_pl.runs.folder import RunFolder
 from spice_pl.runs.oddities import find_oddities
 from spice_pl.runs.results import log_lines
+from spice_pl.runs.suggestions import read_suggestions
 from spice_pl.system.command import command
 
 SAMPLED = 1000  # images whose similarities and colours are looked at
-EVERY = 8  # rows and columns of pixels; a mean needs no more
 NEIGHBORS = 8  # nearest images shown beside a large picture
 
 
@@ -84,6 +85,7 @@ def report_data(
         map=derived.map,
         attention=read_attention(folder),
         names=folder.names,
+        suggested=read_suggestions(folder),
         cost=_cost(metrics, upstream),
         review=_review(folder, metrics),
         skipped=images.skipped,
@@ -170,7 +172,8 @@ def colour_share(images: Any, clusters: NDArray[np.int64], seed: int) -> float:
     """
     chosen = _sample(len(clusters), seed)
     ids = np.unique(clusters[chosen], return_inverse=True)[1]
-    colours = np.stack([np.asarray(images[i])[:, ::EVERY, ::EVERY].mean((1, 2)) for i in chosen])
+    every = step(images.shape[-1])  # a mean needs no more pixels
+    colours = np.stack([np.asarray(images[i])[:, ::every, ::every].mean((1, 2)) for i in chosen])
     sums = np.zeros((ids.max(initial=-1) + 1, 3))
     np.add.at(sums, ids, colours)
     within = colours - (sums / np.bincount(ids)[:, None])[ids]

@@ -7,6 +7,7 @@ Users and other programs can change these files, so each is checked before it is
 | model.spice | `models.header.RULES`, `models.networks.ARGUMENTS` |
 | names.json | `read_names` |
 | edits.json | `runs.edits.parse_edits` |
+| suggested.json | `runs.suggestions.read_suggestions` |
 | metrics.json, dataset.json | `runs.small_files` |
 | clusters.csv | `runs.clusters.read_table` |
 | last.ckpt | `callbacks.checkpoints.STATE` |

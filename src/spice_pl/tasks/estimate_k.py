@@ -101,13 +101,17 @@ class EstimateK:
         folder = context.upstream[0]
         features = sampled(folder.features, self.num_samples, context.seed)
         rows = principal_components(features, self.num_components)
-        largest = min(self.largest, len(rows) // IMAGES_PER_CLUSTER)
-        if largest < 2:
+        if self.largest < 2:
             raise UsageError(
-                f"estimate_k needs {2 * IMAGES_PER_CLUSTER} images for the shortest curve, K = 2, "
-                f"and estimate_k.task.largest of 2 or more; here {len(rows)} and "
-                f"{self.largest}; give dataset.num_clusters=K instead of an estimate"
+                f"estimate_k.task.largest={self.largest} is less than 2, the smallest number of "
+                "clusters; give 2 or more"
             )
+        if len(rows) < 2 * IMAGES_PER_CLUSTER:
+            raise UsageError(
+                f"the number of clusters is estimated from {2 * IMAGES_PER_CLUSTER} images or "
+                f"more, and there are {len(rows)}; choose it, for example dataset.num_clusters=2"
+            )
+        largest = min(self.largest, len(rows) // IMAGES_PER_CLUSTER)
         num_neighbors = max(1, min(NUM_NEIGHBORS, len(rows) // (2 * largest)))
         embeddings = smoothed(features, num_neighbors)
         others = nearest_others(torch.from_numpy(features), num_neighbors)

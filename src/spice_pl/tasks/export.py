@@ -100,8 +100,15 @@ class Export:
             )
         run = RunFolder(Path(self.model).expanduser())
         if run.finished:
-            for path in write_labels(run, context.folder.path):
+            written = write_labels(run, context.folder.path)
+            for path in written:
                 logger.info("%s  the clusters, for an annotation tool", path)
+            if not written:
+                logger.info(
+                    "no files for annotation tools: the images of %s are not files, or are not "
+                    "where they were",
+                    run.path,
+                )
         if self.repo is not None:
             metrics = run.metrics if run.finished else {}
             url = push(model, metrics, self.repo, private=self.private)

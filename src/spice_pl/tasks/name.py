@@ -8,7 +8,8 @@ from __future__ import annotations
 import csv
 import logging
 import os
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,8 @@ from spice_pl.runs.edited import edits_of
 from spice_pl.runs.edits import MAX_NAME
 from spice_pl.runs.folder import RunFolder
 from spice_pl.runs.small_files import is_name, read_text
+from spice_pl.runs.suggestions import write_suggestions
+from spice_pl.system.command import command
 from spice_pl.system.files import atomic, for_spreadsheet
 from spice_pl.system.output import printable
 from spice_pl.system.progress import Bar
@@ -72,7 +75,7 @@ class Name:
         self.spreadsheet = spreadsheet
 
     def __call__(self, context: Context) -> None:
-        """Write words.csv and edits.json, and log the words of each cluster.
+        """Write words.csv, suggested.json and edits.json, and log the words of each cluster.
 
         Raises:
             UsageError: the run has no clusters, or the network cannot be loaded.
@@ -99,21 +102,34 @@ class Name:
             num_clusters,
             network.scale,
         ).cpu()
-        self._write(context, run, shares, np.bincount(clusters, minlength=num_clusters))
+        sizes = np.bincount(clusters, minlength=num_clusters)
+        best = self._best(shares, sizes)
+        first = {cluster: words[0] for cluster, words in best.items()}
+        write_suggestions(context.folder, run, first, network.name)
+        self._write(context, run, best, sizes)
         logger.info("words by %s; each score is the mean probability among the words", network.name)
+        again = shlex.join([*command(), "report", str(run.path)])
+        logger.info("%s  shows them as suggestions on the report page", again)
 
-    def _write(
-        self, context: Context, run: RunFolder, shares: Tensor, sizes: NDArray[np.int64]
-    ) -> None:
-        """Write the tables from the shares (K, W) and the sizes (K,) of the clusters."""
+    def _best(self, shares: Tensor, sizes: NDArray[np.int64]) -> dict[int, list[tuple[str, float]]]:
+        """Return the best words with their scores, from the shares (K, W), by filled cluster."""
         scores, order = shares.topk(min(self.num_words, len(self.words)))  # (K, num_words)
-        best = {
+        return {
             cluster: [
                 (self.words[i], score)
                 for i, score in zip(order[cluster].tolist(), scores[cluster].tolist(), strict=True)
             ]
             for cluster in np.flatnonzero(sizes).tolist()
         }
+
+    def _write(
+        self,
+        context: Context,
+        run: RunFolder,
+        best: Mapping[int, Sequence[tuple[str, float]]],
+        sizes: NDArray[np.int64],
+    ) -> None:
+        """Write words.csv and edits.json from the best words and the sizes (K,) of the clusters."""
         shown = for_spreadsheet if self.spreadsheet else str
         rows = [
             [

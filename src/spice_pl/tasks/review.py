@@ -138,7 +138,7 @@ def serve(answers: Answers, port: int = 0) -> tuple[ThreadingHTTPServer, str]:
 
     try:
         server = _Server((HOST, port), Handler)
-    except OSError as error:
+    except (OSError, OverflowError) as error:  # the latter: no such port
         raise UsageError(
             f"review.task.port={port} cannot be used ({error}); 0 takes a free one"
         ) from error

@@ -69,11 +69,19 @@ class Trust:
             raise UsageError(
                 f"trust.task.num_nulls {num_nulls} is too few to compare with; use at least 2"
             )
+        if isinstance(runs, str):
+            raise UsageError(f"trust.runs={runs} is not a list; write trust.runs=[{runs}]")
         self.weak, self.runs, self.allow_targets = weak, runs, allow_targets
         self.num_samples, self.num_nulls = num_samples, num_nulls
 
     def __call__(self, context: Context) -> Mapping[str, Any]:
         """Take the measures, write the page, return the numbers."""
+        for run in self.runs:
+            if not Path(run, "clusters.csv").is_file():
+                raise UsageError(
+                    f"trust.runs holds {run}, which is not the folder of a run with clusters; give "
+                    "runs/<dataset>/<stage>/<run>"
+                )
         folder, images = context.upstream[0], context.images()
         table, seed = folder.read_clusters(), context.seed
         chosen = sample(len(images), self.num_samples, seed)

@@ -1165,7 +1165,7 @@ def test_heic_is_read_where_its_package_is(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["x" * 5000, "a\0b", " "])
 def test_a_root_that_no_folder_can_have_does_not_exist(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UsageError, match=r"does not exist; give the folder"):
+    with pytest.raises(UsageError, match=r"does not exist, looked for in .*; give dataset"):
         folder(name, 4, str(tmp_path))
     assert survey({"root": name, "cache_dir": str(tmp_path)}) is None
 

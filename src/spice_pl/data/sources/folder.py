@@ -91,7 +91,11 @@ def folder(
     directory = Path(root).expanduser()
     if not os.path.isdir(directory):  # False, too, for a name that no file can have
         state = "is a file, not a folder" if os.path.exists(directory) else "does not exist"
-        raise UsageError(f"dataset.root={root} {state}; give the folder that holds the images")
+        looked = "" if directory.is_absolute() else f", looked for in {Path.cwd()}"
+        raise UsageError(
+            f"dataset.root={root} {state}{looked}; give dataset.root=PATH, the folder that "
+            "holds the images"
+        )
     if isinstance(exclude, str):
         raise UsageError(
             f"dataset.exclude={exclude} is not a list; write dataset.exclude=[{exclude}]"

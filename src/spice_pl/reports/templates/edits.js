@@ -15,9 +15,9 @@ function panel(article) {
   const id = Number(article.dataset.id), box = make("div", undefined, {className: "edit"});
   const field = (text, input) => { const wrap = make("label", text + " "); wrap.append(input); box.append(wrap); return input; };
   const name = field("Name", make("input", undefined, {type: "text", maxLength: 80}));
-  const proposed = article.dataset.folder;
-  if (proposed) {
-    const use = make("button", "Use folder name", {type: "button", title: proposed});
+  for (const [text, proposed] of [["Use folder name", article.dataset.folder], ["Use suggested name", article.dataset.word]]) {
+    if (!proposed) continue;
+    const use = make("button", text, {type: "button", title: spoken(proposed)});
     use.addEventListener("click", () => change(() => { edits.names[id] = proposed; }));
     box.append(use);
   }
@@ -70,7 +70,7 @@ function drawPicked() {
     if (editing) tile.setAttribute("aria-pressed", on); else tile.removeAttribute("aria-pressed");
   });
   $("picked").textContent = picked.size ? count(picked.size, "picture") + " chosen" : "No picture chosen";
-  $("move").disabled = !picked.size;
+  $("move").disabled = !picked.size || $("target").value === "";
 }
 function result() {
   const groups = new Map();
@@ -101,7 +101,7 @@ function drawEdits() {
     split.disabled = edits.merge[id] !== undefined;
     becomes.textContent = edits.merge[id] !== undefined ? "Becomes part of " + spoken(nameOf(root(id))) + "." : edits.split[id] ? `Will be split into ${edits.split[id]} clusters by its features.` : "";
   }
-  fillTargets($("target"), null);
+  fillTargets($("target"), null, "choose");
   const out = result(), parts = [];
   const named = Object.keys(out.names).filter(id => out.names[id] !== data.names[id]).length + Object.keys(data.names).filter(id => !out.names[id]).length;
   if (named) parts.push(count(named, "name"));
@@ -114,6 +114,7 @@ function drawEdits() {
   drawPicked();
   redraw();
 }
+$("target").addEventListener("change", drawPicked);
 $("move").addEventListener("click", () => change(() => {
   const target = Number($("target").value);
   for (const image of picked) { const r = row(image), key = data.keys[r]; if (target === cluster[r]) delete edits.move[key]; else edits.move[key] = target; }
