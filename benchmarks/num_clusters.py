@@ -53,7 +53,8 @@ def main() -> None:
     for name, features, labels in data_sets(args.sets):
         classes = np.unique(labels)
         for kind, counts in COUNTS.items():
-            for count in (*counts, len(classes)):
+            fewer = [count for count in counts if count < len(classes)]
+            for count in (*fewer, len(classes)):
                 generator = np.random.default_rng(count)
                 kept = np.flatnonzero(np.isin(labels, generator.permutation(classes)[:count]))
                 drawn = kept[draw(labels[kept], kind, args.most, generator)]
