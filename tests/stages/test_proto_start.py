@@ -43,6 +43,31 @@ def test_groups_of_any_size_are_found(sizes: list[int]) -> None:
     assert torch.equal(pairs(scaled), pairs(truth))
 
 
+def test_errors_that_each_k_means_makes_alone_are_outvoted(monkeypatch: pytest.MonkeyPatch) -> None:
+    features, truth = groups([40, 40, 40])
+    walked = truth.repeat(4, 1)
+    for row, names in enumerate([[1, 2, 0], [0, 2, 1], [2, 1, 0]]):
+        walked[row, 3 * row :: 9] = (truth[3 * row :: 9] + 1) % 3  # one image in nine
+        walked[row] = torch.tensor(names)[walked[row]]
+    walked[3] = truth.clamp_max(1)  # 100 steps join two groups
+    monkeypatch.setattr(proto_start, "walk_clusters", lambda *_, **__: walked)
+    assert torch.equal(pairs(start_clusters(features, 3, seed=0)), pairs(truth))
+
+
+def test_a_vote_that_empties_a_cluster_gives_way_to_k_means(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each k-means has one image alone, a different one: no vote keeps it."""
+    features, truth = groups([40, 40])
+    walked = truth.repeat(4, 1)
+    for row in range(4):
+        walked[row, 10 * row] = 2
+    monkeypatch.setattr(proto_start, "walk_clusters", lambda *_, **__: walked)
+    found = start_clusters(features, 3, seed=0)
+    assert len(found.unique()) == 3
+    assert any(torch.equal(found, row) for row in walked[2:])
+
+
 def test_the_buffer_comes_first_and_other_training_images_follow(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
