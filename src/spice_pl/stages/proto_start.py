@@ -43,7 +43,7 @@ def start_clusters(features: Tensor, num_clusters: int, seed: int) -> Tensor:
 
     `cluster_scores` chooses between the vote (`vote_clusters`) of k-means after 3, 10 and 30 steps,
     the vote after 10 and 30 steps, and k-means after 100 steps. Many steps suit unequal classes.
-    Votes vary less between seeds than k-means after one number of steps.
+    A vote depends less than one k-means on the solution that k-means happens to find.
 
     Args:
         features: (N, D), raw.
