@@ -1,7 +1,10 @@
 """How much accuracy does the choice of the clusters at hand lose, and how stable is it?
 
-    python benchmarks/choice.py [NAME=FEATURES.npy,LABELS.npy ...] [--seeds 2] [--most 100]
+    python benchmarks/choice.py [NAME=RUN ...] [--seeds 2] [--most 100]
+    python benchmarks/choice.py [NAME=FEATURES.npy,LABELS.npy ...]
 
+RUN is a finished run of stage 1 whose data set has labels, such as runs/mnist5k/embed/seed0, or
+runs/photos/embed/seed0 of a folder that was read with dataset.labels=folders.
 Without data sets: the pixels of scikit-learn's digits. Of each data set, seven kinds of set are
 drawn: as many images of each class, two and five classes, thirty images per class, classes that
 fall from 10 to 1, one class with half of the images, and two classes 6 to 1. On each, heads are
@@ -21,11 +24,12 @@ import os
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from omegaconf import OmegaConf
 from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn import functional as F
@@ -52,8 +56,10 @@ from spice_pl.functional.losses import (
     tempered_cross_entropy_per_head,
 )
 from spice_pl.functional.prototypes import prototype_pseudo_labels, prototype_shares
+from spice_pl.job.parts import open_images
 from spice_pl.nn.heads import ParallelHeads
 from spice_pl.runs.answer import candidates, choose_answer
+from spice_pl.runs.folder import RunFolder
 from spice_pl.stages.proto import EMPTY_COST, SHARES_RATE
 from spice_pl.stages.proto_start import start_clusters, start_probs
 
@@ -82,7 +88,7 @@ class Outcome(NamedTuple):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("sets", nargs="*", metavar="NAME=FEATURES.npy,LABELS.npy")
+    parser.add_argument("sets", nargs="*", metavar="NAME=RUN|FEATURES.npy,LABELS.npy")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--most", type=int, default=100, help="largest number of images per class")
     args = parser.parse_args()
@@ -132,9 +138,22 @@ def data_sets(given: list[str]) -> Iterator[tuple[str, Tensor, NDArray[np.int64]
         pixels, labels = load_digits(return_X_y=True)
         yield "digits, pixels", torch.from_numpy(pixels).float(), labels
     for text in given:
-        name, _, files = text.partition("=")
-        features, labels = (np.load(Path(file)) for file in files.split(","))
+        name, _, where = text.partition("=")
+        if "," in where:
+            features, labels = (np.load(Path(file)) for file in where.split(","))
+        else:
+            features, labels = of_run(Path(where))
         yield name, torch.from_numpy(features.astype(np.float32)), labels
+
+
+def of_run(path: Path) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Return features and labels of the labelled images of a finished run."""
+    cfg: Any = OmegaConf.load(path / ".hydra" / "config.yaml")
+    labels = open_images(cfg).labels
+    if labels is None:
+        raise SystemExit(f"the data set of {path} has no labels; give a run with dataset.labels")
+    known = labels >= 0
+    return RunFolder(path).features[known], labels[known]
 
 
 def draw(

@@ -1,7 +1,9 @@
 """How far is the estimated number of clusters off, where classes are even and where they are not?
 
-    python benchmarks/num_clusters.py [NAME=FEATURES.npy,LABELS.npy ...] [--most 60]
+    python benchmarks/num_clusters.py [NAME=RUN ...] [--most 60]
+    python benchmarks/num_clusters.py [NAME=FEATURES.npy,LABELS.npy ...]
 
+RUN is a finished run of stage 1 whose data set has labels, as in choice.py.
 Without data sets: the pixels of scikit-learn's digits. Of each data set: 2, 3, 5, 7 and all classes
 of equal size; and 3, 5, 7 and all classes that fall from 10 to 1, and of which one has half of the
 images. Prints, for each set, the estimate of stage=estimate_k, the range of K that fit about as
@@ -41,7 +43,7 @@ RULES = ("estimate", "silhouette × modularity", "silhouette", "modularity")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("sets", nargs="*", metavar="NAME=FEATURES.npy,LABELS.npy")
+    parser.add_argument("sets", nargs="*", metavar="NAME=RUN|FEATURES.npy,LABELS.npy")
     parser.add_argument("--most", type=int, default=60, help="images per class of even sets")
     args = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -51,7 +53,8 @@ def main() -> None:
     for name, features, labels in data_sets(args.sets):
         classes = np.unique(labels)
         for kind, counts in COUNTS.items():
-            for count in (*counts, len(classes)):
+            fewer = [count for count in counts if count < len(classes)]
+            for count in (*fewer, len(classes)):
                 generator = np.random.default_rng(count)
                 kept = np.flatnonzero(np.isin(labels, generator.permutation(classes)[:count]))
                 drawn = kept[draw(labels[kept], kind, args.most, generator)]

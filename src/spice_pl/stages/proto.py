@@ -41,7 +41,7 @@ from spice_pl.stages.proto_settings import (
     head_losses,
     initial_shares,
 )
-from spice_pl.stages.proto_start import start_clusters, start_probs
+from spice_pl.stages.proto_start import start_clusters, start_images, start_probs
 from spice_pl.stages.proto_views import BankedViews, FrozenViews, MovingEncoder
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ class ProtoHeadModule(Stage):
         prior: shares of the clusters: "uniform", equal as in the paper; K numbers, which all heads
             follow; or "estimated", a moving average of each head's `prototype_shares`. Ours.
         start: what the first E-step reads: "random", the predictions of heads that were not
-            trained, as in the paper; or "kmeans", `start_clusters` of the first buffer, the same
+            trained, as in the paper; or "kmeans", `start_clusters` of the training images, the same
             for all heads, which the first M-step learns with a single softmax. Shares that are
             estimated then start at the sizes of these clusters, and heads with the fewest empty
             clusters come first in the choice. Ours.
@@ -316,12 +316,13 @@ class ProtoHeadModule(Stage):
 
     def _start(self, index: Tensor, embeddings: Tensor) -> Tensor:
         """Return what the first E-step reads (M, K), and let shares start at its sizes."""
-        clusters = start_clusters(self.features[index.cpu()], self.num_clusters, self.seed)
+        images = start_images(index.cpu(), self.train_index, self.seed)
+        clusters = start_clusters(self.features[images], self.num_clusters, self.seed)
         # Sums of k-means can differ in their last bits between processes.
         clusters = self.trainer.strategy.broadcast(clusters).to(embeddings.device)
         if self.estimated and self.shares is not None:
             self.shares.copy_(cluster_sizes(clusters, self.num_clusters) / len(clusters))
-        return start_probs(embeddings, clusters, self.num_clusters)
+        return start_probs(embeddings, clusters[: len(index)], self.num_clusters)
 
     def _maximise(
         self,
