@@ -11,6 +11,9 @@ from tests.conftest import TINY, make_job, write_folder
 
 from spice_pl.job.run import run_stages
 
+# Collected for doctests they would be imported twice, and the second device would undo autocast.
+collect_ignore = ["device.py", "machine.py"]
+
 
 @pytest.fixture(scope="session")
 def _base(tmp_path_factory: pytest.TempPathFactory) -> Path:
