@@ -44,6 +44,7 @@ from spice_pl.data.transfer import Ahead, resident_store
 from spice_pl.functional.coding_rate import multi_patch_loss
 from spice_pl.functional.consistency import weighted_cross_entropy
 from spice_pl.functional.contrastive import info_nce, nt_xent
+from spice_pl.functional.device import synchronize
 from spice_pl.functional.momentum import EmaPairs
 from spice_pl.functional.scan import scan_loss, self_label_loss
 from spice_pl.job.trainer import auto_precision
@@ -186,11 +187,6 @@ def seconds(run: Callable[[], object], device: torch.device, least: float) -> fl
         times.append((time.perf_counter() - started) / count)
         count = max(1, min(50, int(least / 10 / times[-1])))
     return float(np.median(times))
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def host_seconds(run: Callable[[], object], device: torch.device) -> float:

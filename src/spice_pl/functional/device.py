@@ -11,9 +11,9 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-def synchronize(device: str) -> None:
+def synchronize(device: torch.device | str) -> None:
     """Wait until a GPU has done what it was given, so that a time measures the work."""
-    if device.startswith("cuda"):
+    if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
 
 

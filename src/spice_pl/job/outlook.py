@@ -7,9 +7,9 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
-import torch
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.panel import Panel
@@ -27,7 +27,7 @@ from spice_pl.job.num_clusters import known_num_clusters
 from spice_pl.job.parts import JobImages, build_stage, check_distinct
 from spice_pl.job.plan import Step, plan
 from spice_pl.job.settings import build
-from spice_pl.job.trainer import auto_precision, num_ranks
+from spice_pl.job.trainer import auto_precision, num_ranks, on_gpu
 from spice_pl.nn.encoders import pretrained
 from spice_pl.system.output import printable
 
@@ -156,7 +156,7 @@ def _work(job: Job, step: Step, images: ImageSet) -> Work:
     precision, accelerator = str(settings["precision"]), str(settings["accelerator"])
     if precision == "auto":
         precision = auto_precision(accelerator)
-    device = _device(accelerator)
+    device = _device(settings)
     costs = measure(module, views, images.images.shape[-1], device=device, precision=precision)
     if device != "cpu":
         ranks = num_ranks(job.cfg)
@@ -165,9 +165,9 @@ def _work(job: Job, step: Step, images: ImageSet) -> Work:
     return Work(step, own, costs)
 
 
-def _device(accelerator: str) -> str:
-    """Return the device of a trainer's accelerator on this machine."""
-    return "cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu"
+def _device(settings: Mapping[str, Any]) -> str:
+    """Return the device that a trainer with these settings uses on this machine."""
+    return "cuda" if on_gpu(settings) else "cpu"
 
 
 def _in_order(other: Sequence[Part], works: Sequence[Part], steps: Sequence[Step]) -> list[Part]:
