@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from spice_pl.data.datamodule import Views
 from spice_pl.job.run import run_stages
 from spice_pl.runs.answer import NETWORK, Answer
-from spice_pl.runs.earlier import better_of
+from spice_pl.runs.earlier import better_of, warn_if_worse
 from spice_pl.runs.folder import RunFolder
 from spice_pl.stages.base import Prediction
 from spice_pl.stages.fixmatch import ReliableFixMatchModule
@@ -73,6 +73,15 @@ def test_better_and_equal_clusters_stay(tmp_path: Path) -> None:
     assert better_of(same, same.probs, "fixmatch", folder) is same
 
 
+def test_only_worse_clusters_of_a_network_are_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    warn_if_worse(probs_of(GROUPS), "fixmatch", upstream(tmp_path / "a", wrong(0.3)))
+    assert not caplog.text
+    warn_if_worse(probs_of(wrong(0.3)), "fixmatch", upstream(tmp_path / "b", GROUPS))
+    assert "a lower fixmatch.module.lr" in caplog.text.lower()
+
+
 def spoiled(answer: str, tiny: Sequence[str]) -> tuple[RunFolder, RunFolder]:
     """Run all stages with a stage 3 whose probabilities and features are noise."""
 
@@ -99,7 +108,11 @@ def test_a_spoiled_stage_3_keeps_the_clusters_of_stage_2_and_says_so(tiny: Seque
     assert "This page shows the clusters of “stage=proto”" in page
 
 
-def test_the_paper_keeps_the_network(tiny: Sequence[str]) -> None:
+def test_the_paper_keeps_the_network_and_a_warning_says_that_it_is_worse(
+    tiny: Sequence[str], caplog: pytest.LogCaptureFixture
+) -> None:
     _, fixmatch = spoiled("answer=network", tiny)
+    assert "those of stage=fixmatch" in caplog.text
+    assert "answer=auto keeps the better ones" in caplog.text
     assert fixmatch.metrics["answer"] is None
     assert np.array_equal(fixmatch.read_clusters().clusters, fixmatch.probs.argmax(axis=1))

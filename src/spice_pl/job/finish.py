@@ -38,7 +38,7 @@ from spice_pl.runs.answer import NETWORK, Answer, choose_answer
 from spice_pl.runs.attention import FeatureMap, write_attention
 from spice_pl.runs.checked_files import ANSWER
 from spice_pl.runs.clusters import ClusterTable, cluster_table
-from spice_pl.runs.earlier import better_of
+from spice_pl.runs.earlier import better_of, warn_if_worse
 from spice_pl.runs.edited import inherited_names, order_like, renumber_
 from spice_pl.runs.folder import RunFolder
 from spice_pl.runs.page_data import report_data
@@ -72,9 +72,7 @@ def finish_stage(
         table, answer = None, None
         if module.has_clusters:
             keep_numbers(step, module, images)
-            answer = write_answer(step, images)
-            if answer is not None:
-                answer = keep_better(step, module, answer)
+            answer = keep_better(step, module, write_answer(step, images))
             folder = step.folder
             table = cluster_table(
                 images.keys,
@@ -125,14 +123,21 @@ def write_answer(step: Step, images: ImageSet) -> Answer | None:
     return answer
 
 
-def keep_better(step: Step, module: Stage, answer: Answer) -> Answer:
-    """Keep the clusters of the upstream where a stage that learned from them made them worse."""
+def keep_better(step: Step, module: Stage, answer: Answer | None) -> Answer | None:
+    """Keep the clusters of the upstream where a stage that learned from them made them worse.
+
+    With answer=network a warning is all.
+    """
     learned = module.labelled() is not None and not module.oracle
     if not learned or not step.upstream or not (step.upstream[0].path / "probs.npy").is_file():
         return answer
     upstream, probs = step.upstream[0], torch.from_numpy(np.array(step.folder.probs))
     if upstream.answer.shape[1] != step.num_clusters:  # labels from a file, with another K
         return answer
+    if answer is None:
+        if step.settings["answer"] == NETWORK:
+            warn_if_worse(probs, step.name, upstream)
+        return None
     better = better_of(answer, probs, step.name, upstream)
     if better is not answer:
         step.folder.write_answer(better.probs.numpy())

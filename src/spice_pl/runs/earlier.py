@@ -35,14 +35,7 @@ def better_of(answer: Answer, probs: Tensor, stage: str, upstream: RunFolder) ->
     """
     num_clusters = probs.shape[1]
     earlier = torch.from_numpy(np.array(upstream.answer))  # (N, K)
-    found = {
-        f"stage={upstream.path.parent.name}": earlier.argmax(dim=1),
-        f"stage={stage}": answer.probs.argmax(dim=1),
-    }
-    features = torch.from_numpy(np.array(upstream.features))
-    others = nearest_others(features, NUM_NEIGHBORS)
-    values = cluster_scores(features, others, torch.stack(list(found.values()))).tolist()
-    scores = dict(zip(found, values, strict=True))
+    scores = _scores(answer.probs, stage, upstream)
     (before, old), (now, new) = scores.items()
     kept = before if old > new else now
     logger.info(
@@ -53,8 +46,41 @@ def better_of(answer: Answer, probs: Tensor, stage: str, upstream: RunFolder) ->
     if kept == now:
         return answer
     number = match_clusters(  # of each earlier cluster among those of the network
-        count_table(found[before], probs.argmax(dim=1), num_clusters, num_clusters)
+        count_table(earlier.argmax(dim=1), probs.argmax(dim=1), num_clusters, num_clusters)
     )
     renumbered = torch.empty_like(earlier)
     renumbered[:, number] = earlier
     return Answer(before, scores, renumbered)
+
+
+def warn_if_worse(probs: Tensor, stage: str, upstream: RunFolder) -> None:
+    """Warn where the clusters of the upstream score higher than those of a stage's network.
+
+    For `answer=network`, which keeps the network's clusters all the same.
+
+    Args:
+        probs: (N, K), of the network of the stage.
+        stage: name of the stage, for the log.
+        upstream: run with clusters that the stage learned from.
+    """
+    (before, old), (now, new) = _scores(probs, stage, upstream).items()
+    if old > new:
+        logger.warning(
+            "without labels, on the features of %s, its clusters score %.3f and those of %s %.3f: "
+            "the stage may have made them worse. They are kept, as answer=network says; "
+            "answer=auto keeps the better ones. A lower %s.module.lr changes them less",
+            *(before, old, now, new, stage),
+        )
+
+
+def _scores(probs: Tensor, stage: str, upstream: RunFolder) -> dict[str, float]:
+    """Return the label-free scores of an upstream's clusters and of a stage's, in this order."""
+    found = {
+        f"stage={upstream.path.parent.name}": torch.from_numpy(np.array(upstream.answer)),
+        f"stage={stage}": probs,
+    }
+    features = torch.from_numpy(np.array(upstream.features))
+    others = nearest_others(features, NUM_NEIGHBORS)
+    candidates = torch.stack([each.argmax(dim=1) for each in found.values()])
+    values = cluster_scores(features, others, candidates).tolist()
+    return dict(zip(found, values, strict=True))
