@@ -1,7 +1,8 @@
-"""Draw Figures 6 and A.1 of SPICE as SVG files.
+"""Draw Figures 6 and A.1 of SPICE, and what smoothing does, as SVG files.
 
     python benchmarks/figures.py a1 [--to gradient_ratio.svg]
     python benchmarks/figures.py 6 RUN [--to head_selection.svg]
+    python benchmarks/figures.py smoothing RUN [--to smoothing.svg]
 
 A.1: how much smaller the gradient of the double softmax is than that of a single one, against the
 probability that the head gives to the pseudo-label, for 2, 10 and 200 clusters. The other clusters
@@ -12,7 +13,11 @@ to 0.
 each epoch of the run in the folder RUN (runs/digits/proto/seed0), and the regret of the choice, the
 mean difference of the two.
 
-Prints a table and, as the last line, JSON.
+smoothing: t-SNE of the features of a finished run, of any stage, and of its smoothed embeddings side
+by side; a dot is one of at most 1,000 images in the colour of its true label. JSON has the share of
+their 10 nearest others with the same label.
+
+Prints a table for the figures of lines and, as the last line, JSON.
 """
 
 import argparse
@@ -21,10 +26,17 @@ import json
 import statistics
 from pathlib import Path
 
+import numpy as np
 import torch
+from choice import of_run
 
+from spice_pl.functional.embeddings import nearest_others, smoothed_embeddings
 from spice_pl.functional.losses import double_softmax_gradient_ratio
 from spice_pl.reports.lines import Points, line_figure
+from spice_pl.reports.map import feature_map
+
+DOTS = 1000  # at most
+PANEL = 360  # pixels
 
 
 def main() -> None:
@@ -35,8 +47,14 @@ def main() -> None:
     heads = figures.add_parser("6")
     heads.add_argument("run", type=Path, help="folder of a finished run of stage 2, with labels")
     heads.add_argument("--to", type=Path, default=Path("head_selection.svg"))
+    smoothing = figures.add_parser("smoothing")
+    smoothing.add_argument("run", type=Path, help="folder of a finished run, with labels")
+    smoothing.add_argument("--to", type=Path, default=Path("smoothing.svg"))
     args = parser.parse_args()
-    if args.figure == "a1":
+    curves: dict[str, Points] = {}
+    if args.figure == "smoothing":
+        text, result = smoothing_figure(args.run)
+    elif args.figure == "a1":
         curves, result = gradient_ratio()
         text = line_figure(
             curves, "probability of the pseudo-label", "gradient, double / single softmax"
@@ -68,6 +86,33 @@ def gradient_ratio() -> tuple[dict[str, Points], dict[str, float]]:
         unsure, sure = ratio(torch.tensor([1 / num_clusters, 0.995], dtype=torch.float64))
         result |= {f"unsure_k{num_clusters}": round(unsure, 4), f"sure_k{num_clusters}": sure}
     return curves, result
+
+
+def smoothing_figure(run: Path) -> tuple[str, dict[str, float]]:
+    """Return an SVG of both maps, and the share of neighbours with the same label in each."""
+    features, labels = of_run(run)
+    drawn = np.random.default_rng(0).permutation(len(labels))[:DOTS]
+    number = np.unique(labels, return_inverse=True)[1]
+    rows = torch.from_numpy(features.astype(np.float32))
+    panels, result = [], {}
+    for place, (name, embedded) in enumerate(
+        {"features": rows, "smoothed embeddings": smoothed_embeddings(rows)}.items()
+    ):
+        same = number[nearest_others(embedded, 10).numpy()] == number[:, None]
+        result[name] = round(float(same.mean()), 4)
+        points = feature_map(embedded[torch.from_numpy(drawn)].numpy()).points
+        left, size = place * PANEL, PANEL - 20
+        panels.append(f'<text x="{left + PANEL / 2}" y="18" text-anchor="middle">{name}</text>')
+        for (x, y), label in zip(points, number[drawn], strict=True):
+            colour = f"hsl({360 * label / (number.max() + 1):.0f},75%,{42 + 12 * (label % 2)}%)"
+            across, down = left + 10 + x * size, PANEL + 14 - y * size
+            panels.append(f'<circle cx="{across:.1f}" cy="{down:.1f}" r="2" fill="{colour}"/>')
+    start = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2 * PANEL} {PANEL + 24}" '
+        'font-family="sans-serif" font-size="13"><title>Images before and after smoothing</title>'
+        '<rect width="100%" height="100%" fill="#fff"/>'
+    )
+    return "\n".join([start, *panels, "</svg>\n"]), result
 
 
 def head_selection(run: Path) -> tuple[dict[str, Points], dict[str, float]]:
