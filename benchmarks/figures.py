@@ -13,9 +13,9 @@ to 0.
 each epoch of the run in the folder RUN (runs/digits/proto/seed0), and the regret of the choice, the
 mean difference of the two.
 
-smoothing: t-SNE of the features of a finished run, of any stage, and of its smoothed embeddings side
-by side; a dot is one of at most 1,000 images in the colour of its true label. JSON has the share of
-their 10 nearest others with the same label.
+smoothing: t-SNE of the features of a finished run of any stage beside that of its smoothed
+embeddings. A dot is one of at most 1,000 images in the colour of its true label. JSON has the share
+of the 10 nearest others with the same label, over all images.
 
 Prints a table for the figures of lines and, as the last line, JSON.
 """
