@@ -48,7 +48,10 @@ def read_table(
     """
     if not path.is_file():
         state = "is a folder, not a file" if path.is_dir() else "does not exist"
-        raise UsageError(f"dataset.table={path} {state}")
+        raise UsageError(
+            f"dataset.table={path} {state}; give a CSV or Parquet file with a column path, whose "
+            "files are relative to dataset.root"
+        )
     wanted = ["path", "label"] if labelled else ["path"]
     parquet = path.suffix.lower() in (".parquet", ".pq")
     try:
