@@ -115,6 +115,21 @@ def targets(value: Any, where: str = "") -> Iterator[tuple[str, dict[str, Any]]]
             yield from targets(item, f"{where}.{key}")
 
 
+def arguments(name: str) -> dict[str, inspect.Parameter]:
+    """Arguments of what a _target_ names, with those that a class passes on to its bases."""
+    target = get_object(name)
+    found: dict[str, inspect.Parameter] = {}
+    for each in target.__mro__ if inspect.isclass(target) else [target]:
+        made = each.__dict__.get("__init__") if inspect.isclass(each) else each
+        if made is None:
+            continue
+        own = inspect.signature(made).parameters
+        found = {**own, **found}
+        if not any("Unpack" in str(one.annotation) for one in own.values()):
+            break
+    return found
+
+
 @pytest.mark.parametrize(
     "overrides",
     command_lines("dataset", "backbone", "augment", "trainer", "logger", "preset", "experiment"),
@@ -126,13 +141,16 @@ def test_every_key_is_an_argument_of_what_it_configures(overrides: list[str]) ->
     assert len(found) > 10
     for where, node in found:
         assert node["_target_"].startswith((*ALLOWED_TARGETS, *ALLOWED_NAMES)), where
-        parameters = inspect.signature(get_object(node["_target_"])).parameters
+        parameters = arguments(node["_target_"])
         keys = {key for key in node if not key.startswith("_")}
         if where == ".dataset":
             keys -= DESCRIBED
         if where == ".trainer":
             keys -= set(OURS)
-        if any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+        if any(
+            each.kind is each.VAR_KEYWORD and "Unpack" not in str(each.annotation)
+            for each in parameters.values()
+        ):
             continue
         assert keys <= parameters.keys(), f"{where}: {keys - parameters.keys()}"
 

@@ -6,10 +6,9 @@ import inspect
 from fnmatch import fnmatchcase
 from typing import Any
 
-from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from tests.conftest import compose
-from tests.job.test_configs import targets
+from tests.job.test_configs import arguments, targets
 
 from spice_pl.job.settings import plain
 
@@ -51,7 +50,7 @@ def pairs(cfg: DictConfig) -> dict[str, tuple[Any, Any]]:
     found = {}
     unresolved: Any = OmegaConf.to_container(cfg)  # so that each node is met once, where it is
     for place, node in targets(unresolved):
-        parameters = inspect.signature(get_object(node["_target_"])).parameters
+        parameters = arguments(node["_target_"])
         for name in node.keys() & parameters.keys():
             if (default := parameters[name].default) is not inspect.Parameter.empty:
                 key = f"{place}.{name}".removeprefix(".")

@@ -8,8 +8,8 @@ Shapes: B images of a batch, D features, K clusters.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from spice_pl.functional.device import to_device
 from spice_pl.nn.optimizers import sgd_settings
 from spice_pl.runs.folder import RunFolder, as_tensor
 from spice_pl.stages.base import check_number, width_of
-from spice_pl.stages.target import TargetStage
+from spice_pl.stages.target import TargetStage, TargetTraining
 
 PREDICTOR_LR = 10  # times that of the encoder; Appendix A
 
@@ -41,16 +41,11 @@ class DCBoostModule(TargetStage):
         num_clusters: K.
         hidden_dim: width of the hidden layer of the predictor, which has BatchNorm.
         max_neighbors: m, the largest k that is tried.
-        noise: σ, standard deviation of a sample around an embedding.
-        momentum: share of the target network that stays at each step.
-        sizes: as in `FeatureStage`.
         lr: as in `FeatureStage`; the predictor, which starts at random weights, has ten times as
             much.
         warmup_epochs: as in `FeatureStage`; the views of an image alone are aligned in these
             epochs.
-        sgd_momentum: as in `FeatureStage`.
-        weight_decay: as in `FeatureStage`.
-        seed: seed of k-means and of the samples.
+        training: as in `TargetStage`.
 
     Raises:
         UsageError: a number is out of range.
@@ -65,14 +60,9 @@ class DCBoostModule(TargetStage):
         *,
         hidden_dim: int = 512,
         max_neighbors: int = 50,
-        noise: float = 0.001,
-        momentum: float = 0.996,
-        sizes: Sequence[int] | None = None,
         lr: float = 5e-3,
         warmup_epochs: int = 10,
-        sgd_momentum: float = 0.9,
-        weight_decay: float = 5e-4,
-        seed: int = 0,
+        **training: Unpack[TargetTraining],
     ) -> None:
         fits, rule = max_neighbors >= 1, "at least 1; the paper has 50"
         check_number(self.name, "max_neighbors", max_neighbors, fits, rule)
@@ -82,14 +72,9 @@ class DCBoostModule(TargetStage):
             num_clusters,
             projection_dim=width_of(backbone),
             hidden_dim=hidden_dim,
-            noise=noise,
-            momentum=momentum,
-            sizes=sizes,
             lr=lr,
             warmup_epochs=warmup_epochs,
-            sgd_momentum=sgd_momentum,
-            weight_decay=weight_decay,
-            seed=seed,
+            **training,
         )
         self.max_neighbors = max_neighbors
 

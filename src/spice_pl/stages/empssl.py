@@ -8,9 +8,9 @@ s side of a patch in pixels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import cast
+from typing import Unpack, cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,7 +22,7 @@ from spice_pl.errors import UsageError
 from spice_pl.functional.coding_rate import multi_patch_loss
 from spice_pl.runs.folder import RunFolder
 from spice_pl.stages.base import check_number, width_of
-from spice_pl.stages.features import FeatureStage, perceptron
+from spice_pl.stages.features import FeatureStage, Training, perceptron
 
 
 class EmpSSLModule(FeatureStage):
@@ -34,14 +34,11 @@ class EmpSSLModule(FeatureStage):
         hidden_dim: width of the hidden layer of the projection, which has BatchNorm.
         rate_weight: weight of the coding rate beside the cosines; 1/λ of the paper.
         distortion: ε², squared error that the code allows.
-        num_clusters: as in `FeatureStage`.
-        sizes: sides s in pixels of the patches in turn, each for an equal share of the epochs.
-            Patches smaller than the images are cut from them and not scaled; others cover the areas
-            of their view, scaled to the side. None scales all to the size of the images.
         lr: as in `FeatureStage`.
         warmup_epochs: as in `FeatureStage`.
-        sgd_momentum: as in `FeatureStage`.
-        weight_decay: as in `FeatureStage`.
+        training: as in `FeatureStage`, except that `sizes` are sides s of the patches. Patches
+            smaller than the images are cut from them and not scaled; others cover the areas of
+            their view, scaled to the side. Without sizes all are scaled to the size of the images.
 
     Raises:
         UsageError: a weight or the distortion is not positive, or as in `FeatureStage`.
@@ -58,12 +55,9 @@ class EmpSSLModule(FeatureStage):
         hidden_dim: int = 512,
         rate_weight: float = 0.05,
         distortion: float = 0.2,
-        num_clusters: int | None = None,
-        sizes: Sequence[int] | None = None,
         lr: float = 1.0,
         warmup_epochs: int = 1,
-        sgd_momentum: float = 0.9,
-        weight_decay: float = 1e-4,
+        **training: Unpack[Training],
     ) -> None:
         for key, value, usual in (
             ("rate_weight", rate_weight, "our default is 0.05; without it all features are equal"),
@@ -73,12 +67,9 @@ class EmpSSLModule(FeatureStage):
         super().__init__(
             backbone,
             perceptron(width_of(backbone), hidden_dim, projection_dim),
-            num_clusters=num_clusters,
-            sizes=sizes,
             lr=lr,
             warmup_epochs=warmup_epochs,
-            sgd_momentum=sgd_momentum,
-            weight_decay=weight_decay,
+            **training,
         )
         self.rate_weight, self.distortion = rate_weight, distortion
 

@@ -8,7 +8,8 @@ Shapes: B images of a batch, b of them on this rank, V views, D features, P proj
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from spice_pl.data.images import ImageSet
 from spice_pl.errors import UsageError
 from spice_pl.functional.averaged import averaged_target_loss
 from spice_pl.stages.base import width_of
-from spice_pl.stages.features import FeatureStage, perceptron
+from spice_pl.stages.features import FeatureStage, Training, perceptron
 
 
 class FastSiamModule(FeatureStage):
@@ -31,12 +32,9 @@ class FastSiamModule(FeatureStage):
         backbone: (B, 3, S, S) -> (B, D), with `num_features`.
         projection_dim: P.
         hidden_dim: width of the hidden layers of projection and predictor, which have BatchNorm.
-        num_clusters: as in `FeatureStage`.
-        sizes: as in `FeatureStage`.
         lr: as in `FeatureStage`.
         warmup_epochs: as in `FeatureStage`.
-        sgd_momentum: as in `FeatureStage`.
-        weight_decay: as in `FeatureStage`.
+        training: as in `FeatureStage`.
 
     Raises:
         UsageError: as in `FeatureStage`.
@@ -51,22 +49,16 @@ class FastSiamModule(FeatureStage):
         *,
         projection_dim: int = 128,
         hidden_dim: int = 512,
-        num_clusters: int | None = None,
-        sizes: Sequence[int] | None = None,
         lr: float = 0.1,
         warmup_epochs: int = 2,
-        sgd_momentum: float = 0.9,
-        weight_decay: float = 1e-4,
+        **training: Unpack[Training],
     ) -> None:
         super().__init__(
             backbone,
             perceptron(width_of(backbone), hidden_dim, projection_dim),
-            num_clusters=num_clusters,
-            sizes=sizes,
             lr=lr,
             warmup_epochs=warmup_epochs,
-            sgd_momentum=sgd_momentum,
-            weight_decay=weight_decay,
+            **training,
         )
         self.predictor = perceptron(projection_dim, hidden_dim, projection_dim)
 

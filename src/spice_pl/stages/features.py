@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -35,17 +35,26 @@ NUM_NEIGHBORS = 20  # neighbours of a watched image among the watched images, it
 NUM_STEM_IMAGES = 2000  # images that a stem is fitted to
 
 
+class Training(TypedDict, total=False):
+    """Settings that subclasses pass on as they are; `FeatureStage` explains them."""
+
+    num_clusters: int | None
+    sizes: Sequence[int] | None
+    sgd_momentum: float
+    weight_decay: float
+
+
 class FeatureStage(Stage):
     """An encoder with a projection, trained by SGD: stage 1 with any loss.
 
     Args:
         backbone: (B, 3, S, S) -> (B, D), with `num_features`.
         projection: (B, D) -> (B, P), dropped when training ends.
+        lr: learning rate of SGD after the warm-up; falls to 0 by a cosine per epoch.
+        warmup_epochs: epochs at the start in which the learning rate rises evenly.
         num_clusters: K of the k-means that validation logs; None logs none.
         sizes: sides in pixels that views are scaled to in turn, each for an equal share of the
             epochs; None leaves views as they are.
-        lr: learning rate of SGD after the warm-up; falls to 0 by a cosine per epoch.
-        warmup_epochs: epochs at the start in which the learning rate rises evenly.
         sgd_momentum: momentum of SGD.
         weight_decay: weight decay of SGD, on all parameters.
 
@@ -61,12 +70,12 @@ class FeatureStage(Stage):
         backbone: nn.Module,
         projection: nn.Module,
         *,
-        num_clusters: int | None,
-        sizes: Sequence[int] | None,
         lr: float,
         warmup_epochs: int,
-        sgd_momentum: float,
-        weight_decay: float,
+        num_clusters: int | None = None,
+        sizes: Sequence[int] | None = None,
+        sgd_momentum: float = 0.9,
+        weight_decay: float = 1e-4,
     ) -> None:
         super().__init__()
         if sizes is not None and (not sizes or min(sizes) < 8):

@@ -8,8 +8,8 @@ Shapes: B images of a batch, b of them on this rank, D features, Q queue, P proj
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from spice_pl.functional.momentum import EmaPairs
 from spice_pl.nn.queue import Queue
 from spice_pl.runs.folder import RunFolder
 from spice_pl.stages.base import check_number, width_of
-from spice_pl.stages.features import FeatureStage
+from spice_pl.stages.features import FeatureStage, Training
 
 
 class MoCoModule(FeatureStage):
@@ -40,12 +40,9 @@ class MoCoModule(FeatureStage):
             doubles the cost of a step.
         bn_groups: number of parts of the global batch that BatchNorm normalises separately, queries
             and shuffled keys alike; with several processes there is at least one part per process.
-        num_clusters: as in `FeatureStage`.
-        sizes: as in `FeatureStage`.
         lr: as in `FeatureStage`.
         warmup_epochs: as in `FeatureStage`.
-        sgd_momentum: as in `FeatureStage`.
-        weight_decay: as in `FeatureStage`.
+        training: as in `FeatureStage`.
     """
 
     name = "moco"
@@ -62,12 +59,9 @@ class MoCoModule(FeatureStage):
         momentum: float = 0.999,
         symmetric: bool = False,
         bn_groups: int = 1,
-        num_clusters: int | None = None,
-        sizes: Sequence[int] | None = None,
         lr: float = 0.015,
         warmup_epochs: int = 0,
-        sgd_momentum: float = 0.9,
-        weight_decay: float = 1e-4,
+        **training: Unpack[Training],
     ) -> None:
         rule = "positive; MoCo v2 uses 0.2"
         check_number(self.name, "temperature", temperature, temperature > 0, rule)
@@ -75,12 +69,9 @@ class MoCoModule(FeatureStage):
         super().__init__(
             backbone,
             nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, projection_dim)),
-            num_clusters=num_clusters,
-            sizes=sizes,
             lr=lr,
             warmup_epochs=warmup_epochs,
-            sgd_momentum=sgd_momentum,
-            weight_decay=weight_decay,
+            **training,
         )
         self.key_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
         self.key_projection = copy.deepcopy(self.projection).requires_grad_(False)

@@ -8,14 +8,15 @@ Shapes: B images of a batch, D features, P projection, K clusters.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import Unpack
 
 from torch import Tensor, nn
 
 from spice_pl.functional.scattering import scattering_loss
 from spice_pl.stages.base import check_number, width_of
 from spice_pl.stages.features import perceptron
-from spice_pl.stages.target import TargetStage
+from spice_pl.stages.target import TargetStage, TargetTraining
 
 
 class ProPosModule(TargetStage):
@@ -30,14 +31,9 @@ class ProPosModule(TargetStage):
         hidden_dim: width of the hidden layers of projection and predictor, which have BatchNorm.
         temperature: τ of the prototypes.
         scattering_weight: λ, weight of the loss on prototypes.
-        noise: σ, standard deviation of a sample around a projection.
-        momentum: share of the target network that stays at each step.
-        sizes: as in `FeatureStage`.
         lr: as in `FeatureStage`.
         warmup_epochs: as in `FeatureStage`; there is no loss on prototypes in these epochs.
-        sgd_momentum: as in `FeatureStage`.
-        weight_decay: as in `FeatureStage`.
-        seed: seed of k-means and of the samples.
+        training: as in `TargetStage`.
 
     Raises:
         UsageError: a number is out of range.
@@ -54,14 +50,9 @@ class ProPosModule(TargetStage):
         hidden_dim: int = 4096,
         temperature: float = 0.5,
         scattering_weight: float = 0.1,
-        noise: float = 0.001,
-        momentum: float = 0.996,
-        sizes: Sequence[int] | None = None,
         lr: float = 0.05,
         warmup_epochs: int = 50,
-        sgd_momentum: float = 0.9,
-        weight_decay: float = 5e-4,
-        seed: int = 0,
+        **training: Unpack[TargetTraining],
     ) -> None:
         fits, rule = temperature > 0, "above 0; the paper has 0.5"
         check_number(self.name, "temperature", temperature, fits, rule)
@@ -73,14 +64,9 @@ class ProPosModule(TargetStage):
             num_clusters,
             projection_dim=projection_dim,
             hidden_dim=hidden_dim,
-            noise=noise,
-            momentum=momentum,
-            sizes=sizes,
             lr=lr,
             warmup_epochs=warmup_epochs,
-            sgd_momentum=sgd_momentum,
-            weight_decay=weight_decay,
-            seed=seed,
+            **training,
         )
         self.temperature, self.scattering_weight = temperature, scattering_weight
 

@@ -7,7 +7,8 @@ Shapes: B images of a batch, b of them on this rank, D features, P projection.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from spice_pl.data.images import ImageSet
 from spice_pl.errors import UsageError
 from spice_pl.functional.contrastive import nt_xent
 from spice_pl.stages.base import check_number, width_of
-from spice_pl.stages.features import FeatureStage, perceptron
+from spice_pl.stages.features import FeatureStage, Training, perceptron
 
 
 class SimCLRModule(FeatureStage):
@@ -29,12 +30,9 @@ class SimCLRModule(FeatureStage):
         projection_dim: P.
         hidden_dim: width of the hidden layer of the projection, which has BatchNorm.
         temperature: tau in Eq. 1.
-        num_clusters: as in `FeatureStage`.
-        sizes: as in `FeatureStage`.
         lr: as in `FeatureStage`.
         warmup_epochs: as in `FeatureStage`.
-        sgd_momentum: as in `FeatureStage`.
-        weight_decay: as in `FeatureStage`.
+        training: as in `FeatureStage`.
     """
 
     name = "simclr"
@@ -46,24 +44,18 @@ class SimCLRModule(FeatureStage):
         projection_dim: int = 128,
         hidden_dim: int = 512,
         temperature: float = 0.2,
-        num_clusters: int | None = None,
-        sizes: Sequence[int] | None = None,
         lr: float = 0.3,
         warmup_epochs: int = 2,
-        sgd_momentum: float = 0.9,
-        weight_decay: float = 1e-4,
+        **training: Unpack[Training],
     ) -> None:
         rule = "positive; our default is 0.2"
         check_number(self.name, "temperature", temperature, temperature > 0, rule)
         super().__init__(
             backbone,
             perceptron(width_of(backbone), hidden_dim, projection_dim),
-            num_clusters=num_clusters,
-            sizes=sizes,
             lr=lr,
             warmup_epochs=warmup_epochs,
-            sgd_momentum=sgd_momentum,
-            weight_decay=weight_decay,
+            **training,
         )
         self.temperature = temperature
 

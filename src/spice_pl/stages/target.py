@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,17 @@ NOISE = 0x9A0  # key of the noise; + 1 for the other view
 HEAD_TEMPERATURE = 0.05
 
 
+class TargetTraining(TypedDict, total=False):
+    """Settings that subclasses pass on as they are; `TargetStage` explains them."""
+
+    noise: float
+    momentum: float
+    sizes: Sequence[int] | None
+    sgd_momentum: float
+    weight_decay: float
+    seed: int
+
+
 class TargetStage(FeatureStage):
     """Align each image with its other view by a target network, and cluster by k-means.
 
@@ -46,11 +58,11 @@ class TargetStage(FeatureStage):
         num_clusters: K.
         projection_dim: P.
         hidden_dim: width of the hidden layer of the predictor, which has BatchNorm.
+        lr: as in `FeatureStage`.
+        warmup_epochs: as in `FeatureStage`; there is no loss on clusters in these epochs.
         noise: σ, standard deviation of a sample around a projection.
         momentum: share of the target network that stays at each step.
         sizes: as in `FeatureStage`.
-        lr: as in `FeatureStage`.
-        warmup_epochs: as in `FeatureStage`; there is no loss on clusters in these epochs.
         sgd_momentum: as in `FeatureStage`.
         weight_decay: as in `FeatureStage`.
         seed: seed of k-means and of the samples.
@@ -71,14 +83,14 @@ class TargetStage(FeatureStage):
         *,
         projection_dim: int,
         hidden_dim: int,
-        noise: float,
-        momentum: float,
-        sizes: Sequence[int] | None,
         lr: float,
         warmup_epochs: int,
-        sgd_momentum: float,
-        weight_decay: float,
-        seed: int,
+        noise: float = 0.001,
+        momentum: float = 0.996,
+        sizes: Sequence[int] | None = None,
+        sgd_momentum: float = 0.9,
+        weight_decay: float = 5e-4,
+        seed: int = 0,
     ) -> None:
         check_count(self.name, num_clusters)
         check_number(self.name, "noise", noise, noise >= 0, "at least 0; the paper has 0.001")

@@ -7,7 +7,8 @@ Shapes: B images of a batch, b of them on this rank, D features, P projection.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from spice_pl.data.images import ImageSet
 from spice_pl.errors import UsageError
 from spice_pl.functional.covariance import vicreg_loss
 from spice_pl.stages.base import check_number, width_of
-from spice_pl.stages.features import FeatureStage, perceptron
+from spice_pl.stages.features import FeatureStage, Training, perceptron
 
 
 class VICRegModule(FeatureStage):
@@ -31,12 +32,9 @@ class VICRegModule(FeatureStage):
         invariance_weight: λ in Eq. 6, weight of the squared distance of two views.
         variance_weight: μ in Eq. 6, weight of the hinge on the deviation of each component.
         covariance_weight: ν in Eq. 6, weight of the squared covariances.
-        num_clusters: as in `FeatureStage`.
-        sizes: as in `FeatureStage`.
         lr: as in `FeatureStage`.
         warmup_epochs: as in `FeatureStage`.
-        sgd_momentum: as in `FeatureStage`.
-        weight_decay: as in `FeatureStage`.
+        training: as in `FeatureStage`.
 
     Raises:
         UsageError: a weight is not positive, or as in `FeatureStage`.
@@ -54,12 +52,9 @@ class VICRegModule(FeatureStage):
         invariance_weight: float = 25.0,
         variance_weight: float = 25.0,
         covariance_weight: float = 1.0,
-        num_clusters: int | None = None,
-        sizes: Sequence[int] | None = None,
         lr: float = 0.02,
         warmup_epochs: int = 2,
-        sgd_momentum: float = 0.9,
-        weight_decay: float = 1e-4,
+        **training: Unpack[Training],
     ) -> None:
         loss_weights = {
             "invariance_weight": invariance_weight,
@@ -72,12 +67,9 @@ class VICRegModule(FeatureStage):
         super().__init__(
             backbone,
             perceptron(width_of(backbone), hidden_dim, projection_dim),
-            num_clusters=num_clusters,
-            sizes=sizes,
             lr=lr,
             warmup_epochs=warmup_epochs,
-            sgd_momentum=sgd_momentum,
-            weight_decay=weight_decay,
+            **training,
         )
         self.loss_weights = loss_weights
 
