@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from spice_pl.data.images import ImageSet
 from spice_pl.reports.map import Map
 from spice_pl.runs import choices
+from spice_pl.runs.answer import choose_answer
 from spice_pl.runs.choices import (
     alike,
     beside,
@@ -77,6 +78,21 @@ def test_clusterings_are_compared_with_the_one_on_the_page(run: Any) -> None:
     entropy = -(shares * np.log(shares)).sum() / np.log(3)
     assert kept.evenness == pytest.approx(entropy)
     assert found.scores == {"network": 1.0, "walk": 2.0}
+
+
+def test_the_score_on_the_page_is_that_of_the_choice_in_small_clusters_too(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "proto" / "seed0")
+    folder.path.mkdir(parents=True)
+    rows = np.random.default_rng(0).normal(size=(24, 8)).astype(np.float32)
+    probs = torch.eye(6)[torch.arange(24) % 6]  # 4 images in each: 3 others, fewer than 10
+    np.save(folder.path / "features.npy", rows)
+    np.save(folder.path / "probs.npy", probs.numpy())
+    scores = choose_answer(torch.from_numpy(rows), probs, 0).scores
+    ones = np.ones(24, np.float32)
+    table = ClusterTable(KEYS[:24], probs.argmax(dim=1).numpy(), ones, ones, ones > 0)
+    metrics = {"num_clusters": 6, "seed": 0}
+    (shown, *_) = compare_clusters(folder, metrics, table, "heads").rows
+    assert shown.score == pytest.approx(scores["network"], abs=1e-5)
 
 
 def test_without_a_choice_the_network_is_the_one_on_the_page(run: Any) -> None:

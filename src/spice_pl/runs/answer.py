@@ -92,8 +92,7 @@ def candidates(features: Tensor, probs: Tensor, seed: int) -> tuple[dict[str, Te
         if each has one; neighbours (N, k).
     """
     num_clusters, own = probs.shape[1], probs.argmax(dim=1)
-    inside = max(1, len(probs) // num_clusters - 1)  # other images of a cluster of mean size
-    num_neighbors = min(NUM_NEIGHBORS, inside)
+    num_neighbors = neighbors_for(len(probs), num_clusters)
     others = nearest_others(features, num_neighbors)
     short, middle, long, longest = walk_clusters(
         features, num_clusters, num_neighbors=num_neighbors, seed=seed
@@ -107,6 +106,16 @@ def candidates(features: Tensor, probs: Tensor, seed: int) -> tuple[dict[str, Te
     # K clusters were asked for: a vote that empties one is kept only where all have an empty one.
     full = {name: row for name, row in found.items() if len(set(row.tolist())) == num_clusters}
     return full or found, others
+
+
+def neighbors_for(num_images: int, num_clusters: int) -> int:
+    """Return 10, or in small clusters the number of other images of a cluster of mean size.
+
+    Examples:
+        >>> neighbors_for(1000, 10), neighbors_for(30, 5), neighbors_for(6, 5)
+        (10, 5, 1)
+    """
+    return min(NUM_NEIGHBORS, max(1, num_images // num_clusters - 1))
 
 
 def _propagated(clusters: Tensor, others: Tensor, num_clusters: int) -> Tensor:

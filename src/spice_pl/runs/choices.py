@@ -34,7 +34,7 @@ from spice_pl.functional.neighbors import nearest_neighbors, unit_rows
 from spice_pl.functional.reliability import least_agreement
 from spice_pl.reports.choices import Compared, Comparison, KChoice, Preview
 from spice_pl.reports.map import Map
-from spice_pl.runs.answer import NETWORK, NUM_NEIGHBORS
+from spice_pl.runs.answer import NETWORK, NUM_NEIGHBORS, neighbors_for
 from spice_pl.runs.clusters import ClusterTable
 from spice_pl.runs.folder import RunFolder
 from spice_pl.system.command import command
@@ -87,7 +87,7 @@ def compare_clusters(
         graph = connect(neighbor_graph(starts, NUM_NEIGHBORS), starts)
         made = spectral_clusters(starts, graph, num_clusters, seed=seed)
         clusterings["spectral clustering"] = made.numpy()
-    queries, near = sampled_neighbors(features, seed)  # (n,), (n, k)
+    queries, near = sampled_neighbors(features, num_clusters, seed)  # (n,), (n, k)
     every = torch.stack([torch.from_numpy(np.asarray(each)) for each in clusterings.values()])
     every = every.long()  # (R, N)
     apart = silhouettes(located[:, :SCORED_COMPONENTS], every)
@@ -110,7 +110,7 @@ def compare_clusters(
 def measure_edited(folder: RunFolder, table: ClusterTable, seed: int, title: str) -> Compared:
     """Measure the clusters of an edited run without labels; those without images do not count."""
     used, clusters = np.unique(table.clusters, return_inverse=True)
-    queries, near = sampled_neighbors(folder.features, seed)
+    queries, near = sampled_neighbors(folder.features, len(used), seed)
     ids = torch.from_numpy(clusters.astype(np.int64))
     located = components(folder.features, seed)[:, :SCORED_COMPONENTS]
     silhouette = float(silhouettes(located, ids[None]))
@@ -165,8 +165,13 @@ def alike(clusters: Tensor, reference: Tensor, num_clusters: int) -> float:
     return float((number[clusters] == reference).double().mean())
 
 
-def sampled_neighbors(features: NDArray[np.float32], seed: int) -> tuple[Tensor, Tensor]:
-    """Return at most 1,000 images (n,) and their nearest others (n, k), among at most 10,000."""
+def sampled_neighbors(
+    features: NDArray[np.float32], num_clusters: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Return at most 1,000 images (n,) and their nearest others (n, k), among at most 10,000.
+
+    k is that of the choice of the clusters, so that both scores are the same.
+    """
     generator = np.random.default_rng(seed)
     count = len(features)
     keys = np.arange(count)
@@ -176,7 +181,7 @@ def sampled_neighbors(features: NDArray[np.float32], seed: int) -> tuple[Tensor,
     if len(keys) > QUERIES:
         places = np.sort(generator.choice(len(keys), QUERIES, replace=False))
     searched = torch.from_numpy(np.array(features[keys]))
-    k = min(NUM_NEIGHBORS + 1, len(keys))
+    k = min(neighbors_for(count, num_clusters) + 1, len(keys))
     found = nearest_neighbors(searched[places], searched, k)[1]  # (n, k + 1)
     own = found == torch.from_numpy(places).unsqueeze(1)
     own[~own.any(dim=1), -1] = True  # copies can push the image itself out
