@@ -94,22 +94,28 @@ def smoothing_figure(run: Path) -> tuple[str, dict[str, float]]:
     drawn = np.random.default_rng(0).permutation(len(labels))[:DOTS]
     number = np.unique(labels, return_inverse=True)[1]
     rows = torch.from_numpy(features.astype(np.float32))
-    panels, result = [], {}
-    for place, (name, embedded) in enumerate(
-        {"features": rows, "smoothed embeddings": smoothed_embeddings(rows)}.items()
-    ):
+    maps, result = {}, {}
+    for name, embedded in {
+        "features": rows,
+        "smoothed embeddings": smoothed_embeddings(rows),
+    }.items():
         same = number[nearest_others(embedded, 10).numpy()] == number[:, None]
         result[name] = round(float(same.mean()), 4)
-        points = feature_map(embedded[torch.from_numpy(drawn)].numpy()).points
-        left, size = place * PANEL, PANEL - 20
+        maps[name] = feature_map(embedded[torch.from_numpy(drawn)].numpy()).points
+    heights = np.concatenate([points[:, 1] for points in maps.values()])
+    low, high = heights.min(), heights.max()
+    size, panels = PANEL - 20, []
+    for place, (name, points) in enumerate(maps.items()):
+        left = place * PANEL
         panels.append(f'<text x="{left + PANEL / 2}" y="18" text-anchor="middle">{name}</text>')
         for (x, y), label in zip(points, number[drawn], strict=True):
             colour = f"hsl({360 * label / (number.max() + 1):.0f},75%,{42 + 12 * (label % 2)}%)"
-            across, down = left + 10 + x * size, PANEL + 14 - y * size
+            across, down = left + 10 + x * size, 34 + (high - y) * size
             panels.append(f'<circle cx="{across:.1f}" cy="{down:.1f}" r="2" fill="{colour}"/>')
     start = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2 * PANEL} {PANEL + 24}" '
-        'font-family="sans-serif" font-size="13"><title>Images before and after smoothing</title>'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2 * PANEL} '
+        f'{44 + (high - low) * size:.0f}" font-family="sans-serif" font-size="13">'
+        "<title>Images before and after smoothing</title>"
         '<rect width="100%" height="100%" fill="#fff"/>'
     )
     return "\n".join([start, *panels, "</svg>\n"]), result
