@@ -74,7 +74,7 @@ def tar() -> bytes:
             b"version https://git-lfs.github.com/spec/v1\noid x",
             "is a pointer of Git LFS; .*: git lfs pull",
         ),
-        (gzip.compress(b"weights"), "is compressed; unpack it with gunzip"),
+        (gzip.compress(b"weights", mtime=0), "is compressed; unpack it with gunzip"),
         (tar(), "is a tar archive; unpack it"),
         (b"\x89HDF\r\n\x1a\n", "is a file of HDF5, as Keras writes; give weights of PyTorch"),
     ],
