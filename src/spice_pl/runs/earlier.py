@@ -14,7 +14,7 @@ from torch import Tensor
 from spice_pl.functional.assignment import count_table, match_clusters
 from spice_pl.functional.candidates import cluster_scores
 from spice_pl.functional.embeddings import nearest_others
-from spice_pl.runs.answer import NUM_NEIGHBORS, Answer
+from spice_pl.runs.answer import Answer, neighbors_for
 from spice_pl.runs.folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ def _scores(probs: Tensor, stage: str, upstream: RunFolder) -> dict[str, float]:
         f"stage={stage}": probs,
     }
     features = torch.from_numpy(np.array(upstream.features))
-    others = nearest_others(features, NUM_NEIGHBORS)
+    others = nearest_others(features, neighbors_for(len(features), probs.shape[1]))
     candidates = torch.stack([each.argmax(dim=1) for each in found.values()])
     values = cluster_scores(features, others, candidates).tolist()
     return dict(zip(found, values, strict=True))
