@@ -67,8 +67,9 @@ def warn_if_worse(probs: Tensor, stage: str, upstream: RunFolder) -> None:
     if old > new:
         logger.warning(
             "without labels, on the features of %s, its clusters score %.3f and those of %s %.3f: "
-            "the stage may have made them worse. They are kept, as answer=network says; "
-            "answer=auto keeps the better ones. A lower %s.module.lr changes them less",
+            "the stage may have made them worse. Its network's clusters are kept, as "
+            "answer=network says; answer=auto keeps the better ones. A lower %s.module.lr changes "
+            "them less",
             *(before, old, now, new, stage),
         )
 
