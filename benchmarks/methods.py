@@ -10,6 +10,11 @@ line: data set, recipe, sizes. With `--work DIR` finished stages are kept and fo
 
 Scores are against the true labels; TRUE LABELS CHOOSE NOTHING here. Seconds are those of all stages
 of the chain. Prints a table of mean and standard deviation over seeds; last, all figures as JSON.
+
+    python benchmarks/methods.py experiment=cifar10_quick dataset=folder ... --first simclr \
+        --only knn,smoothed,proto,fixmatch --minutes 5,15,30 --curve quick
+
+gives each stage at most so many minutes, and draws ACC over the minutes of the whole chain.
 """
 
 import argparse
@@ -17,6 +22,7 @@ import contextlib
 import io
 import json
 import logging
+import math
 import shutil
 import statistics
 import tempfile
@@ -24,7 +30,9 @@ import time
 from pathlib import Path
 
 import torch
+from stage1 import neighbor_accuracy
 from stage2 import quiet, settings
+from torch.nn import functional as F
 
 from spice_pl.data.images import ImageSet
 from spice_pl.functional.assignment import clustering_scores
@@ -34,15 +42,19 @@ from spice_pl.functional.kmeans import kmeans_clusters
 from spice_pl.job.job import Job
 from spice_pl.job.parts import open_images
 from spice_pl.job.run import run_stages
+from spice_pl.reports.lines import line_figure
 from spice_pl.runs.folder import RunFolder
 
 # Title, and chain; FIRST is what `--first` names.
 METHODS = {
+    "knn": ("20-NN by true labels (oracle)", "FIRST"),
     "kmeans": ("k-means on features", "FIRST"),
     "smoothed": ("k-means on smoothed features", "FIRST"),
     "spectral": ("spectral clustering", "FIRST"),
     "proto": ("SPICE stage 2", "FIRST,proto"),
     "fixmatch": ("SPICE", "FIRST,proto,fixmatch"),
+    "proto_chosen": ("SPICE stage 2, chosen clusters", "FIRST,proto"),
+    "fixmatch_chosen": ("SPICE, chosen clusters", "FIRST,proto,fixmatch"),
     "clusmatch": ("SPICE stage 2, ClusMatch", "FIRST,proto,clusmatch"),
     "temi": ("TEMI", "FIRST,temi"),
     "turtle": ("TURTLE", "FIRST,turtle"),
@@ -55,7 +67,9 @@ METHODS = {
     "propos_dcboost": ("ProPos, DCBoost", "propos,dcboost"),
     "proto_dcboost": ("SPICE stage 2, DCBoost", "FIRST,proto,dcboost"),
 }
+Figures = dict[str, list[float]]  # of each seed: acc, nmi, seconds
 CLASSICAL = ("kmeans", "smoothed", "spectral")
+CHOSEN = ("proto_chosen", "fixmatch_chosen")  # with answer=auto; the others keep the network's
 
 
 def main() -> None:
@@ -63,65 +77,98 @@ def main() -> None:
     parser.add_argument("settings", nargs="*", help="key=value, as on the command line")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", default=",".join(METHODS), help="names, by comma")
+    parser.add_argument("--minutes", help="limits of a stage, as 5,15,30; without it, no limit")
+    parser.add_argument("--curve", type=Path, help="name of the figure of ACC over --minutes")
     parser.add_argument("--first", default="moco", help="stage 1 of the chains")
     parser.add_argument("--on", type=Path, help="finished run that is stage 1 for all seeds")
     parser.add_argument("--work", type=Path, help="folder that keeps finished stages")
     args = parser.parse_intermixed_args()
     logging.disable(logging.INFO)
     quiet()
-    first = args.on.parent.name if args.on else args.first
-    figures = {}
-    print(f"{'':32}{'ACC':>17}{'NMI':>17}{'seconds':>10}", flush=True)
+    figures: dict[str, dict[str, Figures]] = {}
     with contextlib.ExitStack() as stack:
         work = args.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        for name in args.only.split(","):
-            title, chain = METHODS[name]
-            stages = chain.replace("FIRST", first).split(",")
-            rows = [
-                one(name, stages, args.settings, seed, work, args.on) for seed in range(args.seeds)
-            ]
-            acc, nmi, seconds = (list(part) for part in zip(*rows, strict=True))
-            line = f"{title:32}{spread(acc):>17}{spread(nmi):>17}{statistics.mean(seconds):10.1f}"
-            print(line, flush=True)
-            figures[name] = {"acc": acc, "nmi": nmi, "seconds": seconds}
+        for minutes in args.minutes.split(",") if args.minutes else [None]:
+            title = f"at most {minutes} minutes per stage" if minutes else ""
+            limit, kept = [f"minutes={minutes}"], work / f"{minutes}min"
+            if minutes is None:
+                limit, kept = [], work
+            print(f"{title:32}{'ACC':>17}{'NMI':>17}{'seconds':>10}", flush=True)
+            figures[minutes or "all"] = compared(args, [*args.settings, *limit], kept)
+            if args.curve:
+                draw(figures, args.curve)
     print(json.dumps(figures))
+
+
+def compared(args: argparse.Namespace, given: list[str], work: Path) -> dict[str, Figures]:
+    """Run all methods with these settings; print a line for each; return their figures."""
+    first = args.on.parent.name if args.on else args.first
+    figures = {}
+    for name in args.only.split(","):
+        title, chain = METHODS[name]
+        stages = chain.replace("FIRST", first).split(",")
+        rows = [one(name, stages, given, seed, work, args.on) for seed in range(args.seeds)]
+        acc, nmi, seconds = (list(part) for part in zip(*rows, strict=True))
+        line = f"{title:32}{spread(acc):>17}{spread(nmi):>17}{statistics.mean(seconds):10.1f}"
+        print(line, flush=True)
+        figures[name] = {"acc": acc, "seconds": seconds}
+        if name != "knn":
+            figures[name]["nmi"] = nmi
+    return figures
+
+
+def draw(figures: dict[str, dict[str, Figures]], name: Path) -> None:
+    """Write NAME.svg: mean ACC of each method over the mean minutes of its chain."""
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for found in figures.values():
+        for method, each in found.items():
+            point = statistics.mean(each["seconds"]) / 60, statistics.mean(each["acc"])
+            curves.setdefault(METHODS[method][0], []).append(point)
+    figure = line_figure(curves, "minutes", "ACC")
+    name.with_suffix(".svg").write_text(figure, encoding="utf-8")
 
 
 def one(
     name: str, stages: list[str], given: list[str], seed: int, work: Path, on: Path | None
 ) -> tuple[float, float, float]:
     """Return ACC, NMI and seconds of a method with a seed."""
-    folders = run_chain(stages, given, seed, work, on)
+    answer = "auto" if name in CHOSEN else "network"
+    folders = run_chain(stages, given, answer, seed, work, on)
     cfg = settings(*given, f"seed={seed}")
     images = open_images(cfg)
     seconds = sum(float(folder.metrics["seconds"]) for folder in folders)
+    truth = torch.from_numpy(images.labels)
+    if name == "knn":
+        rows = F.normalize(torch.from_numpy(folders[-1].features.copy()))
+        return neighbor_accuracy(rows, truth), math.nan, seconds
     if name in CLASSICAL:
         clusters, more = classical(
             name, folders[-1].path, images, int(cfg.dataset.num_clusters), seed
         )
         seconds += more
     else:
-        clusters = torch.from_numpy(folders[-1].probs.argmax(axis=1))
-    truth = torch.from_numpy(images.labels)
+        clusters = torch.from_numpy(folders[-1].answer.argmax(axis=1))
     found = clustering_scores(clusters[images.score_index], truth[images.score_index])
     return found["acc"], found["nmi"], seconds
 
 
 def run_chain(
-    stages: list[str], given: list[str], seed: int, work: Path, on: Path | None
+    stages: list[str], given: list[str], answer: str, seed: int, work: Path, on: Path | None
 ) -> list[RunFolder]:
     """Run what is missing of a chain, in a folder of its own; return the run of each stage."""
-    runs = work / "+".join(stages) / f"seed{seed}"
     *before, last = stages
+    if not before:
+        answer = "network"  # the first stage is the same for both
+    runs = work / answer / "+".join(stages) / f"seed{seed}"
     overrides = [
-        *(*given, f"seed={seed}", f"runs_dir={runs}", "answer=network", f"stage={last}"),
+        *(*given, f"seed={seed}", f"runs_dir={runs}", f"answer={answer}", f"stage={last}"),
         "resume=true",  # what an earlier call with `--work` began
         *(f"{last}.upstream={each}" for each in before[-1:]),
     ]
     job = Job(settings(*overrides), tuple(overrides), "none", sweep=False)
     if not job.folder(last).finished:
         if before and not runs.exists():
-            start = run_chain(before, given, seed, work, on)[-1].path.parents[2]
+            start = run_chain(before, given, answer, seed, work, on)[-1].path.parents[2]
             shutil.copytree(start, runs)
         if on is not None and not before:
             shutil.copytree(on, job.folder(last).path)
@@ -149,7 +196,9 @@ def classical(
 
 
 def spread(values: list[float]) -> str:
-    """Write mean and standard deviation."""
+    """Write mean and standard deviation; nothing where there is no score."""
+    if math.isnan(values[0]):
+        return ""
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
     return f"{statistics.mean(values):.3f} ± {deviation:.3f}"
 

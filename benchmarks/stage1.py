@@ -30,7 +30,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from hydra import compose, initialize_config_dir
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spice_pl.data.augment import PlainView
@@ -45,6 +45,7 @@ from spice_pl.job.plan import plan
 from spice_pl.job.settings import build
 from spice_pl.job.trainer import auto_precision
 from spice_pl.reports.lines import line_figure
+from spice_pl.stages.base import Stage
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 TIMED = 8  # steps per size that are timed
@@ -59,6 +60,11 @@ METHODS = {
     "empssl": ("stage=empssl", "empssl.module.sizes=[16,16,16,16,32]"),
     "vicreg": ("stage=vicreg", "vicreg.module.sizes=${simclr.module.sizes}"),
     "fastsiam": ("stage=fastsiam", "fastsiam.module.sizes=${simclr.module.sizes}"),
+    "byol": (
+        *("stage=propos", "propos.module.sizes=${simclr.module.sizes}", "propos.module.noise=0"),
+        *("propos.module.scattering_weight=0", "propos.module.warmup_epochs=1"),
+        *("propos.module.hidden_dim=256", "propos.module.momentum=0.99"),
+    ),
 }
 SCORES = {"knn": "20-NN", "kmeans": "k-means", "kmeans_smoothed": "k-means, smoothed"}
 Row = dict[str, Any]
@@ -140,7 +146,7 @@ def trained(minutes: float, settings: tuple[str, ...]) -> Row:
     epochs = max(len(sizes), round(60 * minutes / per_epoch))
     module, seconds, steps = fit(job, images, epochs)
     plain = build(job.cfg, job.cfg.augment.plain)
-    features = embedded(module, images, plain)
+    features = embedded(module.weights()["encoder"], images, plain)
     batch = int(stage.streams.images.batch_size)
     return {
         "minutes": round(seconds / 60, 2),
@@ -150,9 +156,7 @@ def trained(minutes: float, settings: tuple[str, ...]) -> Row:
     }
 
 
-def fit(
-    job: Job, images: ImageSet, epochs: int, **limits: int
-) -> tuple[pl.LightningModule, float, int]:
+def fit(job: Job, images: ImageSet, epochs: int, **limits: int) -> tuple[Stage, float, int]:
     """Return the trained module, its processor seconds, and the steps of a whole epoch."""
     (step,) = plan(job)
     module, streams = build_stage(job, step, images)
@@ -180,24 +184,34 @@ def fit(
 
 
 @torch.no_grad()
-def embedded(module: pl.LightningModule, images: ImageSet, plain: PlainView) -> Tensor:
+def embedded(encoder: nn.Module, images: ImageSet, plain: PlainView) -> Tensor:
     """Return the features (N, D) of the plain images."""
-    module.eval()
+    encoder.eval()
     parts = []
     for rows in np.array_split(np.arange(len(images)), -(-len(images) // 500)):
         pixels = torch.from_numpy(np.asarray(images.images[rows]))
-        parts.append(module(plain(pixels, torch.empty(len(rows), 0))).float())
+        parts.append(encoder(plain(pixels, torch.empty(len(rows), 0))).float())
     return torch.cat(parts)
+
+
+def neighbor_accuracy(rows: Tensor, labels: Tensor) -> float:
+    """Return the share of images that the 20 nearest others would label right, by their votes.
+
+    Args:
+        rows: (N, D), l2-normalised features.
+        labels: (N,); up to 2,000 of them are asked for.
+    """
+    queries = torch.arange(0, len(rows), -(-len(rows) // QUERIES))
+    similarity = rows[queries] @ rows.T
+    similarity[torch.arange(len(queries)), queries] = -torch.inf
+    voted = labels[similarity.topk(NEIGHBORS).indices].mode(dim=1).values
+    return float((voted == labels[queries]).float().mean())
 
 
 def scores(features: Tensor, labels: Tensor, num_clusters: int) -> dict[str, float]:
     """Return 20-NN of some images among all others, and k-means on two readings of the features."""
     rows = F.normalize(features)
-    queries = torch.arange(0, len(rows), -(-len(rows) // QUERIES))
-    similarity = rows[queries] @ rows.T
-    similarity[torch.arange(len(queries)), queries] = -torch.inf
-    voted = labels[similarity.topk(NEIGHBORS).indices].mode(dim=1).values
-    found = {"knn": float((voted == labels[queries]).float().mean())}
+    found = {"knn": neighbor_accuracy(rows, labels)}
     for name, values in (("kmeans", rows), ("kmeans_smoothed", smoothed_embeddings(features))):
         clusters = torch.from_numpy(kmeans_clusters(values.numpy(), num_clusters, 0))
         found[name] = clustering_scores(clusters, labels)["acc"]
