@@ -20,6 +20,7 @@ gives each stage at most so many minutes, and draws ACC over the minutes of the 
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import logging
 import math
@@ -163,7 +164,7 @@ def run_chain(
     overrides = [
         *(*given, f"seed={seed}", f"runs_dir={runs}", f"answer={answer}", f"stage={last}"),
         "resume=true",  # what an earlier call with `--work` began
-        *(f"{last}.upstream={each}" for each in before[-1:]),
+        *(f"{stage}.upstream={each}" for each, stage in itertools.pairwise(stages)),
     ]
     job = Job(settings(*overrides), tuple(overrides), "none", sweep=False)
     if not job.folder(last).finished:

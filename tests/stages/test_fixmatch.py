@@ -123,6 +123,17 @@ def test_goes_on_from_encoder_and_head_of_stage_2(tmp_path: Path) -> None:
         assert same(state(each), state(head))
 
 
+@pytest.mark.parametrize("head", [ClusterHead(D, 5, K), LinearHead(D, K)])
+def test_goes_on_from_a_head_of_any_width_or_kind(
+    tmp_path: Path, head: ClusterHead | LinearHead
+) -> None:
+    folder = upstream(tmp_path)
+    folder.write_weights("head.safetensors", head)
+    module, _ = fixmatch(folder)
+    for each in (module.head, module.ema_head):
+        assert same(state(each), state(head))
+
+
 def test_from_scratch_only_the_labels_carry_over(tmp_path: Path) -> None:
     folder = upstream(tmp_path)
     module, streams = fixmatch(folder, init="scratch")

@@ -288,11 +288,12 @@ def load_clustering(
     Args:
         upstream: run of that stage.
         encoder: network that gets the weights of the encoder.
-        head: head that gets the weights, if the upstream's is of the same kind.
+        head: head that gets the weights, if the upstream's is of the same kind and width.
         way_out: end of the message where the upstream has no head.
 
     Returns:
-        `head`, or a new head where the upstream's is of the other kind.
+        `head`, or a new head where the upstream's is of the other kind or has more or fewer hidden
+        units.
 
     Raises:
         UsageError: weights are missing or of another architecture.
@@ -301,10 +302,16 @@ def load_clustering(
     if not (upstream.path / "head.safetensors").is_file():
         raise UsageError(f"{upstream.path} has no head.safetensors; {way_out}")
     given = head_of(upstream.read_weights("head.safetensors"))
-    if type(given) is not type(head):
+    if type(given) is not type(head) or _ends(given) == _ends(head):
         head = given
     upstream.load_weights("head.safetensors", head)
     return head
+
+
+def _ends(head: ClusterHead | LinearHead) -> tuple[int, int]:
+    """Return D and K of a head."""
+    layers = [each for each in head.modules() if isinstance(each, nn.Linear)]
+    return layers[0].in_features, layers[-1].out_features
 
 
 def check_word(setting: str, word: str, words: Sequence[str]) -> None:

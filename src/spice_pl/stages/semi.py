@@ -57,7 +57,8 @@ class SemiSupervisedModule(Stage):
         init: "joint" starts from encoder and head of the upstream stage; "encoder" from its
             encoder, with a new linear head; "scratch" trains a new encoder and linear head, so only
             the labels carry over.
-        hidden_dim: width of the head's hidden layer with "joint"; None means D.
+        hidden_dim: width of the head's hidden layer with "joint", unless the upstream's head has
+            another one; None means D.
         steps_per_epoch: optimizer steps of an epoch.
         kmeans_steps: optimizer steps between refreshed k-means labels, for losses that read them.
         unlabeled_weight: weight of the consistency loss.
