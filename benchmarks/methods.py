@@ -33,7 +33,6 @@ from pathlib import Path
 import torch
 from stage1 import neighbor_accuracy
 from stage2 import quiet, settings
-from torch.nn import functional as F
 
 from spice_pl.data.images import ImageSet
 from spice_pl.functional.assignment import clustering_scores
@@ -84,18 +83,19 @@ def main() -> None:
     parser.add_argument("--on", type=Path, help="finished run that is stage 1 for all seeds")
     parser.add_argument("--work", type=Path, help="folder that keeps finished stages")
     args = parser.parse_intermixed_args()
+    if args.curve and not args.minutes:
+        parser.error("--curve draws ACC over --minutes; give them, as --minutes 5,15,30")
     logging.disable(logging.INFO)
     quiet()
     figures: dict[str, dict[str, Figures]] = {}
     with contextlib.ExitStack() as stack:
         work = args.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        for minutes in args.minutes.split(",") if args.minutes else [None]:
-            title = f"at most {minutes} minutes per stage" if minutes else ""
-            limit, kept = [f"minutes={minutes}"], work / f"{minutes}min"
-            if minutes is None:
-                limit, kept = [], work
-            print(f"{title:32}{'ACC':>17}{'NMI':>17}{'seconds':>10}", flush=True)
-            figures[minutes or "all"] = compared(args, [*args.settings, *limit], kept)
+        if args.minutes is None:
+            figures["all"] = compared(args, args.settings, work)
+        for minutes in args.minutes.split(",") if args.minutes else ():
+            print(f"at most {minutes} minutes per stage")
+            limited = [*args.settings, f"minutes={minutes}"]
+            figures[minutes] = compared(args, limited, work / f"{minutes}min")
             if args.curve:
                 draw(figures, args.curve)
     print(json.dumps(figures))
@@ -105,6 +105,7 @@ def compared(args: argparse.Namespace, given: list[str], work: Path) -> dict[str
     """Run all methods with these settings; print a line for each; return their figures."""
     first = args.on.parent.name if args.on else args.first
     figures = {}
+    print(f"{'':32}{'ACC':>17}{'NMI':>17}{'seconds':>10}", flush=True)
     for name in args.only.split(","):
         title, chain = METHODS[name]
         stages = chain.replace("FIRST", first).split(",")
@@ -140,8 +141,8 @@ def one(
     seconds = sum(float(folder.metrics["seconds"]) for folder in folders)
     truth = torch.from_numpy(images.labels)
     if name == "knn":
-        rows = F.normalize(torch.from_numpy(folders[-1].features.copy()))
-        return neighbor_accuracy(rows, truth), math.nan, seconds
+        features = torch.from_numpy(folders[-1].features.copy())
+        return neighbor_accuracy(features, truth), math.nan, seconds
     if name in CLASSICAL:
         clusters, more = classical(
             name, folders[-1].path, images, int(cfg.dataset.num_clusters), seed

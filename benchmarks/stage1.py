@@ -194,13 +194,14 @@ def embedded(encoder: nn.Module, images: ImageSet, plain: PlainView) -> Tensor:
     return torch.cat(parts)
 
 
-def neighbor_accuracy(rows: Tensor, labels: Tensor) -> float:
+def neighbor_accuracy(features: Tensor, labels: Tensor) -> float:
     """Return the share of images that the 20 nearest others would label right, by their votes.
 
     Args:
-        rows: (N, D), l2-normalised features.
+        features: (N, D).
         labels: (N,); up to 2,000 of them are asked for.
     """
+    rows = F.normalize(features)
     queries = torch.arange(0, len(rows), -(-len(rows) // QUERIES))
     similarity = rows[queries] @ rows.T
     similarity[torch.arange(len(queries)), queries] = -torch.inf
@@ -210,9 +211,11 @@ def neighbor_accuracy(rows: Tensor, labels: Tensor) -> float:
 
 def scores(features: Tensor, labels: Tensor, num_clusters: int) -> dict[str, float]:
     """Return 20-NN of some images among all others, and k-means on two readings of the features."""
-    rows = F.normalize(features)
-    found = {"knn": neighbor_accuracy(rows, labels)}
-    for name, values in (("kmeans", rows), ("kmeans_smoothed", smoothed_embeddings(features))):
+    found = {"knn": neighbor_accuracy(features, labels)}
+    for name, values in (
+        ("kmeans", F.normalize(features)),
+        ("kmeans_smoothed", smoothed_embeddings(features)),
+    ):
         clusters = torch.from_numpy(kmeans_clusters(values.numpy(), num_clusters, 0))
         found[name] = clustering_scores(clusters, labels)["acc"]
     return {name: round(score, 4) for name, score in found.items()}

@@ -288,12 +288,11 @@ def load_clustering(
     Args:
         upstream: run of that stage.
         encoder: network that gets the weights of the encoder.
-        head: head that gets the weights, if the upstream's is of the same kind and width.
+        head: head of the D and K that the upstream's must have.
         way_out: end of the message where the upstream has no head.
 
     Returns:
-        `head`, or a new head where the upstream's is of the other kind or has more or fewer hidden
-        units.
+        The upstream's head, of whatever kind and number of hidden units.
 
     Raises:
         UsageError: weights are missing or of another architecture.
@@ -302,7 +301,7 @@ def load_clustering(
     if not (upstream.path / "head.safetensors").is_file():
         raise UsageError(f"{upstream.path} has no head.safetensors; {way_out}")
     given = head_of(upstream.read_weights("head.safetensors"))
-    if type(given) is not type(head) or _ends(given) == _ends(head):
+    if _ends(given) == _ends(head):
         head = given
     upstream.load_weights("head.safetensors", head)
     return head
